@@ -1,0 +1,20 @@
+"""Names that every docstring, README and documentation example may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_snf
+from pyro_snf import diagnostics
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update({name: getattr(pyro_snf, name) for name in pyro_snf.__all__})
+    doctest_namespace.update({name: getattr(diagnostics, name) for name in diagnostics.__all__})
+    doctest_namespace.update(torch=torch, pyro=pyro, dist=dist)

@@ -1,0 +1,43 @@
+"""The matrix ``A = I + Θ/√D`` that dense layers are parametrized by.
+
+With a raw matrix, one Adam step of rate ``lr`` moves it by ``lr·D`` in Frobenius norm against a
+norm of ``√D``, so a good learning rate shrinks as D grows. In this form it does not: a step on
+``Θ`` at rate ``lr·√D`` equals a step on a raw matrix at ``lr``.
+
+Vectors are rows here, as PyTorch stores batches. No function but :func:`matrix` builds ``A``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["matrix", "multiply", "multiply_transposed", "trace_of_product"]
+
+
+def matrix(theta: Tensor) -> Tensor:
+    """``A = I + Θ/√D``, shape ``(D, D)``."""
+    dim = theta.shape[-1]
+    eye = torch.eye(dim, dtype=theta.dtype, device=theta.device)
+    return torch.add(eye, theta, alpha=1 / math.sqrt(dim))
+
+
+def multiply(theta: Tensor, rows: Tensor) -> Tensor:
+    """``A x`` for every row ``x`` of ``rows``, shape ``(B, D)``."""
+    return torch.addmm(rows, rows, theta.mT, alpha=1 / math.sqrt(theta.shape[-1]))
+
+
+def multiply_transposed(theta: Tensor, rows: Tensor) -> Tensor:
+    """``Aᵀ x`` for every row ``x`` of ``rows``, shape ``(B, D)``."""
+    return torch.addmm(rows, rows, theta, alpha=1 / math.sqrt(theta.shape[-1]))
+
+
+def trace_of_product(inverse_t: Tensor, theta: Tensor) -> Tensor:
+    """``tr(R A)`` from ``Rᵀ`` (``inverse_t``) and ``Θ``, exactly and in O(D²): ``⟨Rᵀ, A⟩``.
+
+    Row sums first: one running sum over D² float32 products would lose the small ones.
+    """
+    rows = torch.linalg.vecdot(inverse_t, theta)
+    return (inverse_t.diagonal() + rows / math.sqrt(theta.shape[-1])).sum(dtype=torch.float64)

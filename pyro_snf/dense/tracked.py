@@ -1,0 +1,241 @@
+"""The refined method: an inverse of ``A = I + Θ/√D`` that follows it at O(kD²) a step.
+
+``R ≈ A⁻¹`` is a buffer. Its error ``E = I − RA`` is measured with k random probes, and removed
+where the measurement found it. With vectors as columns, as on paper:
+
+1. *Measure.* ``U = EG`` for k fresh Gaussian probes G. ``‖U‖/‖G‖`` estimates ``‖E‖_F/√D``, the
+   **certificate**.
+2. *Aim.* ``V = orth(EᵀU) = orth(EᵀE G)``: one subspace iteration turns the probes towards the
+   largest right singular vectors of E. An optimizer's step is dominated by few directions, and so
+   is the error that it leaves in R: aimed probes remove most of it, random ones a share k/D.
+3. *Update*, Broyden's "good" one in block form. With ``P = RAV`` and ``M = VᵀP``,
+
+       R₊ = R + (V − P) M⁻¹ VᵀR,      so that      R₊ A V = V:
+
+   nothing is left of the error in the span of V, and ``R⁻¹`` has moved to ``A`` by a projection.
+4. *Determinant*, by the determinant lemma:
+
+       det R₊ = det R · det(I + M⁻¹Vᵀ(V − P)) = det R · det(VᵀV) / det M,      VᵀV = I.
+
+5. *Value.* ``log|det A| = −log|det R| + log|det(I − E)| ≈ −log|det R| − tr E``, where the trace is
+   ``D − ⟨Rᵀ, A⟩``, exact in O(D²). What is left is of second order: ``tr(E²)/2``.
+
+Numbers as large as ‖E‖ ~ 1 mean that R has lost A (a checkpoint was loaded, A was edited): then
+more rounds are taken, and, where a round does not halve the error, one exact refresh in O(D³).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_snf.caching import ParameterState
+from pyro_snf.dense import near_identity
+from pyro_snf.dense.exact import ExactFactors
+from pyro_snf.surrogate import with_gradient
+
+__all__ = ["TrackedInverse"]
+
+# Rounds of measure, aim and update after which a refresh is cheaper than another round.
+_MAX_ROUNDS = 4
+
+
+class TrackedInverse(nn.Module):
+    """A buffer ``R`` that tracks ``A⁻¹``, and a running ``log|det R|``.
+
+    Probes are drawn from a generator of its own, a function of the seed and the number of rounds
+    so far: the global random stream is untouched, and a run that is resumed from a state dict
+    goes on as if it had not stopped. R is kept in float32 at least, whatever ``A`` is in.
+
+    :param int dim: D.
+    :param int num_probes: k, at least 1; more than D are not used.
+    :param float tolerance: the certificate, in ``(0, 1)``, above which one round is not enough.
+    :param int seed: of the probes.
+    """
+
+    #: What :meth:`training_log_abs_det` returns.
+    training_value = "estimate"
+
+    inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
+    log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_probes: int,
+        tolerance: float,
+        seed: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_probes < 1:
+            raise ValueError(f"expected num_probes >= 1; got {num_probes}")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"expected tolerance in (0, 1); got {tolerance}")
+        self.num_probes = min(num_probes, dim)
+        self.tolerance = tolerance
+        self.seed = seed
+        #: Rounds of measure, aim and update so far.
+        self.num_rounds = 0
+        #: Exact O(D³) refreshes so far.
+        self.num_refreshes = 0
+        #: The latest estimate of ‖I − RA‖_F/√D, measured before the correction that followed it.
+        self.certificate = math.nan
+        eye = torch.eye(dim, device=device, dtype=dtype)
+        if eye.dtype in (torch.bfloat16, torch.float16):
+            eye = eye.float()
+        self.register_buffer("inverse_t", eye)
+        self.register_buffer(
+            "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Not to know whether R still belongs to A: the next use measures."""
+        self._tracked_theta: ParameterState | None = None
+        self._tracked_version = -1
+        self._value: Tensor | None = None
+
+    def multiply(self, theta: Tensor, rows: Tensor) -> Tensor:
+        """``A x`` for every row, shape ``(B, D)``."""
+        return near_identity.multiply(theta, rows)
+
+    def training_log_abs_det(self, theta: Tensor, rows: Tensor) -> Tensor:
+        """An estimate of ``log|det A|``, shape ``()``, whose gradient is ``Rᵀ``.
+
+        Brings R up to date first, once for every change of ``theta``.
+
+        :raises torch.linalg.LinAlgError: if ``A`` is singular or not finite.
+        """
+        self.update(theta)
+        assert self._value is not None
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        scale = 1 / math.sqrt(theta.shape[-1])
+        return with_gradient(self._value.to(dtype), theta, self.inverse_t, scale=scale)
+
+    def apply_inverse(self, rows: Tensor) -> Tensor:
+        """``R h`` for every row ``h``, shape ``(B, D)``."""
+        return (rows.to(self.inverse_t.dtype) @ self.inverse_t).to(rows.dtype)
+
+    @torch.no_grad()
+    def update(self, theta: Tensor) -> None:
+        """Bring R up to date with ``A``; returns at once if ``theta`` has not changed.
+
+        :raises torch.linalg.LinAlgError: if ``A`` is singular or not finite.
+        """
+        if (
+            self._tracked_theta is not None
+            and self._tracked_version == self.inverse_t._version
+            and self._tracked_theta.holds([theta])
+        ):
+            return
+        current = theta.detach().to(self.inverse_t.dtype)
+        previous = math.inf
+        for _ in range(_MAX_ROUNDS):
+            self._round(current)
+            if self.certificate <= self.tolerance:
+                break
+            if not self.certificate <= previous / 2:  # also where it is NaN
+                self.refresh(theta)
+                break
+            previous = self.certificate
+        else:
+            self.refresh(theta)
+        trace = near_identity.trace_of_product(self.inverse_t, current)
+        self._value = trace - current.shape[-1] - self.log_abs_det_inverse
+        self._tracked_theta = ParameterState([theta])
+        self._tracked_version = self.inverse_t._version
+
+    @torch.no_grad()
+    def refresh(self, theta: Tensor) -> None:
+        """Recompute R exactly, in O(D³).
+
+        :raises torch.linalg.LinAlgError: if ``A`` is not finite, or singular at the precision of
+            its type.
+        """
+        factors = ExactFactors(theta)
+        self.inverse_t.copy_(factors.inverse_t)
+        self.log_abs_det_inverse.copy_(-factors.log_abs_det)
+        self.num_refreshes += 1
+        current = theta.detach().to(self.inverse_t.dtype)
+        _, self.certificate = self._measure(current)
+        if not self.certificate < 1:
+            raise torch.linalg.LinAlgError(
+                f"the weight is numerically singular in {current.dtype}: its computed inverse R "
+                f"leaves ‖I − RW‖_F/√D = {self.certificate:.2g}"
+            )
+        self._forget()
+
+    def _round(self, theta: Tensor) -> None:
+        """Measure, aim and update once (steps 1 to 4 of the module's text)."""
+        residual, self.certificate = self._measure(theta)
+        if not math.isfinite(self.certificate):
+            return
+        # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
+        aimed = residual - near_identity.multiply_transposed(theta, residual @ self.inverse_t.mT)
+        probes = torch.linalg.qr(aimed.mT).Q.mT
+        image = near_identity.multiply(theta, probes) @ self.inverse_t
+        middle = probes @ image.mT  # M
+        # (M⁻ᵀ Uᵀ) without an exception: a singular M leaves an R that the next round finds out.
+        step, _ = torch.linalg.solve_ex(middle.mT, probes - image)
+        self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
+        self.log_abs_det_inverse -= torch.linalg.slogdet(middle.double()).logabsdet
+
+    def _measure(self, theta: Tensor) -> tuple[Tensor, float]:
+        """The residual ``(EG)ᵀ`` of fresh probes, shape ``(k, D)``, and the certificate."""
+        probes = self._draw_probes()
+        residual = probes - near_identity.multiply(theta, probes) @ self.inverse_t
+        return residual, (residual.norm() / probes.norm()).item()
+
+    def _draw_probes(self) -> Tensor:
+        """k fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
+        device, dtype = self.inverse_t.device, self.inverse_t.dtype
+        generator = torch.Generator(device)
+        # Distinct for every pair of a seed and a count below 2³²; the generator takes 64 bits.
+        generator.manual_seed((self.seed * 2**32 + self.num_rounds) % 2**63)
+        self.num_rounds += 1
+        shape = (self.num_probes, self.inverse_t.shape[-1])
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "num_rounds": self.num_rounds,
+            "num_refreshes": self.num_refreshes,
+            "certificate": self.certificate,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.seed = state["seed"]
+        self.num_rounds = state["num_rounds"]
+        self.num_refreshes = state["num_refreshes"]
+        self.certificate = state["certificate"]
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy need not trust that R and Θ were copied together.
+        state = self.__dict__.copy()
+        state.update(_tracked_theta=None, _tracked_version=-1, _value=None)
+        return state
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> TrackedInverse:  # .to(), .double(), .bfloat16(), .cuda(), …
+        self._forget()
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor is self.log_abs_det_inverse or moved.dtype in (
+                torch.bfloat16,
+                torch.float16,
+            ):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)

@@ -1,0 +1,135 @@
+"""A value with another's gradient: the three pure pieces that every surrogate is made of.
+
+Self Normalizing Flows (Keller et al., ICML 2021) replace the expensive factor of
+
+    ∂ log|det J_f| / ∂θ = Tr(J_f⁻¹ ∂J_f/∂θ)  ≈  Tr(J_g ∂J_f/∂θ),
+
+so a layer knows the *gradient* of its log-determinant without differentiating its *value*.
+The functions here tie the two together for autograd and know nothing of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["Solver", "attach_penalty", "implicit_solve", "with_gradient"]
+
+#: ``solver(rows, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every row ``h``.
+Solver = Callable[[Tensor, bool], Tensor]
+
+
+class _WithGradient(Function):
+    @staticmethod
+    def forward(value: Tensor, parameter: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, parameter, gradient, scale = inputs
+        # Saved through autograd, so that a gradient changed in place before the backward pass
+        # is an error and not a wrong number. The gradient is a constant to autograd.
+        ctx.save_for_backward(gradient)
+        ctx.scale = scale
+        ctx.dtype = parameter.dtype
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "a surrogate gradient has no second derivative (backward was called with "
+                "create_graph=True); use log_det='exact' for second-order methods"
+            )
+        (gradient,) = ctx.saved_tensors
+        return cotangent, (ctx.scale * cotangent * gradient).to(ctx.dtype), None, None
+
+
+def with_gradient(
+    value: Tensor, parameter: Tensor, gradient: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    """``value``, whose derivative in ``parameter`` is additionally ``scale · gradient``.
+
+    The cotangent that arrives is honoured: any reduction, scale, plate or sign downstream
+    multiplies the gradient. Calls nest, one for each parameter.
+
+    :param Tensor value: a scalar, shape ``()``.
+    :param Tensor parameter: the tensor that receives the gradient, any shape.
+    :param Tensor gradient: the gradient, of ``parameter``'s shape; a constant.
+    :param float scale: a constant factor, applied in the backward pass.
+    :return: ``value``, shape ``()``.
+    :raises RuntimeError: in a backward pass with ``create_graph=True``.
+    """
+    return _WithGradient.apply(value, parameter, gradient, scale)
+
+
+class _AttachPenalty(Function):
+    @staticmethod
+    def forward(value: Tensor, penalty: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        return cotangent, cotangent.abs()
+
+
+def attach_penalty(value: Tensor, penalty: Tensor) -> Tensor:
+    """``value``, with a penalty to be *minimized* riding on its gradient.
+
+    The backward pass adds ``|∂loss/∂value| · ∂penalty``: the penalty scales with whatever scales
+    the value (means, plates, particles), and is minimized whether the value is maximized (a
+    density model) or minimized (the entropy of a guide).
+
+    :param Tensor value: the value that is returned, any shape.
+    :param Tensor penalty: the penalty, of the same shape, with its own autograd graph.
+    :return: ``value``, unchanged.
+    """
+    return _AttachPenalty.apply(value, penalty)
+
+
+class _ImplicitSolve(Function):
+    @staticmethod
+    def forward(matrix: Tensor, rows: Tensor, solver: Solver, transposed: bool) -> Tensor:
+        return solver(rows, transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        matrix, _, solver, transposed = inputs
+        ctx.save_for_backward(matrix, output)
+        ctx.solver, ctx.transposed = solver, transposed
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # A u = h  ⇒  du = A⁻¹(dh − dA u)  ⇒  ∂h = v, ∂A = −v uᵀ  with  Aᵀ v = ∂u.
+        # The solve for v is itself differentiable, so higher derivatives are right too.
+        matrix, solution = ctx.saved_tensors
+        adjoint = _ImplicitSolve.apply(matrix, cotangent, ctx.solver, not ctx.transposed)
+        grad_matrix = None
+        if ctx.needs_input_grad[0]:
+            left, right = (solution, adjoint) if ctx.transposed else (adjoint, solution)
+            grad_matrix = -left.mT @ right
+        return grad_matrix, adjoint, None, None
+
+
+def implicit_solve(
+    matrix: Tensor, rows: Tensor, solver: Solver, *, transposed: bool = False
+) -> Tensor:
+    """Solve ``A u = h`` for every row ``h``, differentiably in ``A`` and ``h``.
+
+    The solver is used as it is, forward and (transposed) backward; no gradient passes through
+    its iterations. The gradient is as exact as the solves are.
+
+    :param Tensor matrix: ``A``, shape ``(D, D)``.
+    :param Tensor rows: the right-hand sides as rows, shape ``(B, D)``.
+    :param Solver solver: ``solver(rows, transposed)`` returns the solutions as rows.
+    :param bool transposed: solve with ``Aᵀ`` instead.
+    :return: the solutions as rows, shape ``(B, D)``.
+    """
+    return _ImplicitSolve.apply(matrix, rows, solver, transposed)

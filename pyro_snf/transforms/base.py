@@ -1,0 +1,190 @@
+"""What all transforms of this library share: an honest cache, and an inverse that is a module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor
+from torch.distributions import Transform
+from torch.distributions.constraints import Constraint, dependent_property
+
+from pyro_snf.caching import PairCache
+
+__all__ = ["InverseTransformModule", "InvertibleTransformModule", "check_input"]
+
+Self = TypeVar("Self", bound="InvertibleTransformModule")
+
+
+def check_input(transform: Transform, x: Tensor, event_shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless ``x`` is a floating, non-empty batch of events.
+
+    :param Transform transform: named in the error.
+    :param Tensor x: the input.
+    :param event_shape: the trailing shape to expect; ``()`` for elementwise transforms.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{transform}: expected a floating-point tensor; got {got}")
+    fits = x.shape[max(x.dim() - len(event_shape), 0) :] == torch.Size(event_shape)
+    if not fits or x.numel() == 0:
+        expected = ", ".join(["...", *map(str, event_shape)])
+        raise ValueError(
+            f"{transform}: expected a non-empty tensor of shape ({expected}); got {tuple(x.shape)}"
+        )
+
+
+class InvertibleTransformModule(TransformModule):
+    """A :class:`~pyro.distributions.TransformModule` for learnable bijections.
+
+    Over Pyro's class it adds:
+
+    - ``T.inv`` is a module as well (:class:`InverseTransformModule`): whatever is handed the
+      inverse alone, ``pyro.module`` or a ``PyroModule``, finds the parameters.
+    - The pair that is cached between ``T(x)`` and ``T.inv(y)`` is dropped when it stops being
+      true: see :class:`~pyro_snf.caching.PairCache`. Copies and pickles carry no cache.
+    - :meth:`with_cache` and :meth:`clear_cache`, here and through ``.inv``.
+
+    Subclasses define ``domain``, ``codomain``, ``_call``, ``_inverse``, ``log_abs_det_jacobian``
+    and ``extra_repr``.
+    """
+
+    bijective = True
+
+    def __init__(self, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        self._pair = PairCache()
+
+    def __repr__(self) -> str:
+        # Transform.__repr__ comes first in the method resolution order, and says nothing.
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._cache_size == 0:
+            return self._call(x)
+        state = self._map_state()
+        y = self._pair.y_of(x, state)
+        if y is None:
+            y = self._call(x)
+            self._pair.store(x, y, state)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if self._cache_size == 0:
+            return self._inverse(y)
+        state = self._map_state()
+        x = self._pair.x_of(y, state)
+        if x is None:
+            x = self._inverse(y)
+            if self._inverse_is_exact():
+                self._pair.store(x, y, state)
+        return x
+
+    def _map_state(self) -> list[Tensor]:
+        """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""
+        return list(self.parameters())
+
+    def _inverse_is_exact(self) -> bool:
+        """Whether ``_inverse`` may be taken for the inverse of ``_call``, to rounding."""
+        return True
+
+    @property
+    def inv(self) -> InverseTransformModule:
+        """The inverse transform, always the same object; ``T.inv.inv is T``."""
+        return self._inv if self._inv is not None else InverseTransformModule(self)
+
+    def with_cache(self: Self, cache_size: int = 1) -> Self:
+        """This transform with another cache size; it shares parameters, buffers and children."""
+        if cache_size == self._cache_size:
+            return self
+        if cache_size not in (0, 1):
+            raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
+        twin = copy.copy(self)  # shares the dictionaries of parameters, buffers and children
+        twin._cache_size = cache_size
+        twin._pair = PairCache()
+        return twin
+
+    def clear_cache(self) -> None:
+        """Drop the cached pair."""
+        self._pair.clear()
+
+
+class InverseTransformModule(TransformModule):
+    """The inverse of a transform, registered as a module that holds the transform.
+
+    The ``.inv`` of the transforms of this library is one. Use the class itself to invert a
+    transform of Pyro without losing sight of its parameters:
+
+    >>> inverse = InverseTransformModule(dist.transforms.Spline(3))
+    >>> len(list(inverse.parameters()))
+    4
+
+    :param Transform transform: any bijective transform; if it is a module, it is registered.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__(cache_size=transform._cache_size)
+        self.transform = transform
+        self._link()
+
+    @dependent_property(is_discrete=False)
+    def domain(self) -> Constraint:
+        return self.transform.codomain
+
+    @dependent_property(is_discrete=False)
+    def codomain(self) -> Constraint:
+        return self.transform.domain
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]  # a property, as in torch's own inverse
+        return self.transform.bijective
+
+    @property
+    def sign(self) -> Any:
+        return self.transform.sign
+
+    @property
+    def inv(self) -> Transform:
+        """The transform itself."""
+        return self.transform
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.transform!r})"
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.transform._inv_call(y)
+
+    def _inv_call(self, x: Tensor) -> Tensor:
+        return self.transform(x)
+
+    def log_abs_det_jacobian(self, y: Tensor, x: Tensor) -> Tensor:
+        return -self.transform.log_abs_det_jacobian(x, y)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.forward_shape(shape)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """The inverse of the transform with another cache size."""
+        if cache_size == self.transform._cache_size:
+            return self
+        return InverseTransformModule(self.transform.with_cache(cache_size))
+
+    def clear_cache(self) -> None:
+        """Drop the transform's cached pair."""
+        self.transform.clear_cache()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A transform leaves its link to the inverse out of pickles and copies.
+        super().__setstate__(state)
+        self._link()
+
+    def _link(self) -> None:
+        """Make this module the ``.inv`` of the transform."""
+        # Past nn.Module.__setattr__: as a registered child of the transform, this module, which
+        # registers the transform in turn, would send .to() and state_dict() round in circles.
+        self.transform.__dict__["_inv"] = self

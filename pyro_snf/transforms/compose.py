@@ -1,0 +1,59 @@
+"""Stacks of transforms whose inverse is a module too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro.distributions.transforms import ComposeTransformModule
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_snf.transforms.base import InverseTransformModule
+
+__all__ = ["Compose"]
+
+
+class Compose(ComposeTransformModule):
+    r"""The composition :math:`T = T_n \circ \cdots \circ T_1` of transforms.
+
+    Pyro's ``ComposeTransformModule``, except that ``.inv`` is a registered module (Pyro's is a
+    bare transform, whose parameters ``pyro.module`` does not find), and stays one through
+    ``with_cache``. So one stack serves as a guide, ``TransformedDistribution(base, [T])``, and as
+    a density model, ``TransformedDistribution(base, [T.inv])``.
+
+    >>> flow = Compose([SelfNormalizingLinear(3), SmoothLeakyReLU(), SelfNormalizingLinear(3)])
+    >>> density = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0), [flow.inv])
+    >>> density.log_prob(torch.zeros(5, 3)).shape
+    torch.Size([5])
+
+    :param parts: the transforms, in the order in which they are applied; those of Pyro and torch
+        too.
+    :param int cache_size: 1 to turn the caches of all parts on.
+    """
+
+    def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
+        if len(parts) == 0:
+            raise ValueError("expected at least one transform; got none")
+        super().__init__(list(parts), cache_size=cache_size)
+
+    @property
+    def inv(self) -> InverseTransformModule:
+        """The inverse transform, always the same object; ``T.inv.inv is T``."""
+        return self._inv if self._inv is not None else InverseTransformModule(self)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part.inv(y)
+        return y
+
+    def with_cache(self, cache_size: int = 1) -> Compose:
+        """The stack with another cache size."""
+        if cache_size == self._cache_size:
+            return self
+        return Compose(self.parts, cache_size=cache_size)
+
+    def clear_cache(self) -> None:
+        """Drop the cached pairs of all parts."""
+        for part in self.parts:
+            part.clear_cache()
+

@@ -1,0 +1,316 @@
+"""Unconstrained dense layers whose log-determinant costs O(D²)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_snf.caching import ParameterCache
+from pyro_snf.dense import near_identity
+from pyro_snf.dense.exact import ExactFactors, ExactLogDet
+from pyro_snf.dense.learned import LearnedInverse
+from pyro_snf.dense.tracked import TrackedInverse
+from pyro_snf.geco import GECO
+from pyro_snf.surrogate import implicit_solve, with_gradient
+from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+
+__all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
+
+# A step of iterative refinement at least halves the residual, or the exact solve takes over. So
+# this many are enough for float64, and an R that is good enough to train with needs far fewer.
+_MAX_REFINEMENTS = 60
+
+
+class SelfNormalizingLinear(InvertibleTransformModule):
+    r"""The unconstrained affine map
+
+    .. math::
+        T(x) = W x + b, \qquad
+        W = \operatorname{diag}(e^{s})\,A, \qquad A = I + \Theta / \sqrt D,
+
+    with :math:`\log|\det W| = \sum_i s_i + \log|\det A|` (Keller et al., 2021). It starts as
+    ``init_scale`` times the identity.
+
+    ============  =====================================  ===========================  ============
+    ``log_det``   gradient of :math:`\log|\det A|`       value in training            cost a step
+    ============  =====================================  ===========================  ============
+    "refined"     :math:`R^\top`, R tracks A⁻¹: close    estimate, error tr(E²)/2     O(kD²)
+    "learned"     :math:`R^\top`, R a parameter: biased  exactly 0                    O(BD²)
+    "exact"       :math:`A^{-\top}`                      exact                        O(D³)
+    ============  =====================================  ===========================  ============
+
+    where E = I − RA, k is the number of probes and B the batch size. *In training* means in
+    ``train()`` mode, with gradients recorded and parameters that require them. Otherwise, that
+    is under ``no_grad``, in ``eval()`` mode or with frozen parameters, value and gradient are
+    exact, O(D³) once and then cached until a parameter changes. ``T(x)`` is always exact.
+
+    ``"refined"`` keeps its error measured: :attr:`certificate`. Where that is above ``tolerance``,
+    it takes more rounds, then an exact refresh (:attr:`num_refreshes`); see
+    :mod:`pyro_snf.dense.tracked`. ``"learned"`` is the paper's objective with all its parts; see
+    :mod:`pyro_snf.dense.learned`.
+
+    ``T.inv(y)`` with ``inverse="refined"`` starts from R and refines to rounding, falling back to
+    an exact solve where R is too far off; ``"exact"`` solves by LU at once, O(D³) for every new W;
+    both have implicit gradients. ``"learned"`` is one pass through R, the paper's fast sampler: an
+    *approximate* inverse, whose error :func:`pyro_snf.diagnostics.inverse_error` measures.
+
+    As a guide, samples pass through T:
+
+    >>> transform = SelfNormalizingLinear(3, init_scale=0.1)
+    >>> guide = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0), [transform])
+    >>> guide.rsample().shape
+    torch.Size([3])
+
+    As a density model, data pass through T, from data to latent:
+
+    >>> density = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0), [transform.inv])
+    >>> loss = -density.log_prob(torch.ones(8, 3)).mean()
+    >>> loss.backward()
+
+    :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
+    :param str log_det: ``"refined"``, ``"learned"`` or ``"exact"``.
+    :param str inverse: ``"refined"``, ``"learned"`` or ``"exact"``.
+    :param bool bias: whether there is a b; it starts at 0.
+    :param float init_scale: the scale :math:`e^s` to start from, positive. A guide does well to
+        start narrow, at 0.1 say.
+    :param int num_probes: k, for ``"refined"``.
+    :param float tolerance: of the certificate, in (0, 1), for ``"refined"``.
+    :param int seed: of the probes, for ``"refined"``.
+    :param reconstruction_weight: λ, a number or a :class:`~pyro_snf.GECO`, for ``"learned"``.
+    :param float mixture: the share of the inverse's density in [0, 1), for ``"learned"``.
+    :param str reconstruction: what the penalty trains, ``"both"`` matrices, the ``"inverse"``
+        alone, or both by the ``"symmetric"`` form; for ``"learned"``.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :raises ValueError: for options that are not of these, and for inputs that are not floating,
+        empty, of another last dimension or another dtype.
+    :raises torch.linalg.LinAlgError: where a log-determinant or an inverse is asked of a W that
+        is singular or not finite.
+
+    References:
+
+    T. Anderson Keller, Jorn W.T. Peters, Priyank Jaini, Emiel Hoogeboom, Patrick Forré, Max
+    Welling. Self Normalizing Flows. ICML 2021. [arXiv:2011.07248]
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    LOG_DETS = ("refined", "learned", "exact")
+    INVERSES = ("refined", "learned", "exact")
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        log_det: str = "refined",
+        inverse: str = "refined",
+        bias: bool = True,
+        init_scale: float = 1.0,
+        num_probes: int = 8,
+        tolerance: float = 0.05,
+        seed: int = 0,
+        reconstruction_weight: float | GECO = 1.0,
+        mixture: float = 0.5,
+        reconstruction: str = "both",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(input_dim, int) or input_dim < 1:
+            raise ValueError(f"expected input_dim, an integer >= 1; got {input_dim!r}")
+        if not (init_scale > 0 and math.isfinite(init_scale)):
+            raise ValueError(f"expected init_scale > 0; got {init_scale}")
+        for name, value, options in [
+            ("log_det", log_det, self.LOG_DETS),
+            ("inverse", inverse, self.INVERSES),
+            ("reconstruction", reconstruction, LearnedInverse.RECONSTRUCTIONS),
+        ]:
+            if value not in options:
+                raise ValueError(f"expected {name} to be one of {options}; got {value!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"expected a floating-point dtype; got {dtype}")
+        self.input_dim = input_dim
+        self.log_det = log_det
+        self.inverse = inverse
+
+        factory = {"device": device, "dtype": dtype}
+        self.theta = nn.Parameter(torch.zeros(input_dim, input_dim, **factory))
+        self.log_scale = nn.Parameter(torch.full((input_dim,), math.log(init_scale), **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(input_dim, **factory))
+        else:
+            self.register_parameter("bias", None)
+
+        self.estimator: ExactLogDet | LearnedInverse | TrackedInverse
+        if log_det == "refined":
+            self.estimator = TrackedInverse(
+                input_dim, num_probes=num_probes, tolerance=tolerance, seed=seed, **factory
+            )
+        elif log_det == "learned":
+            self.estimator = LearnedInverse(
+                input_dim,
+                mixture=mixture,
+                reconstruction_weight=reconstruction_weight,
+                reconstruction=reconstruction,
+                **factory,
+            )
+        else:
+            self.estimator = ExactLogDet()
+        self._factors: ParameterCache[ExactFactors] = ParameterCache()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_dim}, log_det={self.log_det!r}, inverse={self.inverse!r}, "
+            f"bias={self.bias is not None}, training value: {self.estimator.training_value}"
+        )
+
+    def _call(self, x: Tensor) -> Tensor:
+        rows = self._as_rows(x)
+        y = self.estimator.multiply(self.theta, rows) * self.log_scale.exp()
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(x.shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows = self._as_rows(y)
+        if self.bias is not None:
+            rows = rows - self.bias
+        rows = rows * torch.exp(-self.log_scale)
+        with torch.autocast(y.device.type, enabled=False), self._named_errors():
+            if self.inverse == "learned" and isinstance(self.estimator, LearnedInverse):
+                # R is a map of its own here: gradients go to its parameter.
+                return self.estimator.apply_inverse(rows).reshape(y.shape)
+            x = implicit_solve(near_identity.matrix(self.theta), rows, self._solve)
+            if isinstance(self.estimator, LearnedInverse):
+                x = self.estimator.mixture_solution(x, rows)
+            return x.reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = self._as_rows(x)
+        with torch.autocast(x.device.type, enabled=False), self._named_errors():
+            if torch.jit.is_tracing():  # tracking is not an operation that a trace could repeat
+                value = ExactLogDet().training_log_abs_det(self.theta, rows)
+            elif self.training and torch.is_grad_enabled() and self.theta.requires_grad:
+                value = self.estimator.training_log_abs_det(self.theta, rows)
+            else:
+                value = self._exact_log_abs_det()
+            scale = self.log_scale.sum()
+            if isinstance(self.estimator, LearnedInverse) and value.dim() == 1:
+                scale = scale - scale.detach()  # the term adds exactly 0 to the value
+            value = value + scale
+        return value.expand(len(rows)).reshape(x.shape[:-1])
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective W, shape ``(D, D)``."""
+        return self.log_scale.exp().unsqueeze(-1) * near_identity.matrix(self.theta)
+
+    @property
+    def inverse_weight(self) -> Tensor:
+        """R ≈ W⁻¹ as the layer knows it, shape ``(D, D)``: tracked, learned or (in O(D³)) exact."""
+        inverse = self._approximate_inverse_t().mT
+        return inverse * torch.exp(-self.log_scale.detach()).to(inverse.dtype)
+
+    @property
+    def certificate(self) -> float | None:
+        """The latest estimate of ‖I − RW‖_F/√D; None unless ``log_det="refined"``."""
+        return self.estimator.certificate if isinstance(self.estimator, TrackedInverse) else None
+
+    @property
+    def num_refreshes(self) -> int | None:
+        """Exact refreshes of R so far; None unless ``log_det="refined"``."""
+        return self.estimator.num_refreshes if isinstance(self.estimator, TrackedInverse) else None
+
+    def refresh(self) -> None:
+        """Recompute R exactly, in O(D³). Nothing to do unless ``log_det="refined"``."""
+        if isinstance(self.estimator, TrackedInverse):
+            with self._named_errors():
+                self.estimator.refresh(self.theta)
+
+    def _map_state(self) -> list[Tensor]:
+        parameters = [self.theta, self.log_scale]
+        return parameters if self.bias is None else [*parameters, self.bias]
+
+    def _inverse_is_exact(self) -> bool:
+        return self.inverse != "learned"
+
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """Check an input of shape ``(..., D)`` and flatten it to ``(B, D)``."""
+        check_input(self, x, (self.input_dim,))
+        if x.dtype != self.theta.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self}: expected dtype {self.theta.dtype}; got {x.dtype}")
+        return x.reshape(-1, self.input_dim)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(f"{self}: {error}") from error
+
+    def _exact_factors(self) -> ExactFactors:
+        return self._factors.get([self.theta], lambda: ExactFactors(self.theta))
+
+    def _exact_log_abs_det(self) -> Tensor:
+        """Exact ``log|det A|``, shape ``()``, with its exact gradient."""
+        factors = self._exact_factors()
+        if not (torch.is_grad_enabled() and self.theta.requires_grad):
+            return factors.log_abs_det
+        scale = 1 / math.sqrt(self.input_dim)
+        return with_gradient(factors.log_abs_det, self.theta, factors.inverse_t, scale=scale)
+
+    def _approximate_inverse_t(self) -> Tensor:
+        """``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``, a constant to autograd."""
+        if isinstance(self.estimator, TrackedInverse):
+            return self.estimator.inverse_t
+        if isinstance(self.estimator, LearnedInverse):
+            return self.estimator.inverse_t()
+        return self._exact_factors().inverse_t
+
+    @torch.no_grad()
+    def _solve(self, rows: Tensor, transposed: bool) -> Tensor:
+        """``A⁻¹ h`` (or ``A⁻ᵀ h``) for every row ``h``, by the method of ``self.inverse``."""
+        if self.inverse == "exact" or self.log_det == "exact":
+            return self._exact_factors().solve(rows, transposed)
+        inverse_t = self._approximate_inverse_t().to(rows.dtype)
+        factor = inverse_t.mT if transposed else inverse_t
+        solution = rows @ factor
+        if self.inverse == "learned":
+            return solution
+        multiply = near_identity.multiply_transposed if transposed else near_identity.multiply
+        # The rounding level of a residual, with ‖A‖_F ≤ √D + ‖Θ‖_F/√D: what a backward stable
+        # solve leaves, eps ‖A‖ ‖u‖, at most.
+        root = math.sqrt(self.input_dim)
+        level = torch.finfo(rows.dtype).eps * (root + self.theta.norm() / root)
+        # A row that is not finite never will be: it passes through, and stops no other.
+        finite = torch.isfinite(rows).all(-1)
+        previous = math.inf
+        for _ in range(_MAX_REFINEMENTS):
+            residual = rows - multiply(self.theta, solution)
+            excess = (residual.norm(dim=-1) / (level * solution.norm(dim=-1)))[finite]
+            largest = excess.max().item() if len(excess) else 0.0
+            # Below 1 the residual is rounding; one step more costs little and often gains.
+            if not largest <= previous / 2:
+                break
+            solution = solution + residual @ factor
+            previous = largest
+        if previous < 1:
+            return solution
+        return self._exact_factors().solve(rows, transposed)
+
+
+def self_normalizing_linear(input_dim: int, **kwargs: object) -> SelfNormalizingLinear:
+    """A :class:`SelfNormalizingLinear`, in the style of Pyro's helper functions.
+
+    >>> stack = dist.transforms.iterated(2, self_normalizing_linear, 3, init_scale=0.5)
+
+    :param int input_dim: D, the number of features.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear`.
+    """
+    return SelfNormalizingLinear(input_dim, **kwargs)  # type: ignore[arg-type]
