@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PARTIAL := $(VENV)/.partial
 
 # Figures are written to files, so no display is needed.
 export MPLBACKEND ?= Agg
@@ -20,17 +21,21 @@ help: ## List the targets
 
 setup: $(STAMP) ## Make .venv with the package and its development tools (PYTHON=python3.12 picks another Python)
 
-# A .venv that cannot be used (half made, its Python gone or too old) is made anew; one that lacks
-# only the stamp is completed. The stamp is written last.
+# A .venv that cannot be used (its Python gone or too old) or whose making was interrupted is made
+# anew: pip takes a package that was half written for an installed one. One that only lacks the
+# stamp, or whose stamp is older than the requirements, is completed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=/path/to/python" if sys.version_info < (3, 10) else 0)'
 	@rm -f $@
-	@if ! $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
+	@if [ -e $(PARTIAL) ] || \
+		! $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then \
 		echo "Making $(VENV)"; \
-		$(PYTHON) -m venv --clear $(VENV); \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(PARTIAL) && $(PYTHON) -m venv $(VENV); \
 	fi
+	@touch $(PARTIAL)
 	@echo "Installing into $(VENV)"
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@rm -f $(PARTIAL)
 	@touch $@
 
 demo: setup ## Run the two main examples with their default options

@@ -123,7 +123,8 @@ class PairCache:
         return None
 
     def _is_valid(self, parameters: Sequence[Tensor]) -> bool:
-        assert self._pair is not None and self._state is not None
+        assert self._pair is not None
+        assert self._state is not None
         now = (*map(_version, self._pair), torch.is_grad_enabled())
         return now == self._conditions and self._state.holds(parameters)
 

@@ -20,8 +20,9 @@ where the measurement found it. With vectors as columns, as on paper:
 5. *Value.* ``log|det A| = −log|det R| + log|det(I − E)| ≈ −log|det R| − tr E``, where the trace is
    ``D − ⟨Rᵀ, A⟩``, exact in O(D²). What is left is of second order: ``tr(E²)/2``.
 
-Numbers as large as ‖E‖ ~ 1 mean that R has lost A (a checkpoint was loaded, A was edited): then
-more rounds are taken, and, where a round does not halve the error, one exact refresh in O(D³).
+One round a step is enough while A moves slowly. Where the certificate is above the tolerance (the
+learning rate is high, a checkpoint was loaded, A was edited), more rounds follow, each with twice
+the probes; and where a round does not halve the error, one exact refresh in O(D³).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pyro_snf.surrogate import with_gradient
 
 __all__ = ["TrackedInverse"]
 
-# Rounds of measure, aim and update after which a refresh is cheaper than another round.
+# With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
 
 
@@ -52,7 +53,7 @@ class TrackedInverse(nn.Module):
     goes on as if it had not stopped. R is kept in float32 at least, whatever ``A`` is in.
 
     :param int dim: D.
-    :param int num_probes: k, at least 1; more than D are not used.
+    :param int num_probes: k, at least 1, of a first round; more than D are not used.
     :param float tolerance: the certificate, in ``(0, 1)``, above which one round is not enough.
     :param int seed: of the probes.
     """
@@ -78,7 +79,7 @@ class TrackedInverse(nn.Module):
             raise ValueError(f"expected num_probes >= 1; got {num_probes}")
         if not 0 < tolerance < 1:
             raise ValueError(f"expected tolerance in (0, 1); got {tolerance}")
-        self.num_probes = min(num_probes, dim)
+        self.num_probes = num_probes
         self.tolerance = tolerance
         self.seed = seed
         #: Rounds of measure, aim and update so far.
@@ -87,6 +88,8 @@ class TrackedInverse(nn.Module):
         self.num_refreshes = 0
         #: The latest estimate of ‖I − RA‖_F/√D, measured before the correction that followed it.
         self.certificate = math.nan
+        #: What the latest refresh left of it: the rounding level, which grows with A's condition.
+        self.rounding_level = 0.0
         eye = torch.eye(dim, device=device, dtype=dtype)
         if eye.dtype in (torch.bfloat16, torch.float16):
             eye = eye.float()
@@ -136,10 +139,12 @@ class TrackedInverse(nn.Module):
         ):
             return
         current = theta.detach().to(self.inverse_t.dtype)
+        # No refresh could do better than the last one did.
+        tolerance = max(self.tolerance, 2 * self.rounding_level)
         previous = math.inf
-        for _ in range(_MAX_ROUNDS):
-            self._round(current)
-            if self.certificate <= self.tolerance:
+        for doublings in range(_MAX_ROUNDS):
+            self._round(current, self.num_probes * 2**doublings)
+            if self.certificate <= tolerance:
                 break
             if not self.certificate <= previous / 2:  # also where it is NaN
                 self.refresh(theta)
@@ -164,7 +169,8 @@ class TrackedInverse(nn.Module):
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
         self.num_refreshes += 1
         current = theta.detach().to(self.inverse_t.dtype)
-        _, self.certificate = self._measure(current)
+        _, self.certificate = self._measure(current, self.num_probes)
+        self.rounding_level = self.certificate
         if not self.certificate < 1:
             raise torch.linalg.LinAlgError(
                 f"the weight is numerically singular in {current.dtype}: its computed inverse R "
@@ -172,9 +178,9 @@ class TrackedInverse(nn.Module):
             )
         self._forget()
 
-    def _round(self, theta: Tensor) -> None:
+    def _round(self, theta: Tensor, num_probes: int) -> None:
         """Measure, aim and update once (steps 1 to 4 of the module's text)."""
-        residual, self.certificate = self._measure(theta)
+        residual, self.certificate = self._measure(theta, num_probes)
         if not math.isfinite(self.certificate):
             return
         # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
@@ -187,20 +193,21 @@ class TrackedInverse(nn.Module):
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
         self.log_abs_det_inverse -= torch.linalg.slogdet(middle.double()).logabsdet
 
-    def _measure(self, theta: Tensor) -> tuple[Tensor, float]:
+    def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, float]:
         """The residual ``(EG)ᵀ`` of fresh probes, shape ``(k, D)``, and the certificate."""
-        probes = self._draw_probes()
+        probes = self._draw_probes(num_probes)
         residual = probes - near_identity.multiply(theta, probes) @ self.inverse_t
         return residual, (residual.norm() / probes.norm()).item()
 
-    def _draw_probes(self) -> Tensor:
-        """k fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
+    def _draw_probes(self, num_probes: int) -> Tensor:
+        """Fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = torch.Generator(device)
         # Distinct for every pair of a seed and a count below 2³²; the generator takes 64 bits.
         generator.manual_seed((self.seed * 2**32 + self.num_rounds) % 2**63)
         self.num_rounds += 1
-        shape = (self.num_probes, self.inverse_t.shape[-1])
+        dim = self.inverse_t.shape[-1]
+        shape = (min(num_probes, dim), dim)
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -209,6 +216,7 @@ class TrackedInverse(nn.Module):
             "num_rounds": self.num_rounds,
             "num_refreshes": self.num_refreshes,
             "certificate": self.certificate,
+            "rounding_level": self.rounding_level,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -216,6 +224,7 @@ class TrackedInverse(nn.Module):
         self.num_rounds = state["num_rounds"]
         self.num_refreshes = state["num_refreshes"]
         self.certificate = state["certificate"]
+        self.rounding_level = state["rounding_level"]
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:

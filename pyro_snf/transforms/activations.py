@@ -137,10 +137,10 @@ class _InverseSmoothLeakyReLU(Function):
         return grad_y, grad_alpha
 
 
-def smooth_leaky_relu(alpha: float = 0.3, **kwargs: object) -> SmoothLeakyReLU:
+def smooth_leaky_relu(alpha: float = 0.3, **kwargs: Any) -> SmoothLeakyReLU:
     """A :class:`SmoothLeakyReLU`, in the style of Pyro's helper functions.
 
     :param float alpha: the slope at −∞, in (0, 1).
     :param kwargs: the keyword arguments of :class:`SmoothLeakyReLU`.
     """
-    return SmoothLeakyReLU(alpha, **kwargs)  # type: ignore[arg-type]
+    return SmoothLeakyReLU(alpha, **kwargs)

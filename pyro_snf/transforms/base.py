@@ -93,7 +93,10 @@ class InvertibleTransformModule(TransformModule):
     @property
     def inv(self) -> InverseTransformModule:
         """The inverse transform, always the same object; ``T.inv.inv is T``."""
-        return self._inv if self._inv is not None else InverseTransformModule(self)
+        inverse = self._inv
+        return (
+            inverse if isinstance(inverse, InverseTransformModule) else InverseTransformModule(self)
+        )
 
     def with_cache(self: Self, cache_size: int = 1) -> Self:
         """This transform with another cache size; it shares parameters, buffers and children."""
@@ -153,14 +156,14 @@ class InverseTransformModule(TransformModule):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform!r})"
 
-    def __call__(self, y: Tensor) -> Tensor:
-        return self.transform._inv_call(y)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.transform._inv_call(x)
 
-    def _inv_call(self, x: Tensor) -> Tensor:
-        return self.transform(x)
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
 
-    def log_abs_det_jacobian(self, y: Tensor, x: Tensor) -> Tensor:
-        return -self.transform.log_abs_det_jacobian(x, y)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.transform.log_abs_det_jacobian(y, x)  # this one's output is T's input
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.inverse_shape(shape)
@@ -176,7 +179,7 @@ class InverseTransformModule(TransformModule):
 
     def clear_cache(self) -> None:
         """Drop the transform's cached pair."""
-        self.transform.clear_cache()
+        self.transform.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A transform leaves its link to the inverse out of pickles and copies.

@@ -39,7 +39,10 @@ class Compose(ComposeTransformModule):
     @property
     def inv(self) -> InverseTransformModule:
         """The inverse transform, always the same object; ``T.inv.inv is T``."""
-        return self._inv if self._inv is not None else InverseTransformModule(self)
+        inverse = self._inv
+        return (
+            inverse if isinstance(inverse, InverseTransformModule) else InverseTransformModule(self)
+        )
 
     def _inv_call(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):
@@ -55,5 +58,4 @@ class Compose(ComposeTransformModule):
     def clear_cache(self) -> None:
         """Drop the cached pairs of all parts."""
         for part in self.parts:
-            part.clear_cache()
-
+            part.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class

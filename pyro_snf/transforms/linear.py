@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         bias: bool = True,
         init_scale: float = 1.0,
         num_probes: int = 8,
-        tolerance: float = 0.05,
+        tolerance: float = 0.01,
         seed: int = 0,
         reconstruction_weight: float | GECO = 1.0,
         mixture: float = 0.5,
@@ -139,7 +140,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         self.log_det = log_det
         self.inverse = inverse
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.theta = nn.Parameter(torch.zeros(input_dim, input_dim, **factory))
         self.log_scale = nn.Parameter(torch.full((input_dim,), math.log(init_scale), **factory))
         if bias:
@@ -305,7 +306,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         return self._exact_factors().solve(rows, transposed)
 
 
-def self_normalizing_linear(input_dim: int, **kwargs: object) -> SelfNormalizingLinear:
+def self_normalizing_linear(input_dim: int, **kwargs: Any) -> SelfNormalizingLinear:
     """A :class:`SelfNormalizingLinear`, in the style of Pyro's helper functions.
 
     >>> stack = dist.transforms.iterated(2, self_normalizing_linear, 3, init_scale=0.5)
@@ -313,4 +314,4 @@ def self_normalizing_linear(input_dim: int, **kwargs: object) -> SelfNormalizing
     :param int input_dim: D, the number of features.
     :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear`.
     """
-    return SelfNormalizingLinear(input_dim, **kwargs)  # type: ignore[arg-type]
+    return SelfNormalizingLinear(input_dim, **kwargs)

@@ -1,0 +1,146 @@
+"""What happens to a tracked inverse that loses its matrix.
+
+A refined layer (D = 256 by default) is fitted to correlated Gaussian data. Then, one at a time,
+
+- the learning rate is multiplied by 30;
+- W is edited in place: under ``no_grad``, and through ``.data``, which autograd does not see;
+- rows of W are swapped through ``.data``;
+- another run's parameters are loaded: into the layer, and through Pyro's parameter store.
+
+A row of the table follows each of them for 20 training steps: the relative error of the gradient
+of log|det W| *that the step used*, at its worst and in the end, the largest error of the value
+that the step reported, and how many exact refreshes it took.
+
+    python benchmarks/stress.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_snf import SelfNormalizingLinear
+from pyro_snf.dense import near_identity
+from pyro_snf.diagnostics import gradient_error
+
+STEPS = 20
+
+
+def make_data(dim: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator) / dim**0.5
+    return torch.randn(4096, dim, generator=generator) @ mixing + 1
+
+
+class Run:
+    """One training run of a density model with one layer."""
+
+    def __init__(self, dim: int, learning_rate: float, seed: int) -> None:
+        self.layer = SelfNormalizingLinear(dim)
+        base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+        self.density = dist.TransformedDistribution(base, [self.layer.inv])
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=learning_rate)
+        self.data = make_data(dim, seed)
+        self.batches = torch.Generator().manual_seed(seed)
+
+    def step(self) -> tuple[float, float]:
+        """Train once; return the errors of the gradient and of the value that were used."""
+        index = torch.randint(len(self.data), (128,), generator=self.batches)
+        self.optimizer.zero_grad()
+        (-self.density.log_prob(self.data[index]).mean()).backward()
+        point = self.data[:1]
+        value = self.layer.log_abs_det_jacobian(point, point).item()
+        theta = self.layer.theta.detach().double()
+        exact = torch.linalg.slogdet(near_identity.matrix(theta)).logabsdet
+        exact = exact + self.layer.log_scale.detach().double().sum()
+        error = gradient_error(self.layer).relative
+        self.optimizer.step()
+        return error, abs(value - exact.item())
+
+
+@torch.no_grad()
+def edit(run: Run) -> None:
+    run.layer.theta.add_(torch.randn_like(run.layer.theta))
+
+
+def edit_data(run: Run) -> None:
+    run.layer.theta.data.add_(torch.randn_like(run.layer.theta))
+
+
+def edit_entry(run: Run) -> None:
+    run.layer.theta.data[3, 5] += 50.0
+
+
+def swap_rows(run: Run) -> None:
+    weight = near_identity.matrix(run.layer.theta.detach()).roll(1, 0)
+    dim = run.layer.input_dim
+    run.layer.theta.data.copy_((weight - torch.eye(dim)) * dim**0.5)
+
+
+def raise_learning_rate(run: Run) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] *= 30
+
+
+def load_parameters(run: Run) -> None:
+    other = Run(run.layer.input_dim, 1e-2, seed=1)
+    for _ in range(200):
+        other.step()
+    with torch.no_grad():
+        for mine, theirs in zip(run.layer.parameters(), other.layer.parameters(), strict=True):
+            mine.data = theirs.clone()
+
+
+def load_state_dict(run: Run) -> None:
+    other = Run(run.layer.input_dim, 1e-2, seed=1)
+    for _ in range(200):
+        other.step()
+    run.layer.load_state_dict(other.layer.state_dict())
+
+
+EVENTS: dict[str, Callable[[Run], None]] = {
+    "learning rate × 30": raise_learning_rate,
+    "all of W edited, no_grad": edit,
+    "all of W edited, .data": edit_data,
+    "one entry edited, .data": edit_entry,
+    "rows of W rotated, .data": swap_rows,
+    "another run's parameters, alone": load_parameters,
+    "another run's state_dict": load_state_dict,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    print("| event | certificate at once | refreshes | gradient error, worst | step 20 | value |")
+    print("|---|---|---|---|---|---|")
+    for name, event in EVENTS.items():
+        torch.manual_seed(args.seed)
+        run = Run(args.dim, args.learning_rate, args.seed)
+        for _ in range(300):
+            run.step()
+        event(run)
+        refreshes = run.layer.num_refreshes  # read now: a state_dict brings its own count
+        errors, values, first = [], [], None
+        for step in range(STEPS + (name.startswith("learning"))):
+            error, value = run.step()
+            if step or not name.startswith("learning"):  # a rate acts from the next step on
+                errors.append(error)
+                values.append(value)
+                first = run.layer.certificate if first is None else first
+        print(
+            f"| {name} | {first:.2g} | {run.layer.num_refreshes - refreshes} | {max(errors):.2%} "
+            f"| {errors[-1]:.2%} | {max(values):.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Pictures that examples and users share.
+
+Every function returns a new :class:`matplotlib.figure.Figure` and leaves pyplot and its global
+state alone: save it with ``figure.savefig("name.png")``; a notebook shows it by itself. The
+colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in
+their dashes too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["plot_curves", "plot_fields", "plot_image_grid", "plot_intensity"]
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+
+# The share of the posterior that a band leaves out on either side, for a 90 % band.
+_TAIL = 0.05
+
+# A screenful for the eye: beyond it, panels go to a new row.
+_MAX_PANELS_IN_A_ROW = 3
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """Curves in one panel, with a legend.
+
+    >>> figure = plot_curves({"loss": ([0, 1, 2], [3.0, 2.0, 1.5])}, xlabel="step", ylabel="nats")
+
+    :param curves: for every label, the positions and the values, of equal length.
+    :param str xlabel: what the positions are, and their unit.
+    :param str ylabel: what the values are, and their unit.
+    :param str title: above the panel.
+    :param ylim: the lowest and the highest value to show; all of them unless given.
+    :raises ValueError: if there are no curves, or a curve is empty or of two lengths.
+    """
+    if not curves:
+        raise ValueError("expected at least one curve; got none")
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, (positions, values)) in enumerate(curves.items()):
+        if len(positions) != len(values) or len(values) == 0:
+            raise ValueError(
+                f"curve {label!r}: expected as many positions as values, at least one; "
+                f"got {len(positions)} and {len(values)}"
+            )
+        color, dashes = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
+        axes.plot(positions, values, label=label, color=color, linestyle=dashes, linewidth=1.8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=ylim)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_image_grid(
+    images: Tensor, *, columns: int, row_labels: Sequence[str] = (), title: str = ""
+) -> Figure:
+    """Grey images in rows, all on the grey scale from the lowest to the highest value of all.
+
+    >>> figure = plot_image_grid(torch.rand(12, 8, 8), columns=6, row_labels=["data", "samples"])
+
+    :param Tensor images: shape ``(N, H, W)``, row after row.
+    :param int columns: the number of images in a row; the last row may have fewer.
+    :param row_labels: a label for every row, to its left; or none.
+    :param str title: above the images.
+    :raises ValueError: for images that are not of this shape, and where the labels are not as
+        many as the rows.
+    """
+    values = _values(images, "images", ("N", "H", "W"))
+    if columns < 1:
+        raise ValueError(f"expected columns >= 1; got {columns}")
+    count, height, width = values.shape
+    rows = math.ceil(count / columns)
+    if row_labels and len(row_labels) != rows:
+        raise ValueError(f"expected {rows} row_labels, one a row; got {len(row_labels)}")
+    inches = 0.55  # of one image
+    figure = Figure(
+        figsize=(inches * columns + 1.2 * bool(row_labels), inches * rows * height / width + 0.4),
+        layout="constrained",
+    )
+    grid = figure.subplots(rows, columns, squeeze=False)
+    low, high = values.min(), values.max()
+    for index, axes in enumerate(grid.flat):
+        if index < count:
+            axes.imshow(values[index], cmap="gray", vmin=low, vmax=high)
+            axes.set(xticks=[], yticks=[])
+        else:
+            axes.set_axis_off()
+    for label, axes in zip(row_labels, grid[:, 0], strict=False):
+        axes.set_ylabel(label, rotation="horizontal", ha="right", va="center")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def plot_intensity(
+    positions: Tensor,
+    counts: Tensor,
+    samples: Mapping[str, Tensor],
+    *,
+    truth: Tensor | None = None,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Posteriors of an intensity along a line: a panel each, with mean, 90 % band and counts.
+
+    On a square-root scale, where the noise of Poisson counts is equally wide at every height.
+
+    >>> counts = torch.tensor([3.0, 5.0, 4.0])
+    >>> figure = plot_intensity(
+    ...     torch.arange(3.0), counts, {"guide": torch.rand(50, 3)}, xlabel="year", ylabel="events"
+    ... )
+
+    :param Tensor positions: where the counts lie on the line, shape ``(D,)``.
+    :param Tensor counts: the data, shape ``(D,)``.
+    :param samples: for every label, S posterior samples of the intensity, shape ``(S, D)``.
+    :param Tensor truth: the true intensity, where it is known, shape ``(D,)``.
+    :param str xlabel: what the positions are, and their unit.
+    :param str ylabel: what the counts are, and their unit.
+    :param str title: above the panels.
+    :raises ValueError: if there are no samples, and for tensors that are not of these shapes.
+    """
+    if not samples:
+        raise ValueError("expected samples for at least one label; got none")
+    line = _values(positions, "positions", ("D",))
+    points = _values(counts, "counts", (len(line),))
+    true_values = None if truth is None else _values(truth, "truth", (len(line),))
+    figure = Figure(figsize=(9.0, 1.9 * len(samples) + 0.8), layout="constrained")
+    column = figure.subplots(len(samples), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for index, (axes, (label, draws)) in enumerate(zip(column, samples.items(), strict=True)):
+        values = _values(draws, f"samples of {label!r}", ("S", len(line)))
+        lower, upper = np.quantile(values, [_TAIL, 1 - _TAIL], axis=0)
+        color = _COLORS[index % len(_COLORS)]
+        axes.fill_between(
+            line, lower, upper, color=color, alpha=0.4, linewidth=0, label="90 % band"
+        )
+        axes.plot(line, values.mean(0), color=color, linewidth=1.0, label="mean")
+        if true_values is not None:
+            axes.plot(line, true_values, color="black", linewidth=1.0, linestyle=":", label="truth")
+        axes.plot(line, points, ".", color="black", markersize=3, label="counts")
+        axes.set_title(label, loc="left", fontsize="medium")
+        axes.set_yscale("function", functions=(_square_root, np.square))
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.3)
+    column[0].legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 0.97))
+    column[-1].set_xlabel(xlabel)
+    figure.supylabel(f"{ylabel} (square-root scale)", fontsize="medium")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _square_root(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt(np.maximum(values, 0))  # the margins of a plot may lie below 0
+
+
+def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str = "") -> Figure:
+    """Fields on a grid side by side, all in the same colours, with one colour bar.
+
+    >>> figure = plot_fields({"truth": torch.rand(4, 4)}, colorbar_label="events per cell")
+
+    :param fields: for every label, the values on the grid, shape ``(H, W)``; row 0 at the bottom.
+    :param str colorbar_label: what the values are, and their unit.
+    :param str title: above the panels.
+    :raises ValueError: if there are no fields, and for tensors that are not of this shape.
+    """
+    if not fields:
+        raise ValueError("expected at least one field; got none")
+    values = {
+        label: _values(field, f"field {label!r}", ("H", "W")) for label, field in fields.items()
+    }
+    columns = min(len(values), _MAX_PANELS_IN_A_ROW)
+    rows = math.ceil(len(values) / columns)
+    figure = Figure(figsize=(2.8 * columns + 0.9, 2.9 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    low = min(field.min() for field in values.values())
+    high = max(field.max() for field in values.values())
+    for axes in grid.flat[len(values) :]:
+        axes.set_axis_off()
+    for axes, (label, field) in zip(grid.flat, values.items(), strict=False):
+        image = axes.imshow(field, cmap="viridis", vmin=low, vmax=high, origin="lower")
+        axes.set_title(label, fontsize="medium")
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=grid, label=colorbar_label, shrink=0.9)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _values(tensor: Tensor, name: str, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
+    """The tensor's values as an array; a ValueError for another shape.
+
+    :param shape: the expected sizes; a letter stands for any size from 1.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        size == expected if isinstance(expected, int) else size > 0
+        for size, expected in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        expected_shape = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{name}: expected shape ({expected_shape}{',' * (len(shape) == 1)}); "
+            f"got {tuple(tensor.shape)}"
+        )
+    return tensor.detach().cpu().double().numpy()
