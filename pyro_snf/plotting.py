@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -152,7 +153,7 @@ def plot_intensity(
         axes.plot(line, values.mean(0), color=color, linewidth=1.0, label="mean")
         if true_values is not None:
             axes.plot(line, true_values, color="black", linewidth=1.0, linestyle=":", label="truth")
-        axes.plot(line, points, ".", color="black", markersize=3, label="counts")
+        axes.plot(line, points, ".", color="black", markersize=3, label="counts", clip_on=False)
         axes.set_title(label, loc="left", fontsize="medium")
         axes.set_yscale("function", functions=(_square_root, np.square))
         axes.set_ylim(bottom=0)
@@ -171,30 +172,35 @@ def _square_root(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str = "") -> Figure:
-    """Fields on a grid side by side, all in the same colours, with one colour bar.
+    """Intensities or counts on a grid side by side, all in the same colours, with one colour bar.
+
+    The colours follow the square root of the values, as in :func:`plot_intensity`.
 
     >>> figure = plot_fields({"truth": torch.rand(4, 4)}, colorbar_label="events per cell")
 
-    :param fields: for every label, the values on the grid, shape ``(H, W)``; row 0 at the bottom.
+    :param fields: for every label, values >= 0 on the grid, shape ``(H, W)``; row 0 at the bottom.
     :param str colorbar_label: what the values are, and their unit.
     :param str title: above the panels.
-    :raises ValueError: if there are no fields, and for tensors that are not of this shape.
+    :raises ValueError: if there are no fields, for tensors that are not of this shape, and for
+        negative values.
     """
     if not fields:
         raise ValueError("expected at least one field; got none")
     values = {
         label: _values(field, f"field {label!r}", ("H", "W")) for label, field in fields.items()
     }
+    for label, field in values.items():
+        if field.min() < 0:
+            raise ValueError(f"field {label!r}: expected values >= 0; got {field.min():.3g}")
     columns = min(len(values), _MAX_PANELS_IN_A_ROW)
     rows = math.ceil(len(values) / columns)
     figure = Figure(figsize=(2.8 * columns + 0.9, 2.9 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    low = min(field.min() for field in values.values())
-    high = max(field.max() for field in values.values())
+    colors = PowerNorm(0.5, vmin=0, vmax=max(field.max() for field in values.values()))
     for axes in grid.flat[len(values) :]:
         axes.set_axis_off()
     for axes, (label, field) in zip(grid.flat, values.items(), strict=False):
-        image = axes.imshow(field, cmap="viridis", vmin=low, vmax=high, origin="lower")
+        image = axes.imshow(field, cmap="viridis", norm=colors, origin="lower")
         axes.set_title(label, fontsize="medium")
         axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=grid, label=colorbar_label, shrink=0.9)

@@ -42,7 +42,7 @@ class _WithGradient(Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
                 "a surrogate gradient has no second derivative (backward was called with "
-                "create_graph=True); use log_det='exact' for second-order methods"
+                "create_graph=True); use eval() mode or log_det='exact' for second-order methods"
             )
         (gradient,) = ctx.saved_tensors
         return cotangent, (ctx.scale * cotangent * gradient).to(ctx.dtype), None, None

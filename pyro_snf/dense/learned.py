@@ -73,9 +73,6 @@ class LearnedInverse(nn.Module):
 
     RECONSTRUCTIONS = ("both", "inverse", "symmetric")
 
-    #: What :meth:`training_log_abs_det` returns.
-    training_value = "0"
-
     def __init__(
         self,
         dim: int,
@@ -87,10 +84,6 @@ class LearnedInverse(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= mixture < 1:
-            raise ValueError(f"expected mixture in [0, 1); got {mixture}")
-        if not isinstance(reconstruction_weight, GECO) and not reconstruction_weight >= 0:
-            raise ValueError(f"expected reconstruction_weight >= 0; got {reconstruction_weight}")
         self.mixture = mixture
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction = reconstruction
@@ -112,10 +105,12 @@ class LearnedInverse(nn.Module):
         """Zeros of shape ``(B,)``, with the surrogate gradients and the penalty.
 
         :param Tensor rows: ``x``, shape ``(B, D)``: the penalty is a sample's own.
+        :raises torch.linalg.LinAlgError: if ``A`` is not finite. A singular ``A`` goes unseen.
         """
+        near_identity.check_finite(theta)
         scale = 1 / math.sqrt(theta.shape[-1])
         weight = self.mixture / (1 - self.mixture)
-        zero = theta.new_zeros(())
+        zero = theta.new_zeros((), dtype=torch.promote_types(theta.dtype, torch.float32))
         value = with_gradient(zero, theta, self.inverse_t(), scale=scale)
         if weight:
             forward_t = near_identity.matrix(theta.detach()).mT
@@ -124,7 +119,8 @@ class LearnedInverse(nn.Module):
 
         error = self._reconstruction_error(theta, rows.detach().to(theta.dtype))
         penalty_weight = self._penalty_weight(theta, error)
-        return attach_penalty(value, penalty_weight / (1 - self.mixture) * error)
+        penalty = penalty_weight / (1 - self.mixture) * error
+        return attach_penalty(value, penalty.to(value.dtype))
 
     def inverse_t(self) -> Tensor:
         """``Rᵀ``, shape ``(D, D)``; a constant to autograd."""

@@ -14,7 +14,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["matrix", "multiply", "multiply_transposed", "trace_of_product"]
+__all__ = [
+    "check_finite",
+    "log_abs_det",
+    "matrix",
+    "multiply",
+    "multiply_transposed",
+    "trace_of_product",
+]
 
 
 def matrix(theta: Tensor) -> Tensor:
@@ -22,6 +29,21 @@ def matrix(theta: Tensor) -> Tensor:
     dim = theta.shape[-1]
     eye = torch.eye(dim, dtype=theta.dtype, device=theta.device)
     return torch.add(eye, theta, alpha=1 / math.sqrt(dim))
+
+
+def log_abs_det(theta: Tensor) -> Tensor:
+    """``log|det A|``, shape ``()``, by ``slogdet``: exact, differentiable, O(D³)."""
+    theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+    return torch.linalg.slogdet(matrix(theta)).logabsdet
+
+
+def check_finite(theta: Tensor) -> None:
+    """Raise unless all of ``Θ`` is finite.
+
+    :raises torch.linalg.LinAlgError: if an entry is NaN or infinite.
+    """
+    if not torch.isfinite(theta).all():
+        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
 
 
 def multiply(theta: Tensor, rows: Tensor) -> Tensor:

@@ -58,9 +58,6 @@ class TrackedInverse(nn.Module):
     :param int seed: of the probes.
     """
 
-    #: What :meth:`training_log_abs_det` returns.
-    training_value = "estimate"
-
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
 
@@ -75,10 +72,6 @@ class TrackedInverse(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_probes < 1:
-            raise ValueError(f"expected num_probes >= 1; got {num_probes}")
-        if not 0 < tolerance < 1:
-            raise ValueError(f"expected tolerance in (0, 1); got {tolerance}")
         self.num_probes = num_probes
         self.tolerance = tolerance
         self.seed = seed
@@ -105,11 +98,7 @@ class TrackedInverse(nn.Module):
         self._tracked_version = -1
         self._value: Tensor | None = None
 
-    def multiply(self, theta: Tensor, rows: Tensor) -> Tensor:
-        """``A x`` for every row, shape ``(B, D)``."""
-        return near_identity.multiply(theta, rows)
-
-    def training_log_abs_det(self, theta: Tensor, rows: Tensor) -> Tensor:
+    def training_log_abs_det(self, theta: Tensor) -> Tensor:
         """An estimate of ``log|det A|``, shape ``()``, whose gradient is ``Rᵀ``.
 
         Brings R up to date first, once for every change of ``theta``.

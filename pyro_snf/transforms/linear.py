@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch.distributions import constraints
 
 from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
-from pyro_snf.dense.exact import ExactFactors, ExactLogDet
+from pyro_snf.dense.exact import ExactFactors
 from pyro_snf.dense.learned import LearnedInverse
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.geco import GECO
-from pyro_snf.surrogate import implicit_solve, with_gradient
+from pyro_snf.surrogate import implicit_solve
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
 __all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
@@ -102,7 +102,12 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
 
-    LOG_DETS = ("refined", "learned", "exact")
+    #: The values of ``log_det``, and what the log-det's value in training is with each.
+    TRAINING_VALUES: ClassVar[dict[str, str]] = {
+        "refined": "estimate",
+        "learned": "0",
+        "exact": "exact",
+    }
     INVERSES = ("refined", "learned", "exact")
 
     def __init__(
@@ -123,12 +128,33 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(input_dim, int) or input_dim < 1:
-            raise ValueError(f"expected input_dim, an integer >= 1; got {input_dim!r}")
-        if not (init_scale > 0 and math.isfinite(init_scale)):
-            raise ValueError(f"expected init_scale > 0; got {init_scale}")
+        weight = reconstruction_weight
+        for expected, fits, got in [
+            (
+                "input_dim, an integer >= 1",
+                isinstance(input_dim, int) and input_dim >= 1,
+                input_dim,
+            ),
+            (
+                "num_probes, an integer >= 1",
+                isinstance(num_probes, int) and num_probes >= 1,
+                num_probes,
+            ),
+            ("seed, an integer", isinstance(seed, int), seed),
+            ("init_scale > 0", 0 < init_scale < math.inf, init_scale),
+            ("tolerance in (0, 1)", 0 < tolerance < 1, tolerance),
+            ("mixture in [0, 1)", 0 <= mixture < 1, mixture),
+            (
+                "reconstruction_weight >= 0, or a GECO",
+                isinstance(weight, GECO)
+                or (isinstance(weight, float | int) and 0 <= weight < math.inf),
+                weight,
+            ),
+        ]:
+            if not fits:
+                raise ValueError(f"expected {expected}; got {got!r}")
         for name, value, options in [
-            ("log_det", log_det, self.LOG_DETS),
+            ("log_det", log_det, tuple(self.TRAINING_VALUES)),
             ("inverse", inverse, self.INVERSES),
             ("reconstruction", reconstruction, LearnedInverse.RECONSTRUCTIONS),
         ]:
@@ -148,7 +174,8 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         else:
             self.register_parameter("bias", None)
 
-        self.estimator: ExactLogDet | LearnedInverse | TrackedInverse
+        #: What stands in for the exact inverse in training.
+        self.estimator: TrackedInverse | LearnedInverse | None = None
         if log_det == "refined":
             self.estimator = TrackedInverse(
                 input_dim, num_probes=num_probes, tolerance=tolerance, seed=seed, **factory
@@ -161,19 +188,21 @@ class SelfNormalizingLinear(InvertibleTransformModule):
                 reconstruction=reconstruction,
                 **factory,
             )
-        else:
-            self.estimator = ExactLogDet()
         self._factors: ParameterCache[ExactFactors] = ParameterCache()
 
     def extra_repr(self) -> str:
         return (
             f"{self.input_dim}, log_det={self.log_det!r}, inverse={self.inverse!r}, "
-            f"bias={self.bias is not None}, training value: {self.estimator.training_value}"
+            f"bias={self.bias is not None}, training value: {self.TRAINING_VALUES[self.log_det]}"
         )
 
     def _call(self, x: Tensor) -> Tensor:
         rows = self._as_rows(x)
-        y = self.estimator.multiply(self.theta, rows) * self.log_scale.exp()
+        if isinstance(self.estimator, LearnedInverse):
+            product = self.estimator.multiply(self.theta, rows)
+        else:
+            product = near_identity.multiply(self.theta, rows)
+        y = product * self.log_scale.exp()
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(x.shape)
@@ -195,16 +224,20 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         rows = self._as_rows(x)
         with torch.autocast(x.device.type, enabled=False), self._named_errors():
-            if torch.jit.is_tracing():  # tracking is not an operation that a trace could repeat
-                value = ExactLogDet().training_log_abs_det(self.theta, rows)
-            elif self.training and torch.is_grad_enabled() and self.theta.requires_grad:
-                value = self.estimator.training_log_abs_det(self.theta, rows)
-            else:
-                value = self._exact_log_abs_det()
             scale = self.log_scale.sum()
-            if isinstance(self.estimator, LearnedInverse) and value.dim() == 1:
-                scale = scale - scale.detach()  # the term adds exactly 0 to the value
+            in_training = self.training and torch.is_grad_enabled() and self.theta.requires_grad
+            if torch.jit.is_tracing():  # tracking is not an operation that a trace could repeat
+                value = near_identity.log_abs_det(self.theta)
+            elif in_training and isinstance(self.estimator, TrackedInverse):
+                value = self.estimator.training_log_abs_det(self.theta)
+            elif in_training and isinstance(self.estimator, LearnedInverse):
+                value = self.estimator.training_log_abs_det(self.theta, rows)
+                scale = scale - scale.detach()  # the whole term adds exactly 0 to the value
+            else:
+                value = self._exact_factors().differentiable_log_abs_det(self.theta)
             value = value + scale
+            if not (torch.jit.is_tracing() or torch.isfinite(scale)):
+                raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
         return value.expand(len(rows)).reshape(x.shape[:-1])
 
     @property
@@ -257,14 +290,6 @@ class SelfNormalizingLinear(InvertibleTransformModule):
 
     def _exact_factors(self) -> ExactFactors:
         return self._factors.get([self.theta], lambda: ExactFactors(self.theta))
-
-    def _exact_log_abs_det(self) -> Tensor:
-        """Exact ``log|det A|``, shape ``()``, with its exact gradient."""
-        factors = self._exact_factors()
-        if not (torch.is_grad_enabled() and self.theta.requires_grad):
-            return factors.log_abs_det
-        scale = 1 / math.sqrt(self.input_dim)
-        return with_gradient(factors.log_abs_det, self.theta, factors.inverse_t, scale=scale)
 
     def _approximate_inverse_t(self) -> Tensor:
         """``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``, a constant to autograd."""
