@@ -154,6 +154,7 @@ class TrackedInverse(nn.Module):
             its type.
         """
         factors = ExactFactors(theta)
+        self.log_abs_det_inverse.fill_(math.nan)  # as in _round
         self.inverse_t.copy_(factors.inverse_t)
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
         self.num_refreshes += 1
@@ -170,6 +171,8 @@ class TrackedInverse(nn.Module):
     def _round(self, theta: Tensor, num_probes: int) -> None:
         """Measure, aim and update once (steps 1 to 4 of the module's text)."""
         residual, self.certificate = self._measure(theta, num_probes)
+        if not torch.isfinite(self.log_abs_det_inverse):
+            self.certificate = math.nan
         if not math.isfinite(self.certificate):
             return
         # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
@@ -179,8 +182,14 @@ class TrackedInverse(nn.Module):
         middle = probes @ image.mT  # M
         # (M⁻ᵀ Uᵀ) without an exception: a singular M leaves an R that the next round finds out.
         step, _ = torch.linalg.solve_ex(middle.mT, probes - image)
+        log_abs_det_inverse = (
+            self.log_abs_det_inverse - torch.linalg.slogdet(middle.double()).logabsdet
+        )
+        # R and log|det R| change together: an interrupt (Ctrl-C) in between leaves a NaN, which
+        # the next round takes for what it is.
+        self.log_abs_det_inverse.fill_(math.nan)
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
-        self.log_abs_det_inverse -= torch.linalg.slogdet(middle.double()).logabsdet
+        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
 
     def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, float]:
         """The residual ``(EG)ᵀ`` of fresh probes, shape ``(k, D)``, and the certificate."""

@@ -1,0 +1,112 @@
+"""Pictures are drawn for good input, and bad shapes are named."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from pyro_snf import plotting
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _differ(first: Figure, second: Figure) -> bool:
+    """Whether two pictures of the same kind, but of other data, look different."""
+    return _png(first) != _png(second)
+
+
+def test_curves_show_their_data() -> None:
+    def draw(values: list[float], **options: tuple[float, float]) -> Figure:
+        curves = {"first": ([0, 1, 2], values), "second": ([0, 2], [1.0, 1.0])}
+        return plotting.plot_curves(curves, xlabel="step", ylabel="nats", title="t", **options)
+
+    assert _differ(draw([3.0, 2.0, 1.0]), draw([3.0, 1.0, 1.0]))
+    assert draw([3.0, 2.0, 1.0], ylim=(0.0, 2.5)).axes[0].get_ylim() == (0.0, 2.5)
+    axes = draw([3.0, 2.0, 1.0]).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("step", "nats", "t")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "second"]
+
+
+def test_image_grid_shows_its_images() -> None:
+    images = torch.rand(5, 4, 6)
+    figure = plotting.plot_image_grid(images, columns=3, row_labels=["a", "b"], title="t")
+    assert len(figure.axes) == 6
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 1, 1, 0]
+    assert torch.equal(torch.as_tensor(figure.axes[4].images[0].get_array().data), images[4])
+    assert _differ(figure, plotting.plot_image_grid(images.flip(0), columns=3))
+
+
+def test_intensity_has_a_panel_for_each_posterior() -> None:
+    positions, counts = torch.arange(4.0), torch.tensor([1, 0, 2, 5])
+    samples = {"first": torch.rand(20, 4), "second": torch.rand(30, 4, requires_grad=True)}
+
+    def draw(truth: torch.Tensor | None) -> Figure:
+        return plotting.plot_intensity(
+            positions, counts, samples, truth=truth, xlabel="year", ylabel="events", title="t"
+        )
+
+    assert [axes.get_title("left") for axes in draw(None).axes] == ["first", "second"]
+    assert _differ(draw(None), draw(torch.ones(4)))
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 6])
+def test_fields_share_one_colour_scale(number: int) -> None:
+    fields = {f"field {index}": index + torch.rand(3, 3) for index in range(number)}
+    figure = plotting.plot_fields(fields, colorbar_label="events", title="t")
+    shown = [axes.images[0] for axes in figure.axes if axes.images]
+    highest = max(field.max().item() for field in fields.values())
+    assert len(shown) == number
+    assert {image.norm.vmax for image in shown} == {highest}
+    assert _png(figure)
+
+
+def test_integers_and_float32_are_welcome() -> None:
+    assert _png(plotting.plot_image_grid(torch.zeros(2, 3, 3, dtype=torch.uint8), columns=2))
+    assert _png(plotting.plot_fields({"a": torch.ones(2, 2).float()}, colorbar_label="events"))
+
+
+def test_bad_input_is_named() -> None:
+    labels = {"xlabel": "x", "ylabel": "y"}
+    with pytest.raises(ValueError, match="at least one curve"):
+        plotting.plot_curves({}, **labels)
+    with pytest.raises(ValueError, match=r"curve 'a': expected as many.* got 2 and 1"):
+        plotting.plot_curves({"a": ([0, 1], [0.0])}, **labels)
+    with pytest.raises(ValueError, match="at least one; got 0 and 0"):
+        plotting.plot_curves({"a": ([], [])}, **labels)
+
+    with pytest.raises(ValueError, match=r"images: expected shape \(N, H, W\); got \(4, 4\)"):
+        plotting.plot_image_grid(torch.rand(4, 4), columns=2)
+    with pytest.raises(ValueError, match=r"images: expected shape .* got \(0, 4, 4\)"):
+        plotting.plot_image_grid(torch.rand(0, 4, 4), columns=2)
+    with pytest.raises(ValueError, match="columns >= 1; got 0"):
+        plotting.plot_image_grid(torch.rand(1, 4, 4), columns=0)
+    with pytest.raises(ValueError, match="expected 2 row_labels, one a row; got 1"):
+        plotting.plot_image_grid(torch.rand(4, 4, 4), columns=2, row_labels=["a"])
+
+    line, counts = torch.arange(3.0), torch.ones(3)
+    with pytest.raises(ValueError, match="samples for at least one label"):
+        plotting.plot_intensity(line, counts, {}, **labels)
+    with pytest.raises(ValueError, match=r"positions: expected shape \(D,\); got \(3, 1\)"):
+        plotting.plot_intensity(line[:, None], counts, {"a": torch.ones(5, 3)}, **labels)
+    with pytest.raises(ValueError, match=r"counts: expected shape \(3,\); got \(2,\)"):
+        plotting.plot_intensity(line, counts[:2], {"a": torch.ones(5, 3)}, **labels)
+    with pytest.raises(ValueError, match=r"samples of 'a': expected shape \(S, 3\); got \(3,\)"):
+        plotting.plot_intensity(line, counts, {"a": torch.ones(3)}, **labels)
+    with pytest.raises(ValueError, match=r"truth: expected shape \(3,\); got \(4,\)"):
+        plotting.plot_intensity(
+            line, counts, {"a": torch.ones(5, 3)}, truth=torch.ones(4), **labels
+        )
+
+    with pytest.raises(ValueError, match="at least one field"):
+        plotting.plot_fields({}, colorbar_label="events")
+    with pytest.raises(ValueError, match=r"field 'a': expected shape \(H, W\); got \(9,\)"):
+        plotting.plot_fields({"a": torch.ones(9)}, colorbar_label="events")
+    with pytest.raises(ValueError, match="field 'a': expected values >= 0; got -1"):
+        plotting.plot_fields({"a": -torch.ones(3, 3)}, colorbar_label="events")
