@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from pyro_snf.precision import at_least_float32
 
 __all__ = ["PairCache", "ParameterCache", "ParameterState"]
 
@@ -30,10 +33,10 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if tensor.dim() < 2:
         return tensor.clone()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()  # else the products would round away small changes
+    tensor = at_least_float32(tensor)  # else the products would round away small changes
     weights = torch.arange(1, tensor.shape[-1] + 1, device=tensor.device, dtype=tensor.dtype)
-    return tensor @ weights.mul_(_GOLDEN_RATIO).frac_().add_(0.5)
+    with torch.autocast(tensor.device.type, enabled=False):  # which would do the same
+        return tensor @ weights.mul_(_GOLDEN_RATIO).frac_().add_(0.5)
 
 
 class ParameterState:
@@ -92,9 +95,11 @@ class ParameterCache(Generic[Value]):
 class PairCache:
     """The last pair ``(x, y = T(x))``, for as long as it is true.
 
-    A pair dies when a parameter changes, when ``x`` or ``y`` is written to in place, and when
-    gradients are recorded now but were not then (or the other way round): a pair from under
-    ``no_grad`` has no graph. Copies and pickles of a cache are empty.
+    A pair dies when a parameter changes, when ``x`` or ``y`` is written to in place, and when the
+    graph between them would be another one now: gradients are recorded and were not (a pair from
+    under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a gradient and did not;
+    and the other way round; likewise with autocast and inference mode. And it dies when a backward
+    pass uses its graph up. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -102,13 +107,23 @@ class PairCache:
 
     def clear(self) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None
-        self._conditions: tuple[int, int, bool] | None = None
+        self._conditions: list[object] = []
         self._state: ParameterState | None = None
 
-    def store(self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> None:
+    def store(
+        self, x: Tensor, y: Tensor, parameters: Sequence[Tensor], *, computed: Tensor
+    ) -> None:
+        """Keep a pair.
+
+        :param Tensor computed: the one of the two that was computed from the other.
+        """
         self._pair = (x, y)
-        self._conditions = (_version(x), _version(y), torch.is_grad_enabled())
+        self._conditions = self._current_conditions(parameters)
         self._state = ParameterState(parameters)
+        if computed.grad_fn is not None and not torch.jit.is_tracing():
+            # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
+            cache = weakref.ref(self)
+            computed.register_hook(lambda gradient: _clear_if_alive(cache))
 
     def y_of(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
@@ -125,8 +140,25 @@ class PairCache:
     def _is_valid(self, parameters: Sequence[Tensor]) -> bool:
         assert self._pair is not None
         assert self._state is not None
-        now = (*map(_version, self._pair), torch.is_grad_enabled())
-        return now == self._conditions and self._state.holds(parameters)
+        if self._current_conditions(parameters) != self._conditions:
+            return False
+        return self._state.holds(parameters)
+
+    def _current_conditions(self, parameters: Sequence[Tensor]) -> list[object]:
+        assert self._pair is not None
+        return [
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(self._pair[0].device.type),
+            *[_version(tensor) for tensor in self._pair],
+            *[tensor.requires_grad for tensor in (*self._pair, *parameters)],
+        ]
 
     def __reduce__(self) -> tuple[type[PairCache], tuple[()]]:
         return type(self), ()
+
+
+def _clear_if_alive(reference: weakref.ref[PairCache]) -> None:
+    cache = reference()
+    if cache is not None:
+        cache.clear()

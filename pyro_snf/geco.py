@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from pyro_snf.precision import keep_float32
 
 __all__ = ["GECO"]
 
@@ -60,6 +63,10 @@ class GECO(nn.Module):
         self.register_buffer("log_weight", torch.tensor(math.log(weight)))
         # Starting at the tolerance, the first errors move λ no faster than later ones.
         self.register_buffer("mean_square_error", torch.tensor(tolerance**2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GECO:
+        # In half precision, steps of λ would be rounded away.
+        return super()._apply(keep_float32(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"tolerance={self.tolerance}, rate={self.rate}, decay={self.decay}"

@@ -1,4 +1,4 @@
-"""Exact log-determinants and inverses of ``A = I + Θ/√D`` in O(D³): oracle and fallback."""
+"""Exact log-determinants and inverses of a matrix A in O(D³): oracle and fallback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_snf.dense import near_identity
+from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import implicit_solve
 
 __all__ = ["ExactFactors"]
@@ -19,63 +19,74 @@ _CONDITION_STEPS = 3
 
 
 class ExactFactors:
-    """The LU factors of one ``A``: its log-determinant, inverse and solves.
+    """The LU factors of one A, made when they are first needed: log-determinant, inverse, solves.
 
-    Half-precision input is factorized in float32.
+    Whatever needs the factors raises ``torch.linalg.LinAlgError`` if A is not finite, or singular
+    at the precision of its type. Half-precision matrices are factorized in float32.
 
-    :param Tensor theta: ``Θ``, shape ``(D, D)``; the factors do not follow its later changes.
-    :raises torch.linalg.LinAlgError: if ``A`` is not finite, or singular at the precision of its
-        type.
+    :param Tensor matrix: A, shape ``(D, D)``; not to be written to afterwards.
     """
 
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix.detach()
+
+    @cached_property
     @torch.no_grad()
-    def __init__(self, theta: Tensor) -> None:
-        theta = theta.detach()
-        if theta.dtype in (torch.bfloat16, torch.float16):
-            theta = theta.float()
-        near_identity.check_finite(theta)
-        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(near_identity.matrix(theta))
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        matrix = at_least_float32(self.matrix)
+        if not torch.isfinite(matrix).all():
+            raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
         if info != 0:
             raise torch.linalg.LinAlgError(
                 f"the weight is singular: pivot {int(info)} of its LU factorization is zero"
             )
-        #: ``log|det A|``, shape ``()``.
-        self.log_abs_det = self._lu.diagonal().abs().log().sum()
-        condition = self._estimate_condition(theta)
-        if not condition * torch.finfo(theta.dtype).eps < 1:
+        condition = _estimate_condition(matrix, lu, pivots)
+        if not condition * torch.finfo(matrix.dtype).eps < 1:
             raise torch.linalg.LinAlgError(
-                f"the weight is singular in {theta.dtype}: its condition number is about "
+                f"the weight is singular in {matrix.dtype}: its condition number is about "
                 f"{condition:.1g}"
             )
+        return lu, pivots
+
+    @cached_property
+    @torch.no_grad()
+    def log_abs_det(self) -> Tensor:
+        """``log|det A|``, shape ``()``."""
+        lu, _ = self._factors
+        return lu.diagonal().abs().log().sum()
 
     @cached_property
     @torch.no_grad()
     def inverse_t(self) -> Tensor:
         """``A⁻ᵀ``, shape ``(D, D)``, contiguous."""
-        eye = torch.eye(self._lu.shape[-1], dtype=self._lu.dtype, device=self._lu.device)
-        return torch.linalg.lu_solve(self._lu, self._pivots, eye, adjoint=True).contiguous()
+        lu, pivots = self._factors
+        eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
+        return torch.linalg.lu_solve(lu, pivots, eye, adjoint=True).contiguous()
 
+    @torch.no_grad()
     def solve(self, rows: Tensor, transposed: bool = False) -> Tensor:
         """``A⁻¹ h`` (or ``A⁻ᵀ h``) for every row ``h`` of ``rows``, shape ``(B, D)``."""
-        columns = rows.to(self._lu.dtype).mT
-        solution = torch.linalg.lu_solve(self._lu, self._pivots, columns, adjoint=transposed)
+        lu, pivots = self._factors
+        solution = torch.linalg.lu_solve(lu, pivots, rows.to(lu.dtype).mT, adjoint=transposed)
         return solution.mT.to(rows.dtype)
 
-    def _estimate_condition(self, theta: Tensor) -> float:
-        """``‖A‖_F ‖A⁻¹‖₂``, the latter by inverse iteration: O(D²), from below."""
-        vector = torch.ones_like(theta[:1])
-        vector[:, 1::2] = -1 / 2  # not an eigenvector of anything common
-        for _ in range(_CONDITION_STEPS):
-            vector = self.solve(vector / vector.norm(), transposed=True)
-            vector = self.solve(vector / vector.norm())
-        return (near_identity.matrix(theta).norm() * vector.norm()).item()
+    def differentiable_log_abs_det(self, matrix: Tensor) -> Tensor:
+        """``log|det A|``, shape ``()``, with all its derivatives in ``matrix``.
 
-    def differentiable_log_abs_det(self, theta: Tensor) -> Tensor:
-        """``log|det A|``, shape ``()``, with all its derivatives in ``theta``.
-
-        :param Tensor theta: the ``Θ`` that was factorized.
+        :param Tensor matrix: the A that was factorized, with its autograd graph.
         """
-        return _FactorizedLogDet.apply(near_identity.matrix(theta), self)
+        return _FactorizedLogDet.apply(matrix, self)
+
+
+def _estimate_condition(matrix: Tensor, lu: Tensor, pivots: Tensor) -> float:
+    """``‖A‖_F ‖A⁻¹‖₂``, the latter from below, by inverse iteration on ``AᵀA``: O(D²)."""
+    vector = torch.ones_like(matrix[:, :1])
+    vector[1::2] = -1 / 2  # not an eigenvector of anything common
+    for _ in range(_CONDITION_STEPS):
+        vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm(), adjoint=True)
+        vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm())
+    return (matrix.norm() * vector.norm()).item()
 
 
 class _FactorizedLogDet(Function):

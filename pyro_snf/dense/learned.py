@@ -21,6 +21,7 @@ from torch.autograd import Function
 from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
 from pyro_snf.geco import GECO
+from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import attach_penalty, with_gradient
 
 __all__ = ["LearnedInverse"]
@@ -95,7 +96,8 @@ class LearnedInverse(nn.Module):
     def multiply(self, theta: Tensor, rows: Tensor) -> Tensor:
         """``A x`` for every row, shape ``(B, D)``."""
         weight = self.mixture / (1 - self.mixture)
-        if not weight or not self.training:
+        # A trace has the exact log-det, and so no share of log p^g at all.
+        if not weight or not self.training or torch.jit.is_tracing():
             return near_identity.multiply(theta, rows)
         # A custom function runs backward outside autocast: so must it run forward.
         with torch.autocast(rows.device.type, enabled=False):
@@ -107,10 +109,11 @@ class LearnedInverse(nn.Module):
         :param Tensor rows: ``x``, shape ``(B, D)``: the penalty is a sample's own.
         :raises torch.linalg.LinAlgError: if ``A`` is not finite. A singular ``A`` goes unseen.
         """
-        near_identity.check_finite(theta)
+        if not torch.isfinite(theta).all():
+            raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
         scale = 1 / math.sqrt(theta.shape[-1])
         weight = self.mixture / (1 - self.mixture)
-        zero = theta.new_zeros((), dtype=torch.promote_types(theta.dtype, torch.float32))
+        zero = at_least_float32(theta.new_zeros(()))
         value = with_gradient(zero, theta, self.inverse_t(), scale=scale)
         if weight:
             forward_t = near_identity.matrix(theta.detach()).mT
@@ -136,7 +139,7 @@ class LearnedInverse(nn.Module):
         There ``x = A⁻¹ h``, and the map of ``p^g`` is ``x = R h`` itself: a cotangent ``x̄`` gives
         ``∂R = x̄ hᵀ``.
         """
-        if not self.mixture or not self.training:
+        if not self.mixture or not self.training or torch.jit.is_tracing():
             return solution
         own = near_identity.multiply(self.theta, rows.detach())
         return solution + self.mixture / (1 - self.mixture) * (own - own.detach())

@@ -14,14 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "check_finite",
-    "log_abs_det",
-    "matrix",
-    "multiply",
-    "multiply_transposed",
-    "trace_of_product",
-]
+from pyro_snf.precision import at_least_float32
+
+__all__ = ["log_abs_det", "matrix", "multiply", "multiply_transposed", "trace_of_product"]
 
 
 def matrix(theta: Tensor) -> Tensor:
@@ -33,17 +28,7 @@ def matrix(theta: Tensor) -> Tensor:
 
 def log_abs_det(theta: Tensor) -> Tensor:
     """``log|det A|``, shape ``()``, by ``slogdet``: exact, differentiable, O(D³)."""
-    theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
-    return torch.linalg.slogdet(matrix(theta)).logabsdet
-
-
-def check_finite(theta: Tensor) -> None:
-    """Raise unless all of ``Θ`` is finite.
-
-    :raises torch.linalg.LinAlgError: if an entry is NaN or infinite.
-    """
-    if not torch.isfinite(theta).all():
-        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+    return torch.linalg.slogdet(matrix(at_least_float32(theta))).logabsdet
 
 
 def multiply(theta: Tensor, rows: Tensor) -> Tensor:

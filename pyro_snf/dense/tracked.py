@@ -31,18 +31,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_snf.caching import ParameterState
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import ExactFactors
+from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.surrogate import with_gradient
 
 __all__ = ["TrackedInverse"]
 
 # With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
+
+# A round that changes log|det R| by more than this has met a nearly singular matrix, where the
+# update is all rounding, and would leave its error in the running sum. A refresh takes over.
+_MAX_LOG_ABS_DET_STEP = 3.0
 
 
 class TrackedInverse(nn.Module):
@@ -84,9 +90,7 @@ class TrackedInverse(nn.Module):
         #: What the latest refresh left of it: the rounding level, which grows with A's condition.
         self.rounding_level = 0.0
         eye = torch.eye(dim, device=device, dtype=dtype)
-        if eye.dtype in (torch.bfloat16, torch.float16):
-            eye = eye.float()
-        self.register_buffer("inverse_t", eye)
+        self.register_buffer("inverse_t", at_least_float32(eye))
         self.register_buffer(
             "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
         )
@@ -107,13 +111,9 @@ class TrackedInverse(nn.Module):
         """
         self.update(theta)
         assert self._value is not None
-        dtype = torch.promote_types(theta.dtype, torch.float32)
         scale = 1 / math.sqrt(theta.shape[-1])
-        return with_gradient(self._value.to(dtype), theta, self.inverse_t, scale=scale)
-
-    def apply_inverse(self, rows: Tensor) -> Tensor:
-        """``R h`` for every row ``h``, shape ``(B, D)``."""
-        return (rows.to(self.inverse_t.dtype) @ self.inverse_t).to(rows.dtype)
+        value = self._value.to(self.inverse_t.dtype)
+        return with_gradient(value, theta, self.inverse_t, scale=scale)
 
     @torch.no_grad()
     def update(self, theta: Tensor) -> None:
@@ -153,9 +153,10 @@ class TrackedInverse(nn.Module):
         :raises torch.linalg.LinAlgError: if ``A`` is not finite, or singular at the precision of
             its type.
         """
-        factors = ExactFactors(theta)
+        factors = ExactFactors(near_identity.matrix(theta))
+        inverse_t = factors.inverse_t
         self.log_abs_det_inverse.fill_(math.nan)  # as in _round
-        self.inverse_t.copy_(factors.inverse_t)
+        self.inverse_t.copy_(inverse_t)
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
         self.num_refreshes += 1
         current = theta.detach().to(self.inverse_t.dtype)
@@ -180,11 +181,12 @@ class TrackedInverse(nn.Module):
         probes = torch.linalg.qr(aimed.mT).Q.mT
         image = near_identity.multiply(theta, probes) @ self.inverse_t
         middle = probes @ image.mT  # M
-        # (M⁻ᵀ Uᵀ) without an exception: a singular M leaves an R that the next round finds out.
-        step, _ = torch.linalg.solve_ex(middle.mT, probes - image)
-        log_abs_det_inverse = (
-            self.log_abs_det_inverse - torch.linalg.slogdet(middle.double()).logabsdet
-        )
+        log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
+        if not log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP:
+            self.certificate = math.nan
+            return
+        step = torch.linalg.solve(middle.mT, probes - image)  # M⁻ᵀ Uᵀ
+        log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
         # R and log|det R| change together: an interrupt (Ctrl-C) in between leaves a NaN, which
         # the next round takes for what it is.
         self.log_abs_det_inverse.fill_(math.nan)
@@ -201,8 +203,9 @@ class TrackedInverse(nn.Module):
         """Fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = torch.Generator(device)
-        # Distinct for every pair of a seed and a count below 2³²; the generator takes 64 bits.
-        generator.manual_seed((self.seed * 2**32 + self.num_rounds) % 2**63)
+        # Hashed, for torch's generator takes 32 bits on the CPU, and must not repeat the user's.
+        words = np.random.SeedSequence([self.seed, self.num_rounds]).generate_state(1)
+        generator.manual_seed(int(words[0]))
         self.num_rounds += 1
         dim = self.inverse_t.shape[-1]
         shape = (min(num_probes, dim), dim)
@@ -237,12 +240,8 @@ class TrackedInverse(nn.Module):
         self._forget()
 
         def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor is self.log_abs_det_inverse or moved.dtype in (
-                torch.bfloat16,
-                torch.float16,
-            ):
-                return tensor.to(moved.device)
-            return moved
+            if tensor is self.log_abs_det_inverse:
+                return tensor.to(fn(tensor).device)  # a sum over all steps stays in float64
+            return keep_float32(fn)(tensor)
 
         return super()._apply(keep_precision, recurse)

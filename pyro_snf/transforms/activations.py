@@ -91,8 +91,13 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         return [self.logit_alpha]
 
 
+def _softplus(x: Tensor) -> Tensor:
+    # Above its threshold, by default 20, torch returns x: off by e⁻²⁰ = 2e-9, much in float64.
+    return F.softplus(x, threshold=40)
+
+
 def _smooth_leaky_relu(x: Tensor, alpha: Tensor) -> Tensor:
-    return alpha * x + (1 - alpha) * F.softplus(x)
+    return alpha * x + (1 - alpha) * _softplus(x)
 
 
 def _slope(x: Tensor, alpha: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ class _InverseSmoothLeakyReLU(Function):
         grad_y = cotangent / _slope(x, alpha)
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            grad_alpha = -(grad_y * (x - F.softplus(x))).sum()
+            grad_alpha = -(grad_y * (x - _softplus(x))).sum()
         return grad_y, grad_alpha
 
 

@@ -7,13 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from pyro.distributions import TransformModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import PairCache
 
-__all__ = ["InverseTransformModule", "InvertibleTransformModule", "check_input"]
+__all__ = [
+    "GuardedTransformModule",
+    "InverseTransformModule",
+    "InvertibleTransformModule",
+    "check_input",
+    "guard",
+]
 
 Self = TypeVar("Self", bound="InvertibleTransformModule")
 
@@ -68,7 +74,7 @@ class InvertibleTransformModule(TransformModule):
         y = self._pair.y_of(x, state)
         if y is None:
             y = self._call(x)
-            self._pair.store(x, y, state)
+            self._pair.store(x, y, state, computed=y)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ class InvertibleTransformModule(TransformModule):
         if x is None:
             x = self._inverse(y)
             if self._inverse_is_exact():
-                self._pair.store(x, y, state)
+                self._pair.store(x, y, state, computed=x)
         return x
 
     def _map_state(self) -> list[Tensor]:
@@ -107,11 +113,76 @@ class InvertibleTransformModule(TransformModule):
         twin = copy.copy(self)  # shares the dictionaries of parameters, buffers and children
         twin._cache_size = cache_size
         twin._pair = PairCache()
+        twin.__dict__["_inv"] = None
         return twin
+
+    def train(self: Self, mode: bool = True) -> Self:
+        self._pair.clear()  # the other mode may have another graph between x and y
+        return super().train(mode)
 
     def clear_cache(self) -> None:
         """Drop the cached pair."""
         self._pair.clear()
+
+
+class GuardedTransformModule(InvertibleTransformModule):
+    """A transform of Pyro or torch whose own cache is not to be trusted, behind an honest one.
+
+    Pyro's learnable transforms return what they remember for a tensor also after their parameters
+    have changed: the same data tensor, scored step after step, has the same stale density.
+
+    :param Transform transform: the transform, with a cache; if it is a module, it is registered.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    @dependent_property(is_discrete=False)
+    def domain(self) -> Constraint:
+        return self.transform.domain
+
+    @dependent_property(is_discrete=False)
+    def codomain(self) -> Constraint:
+        return self.transform.codomain
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]  # a property, as in torch's own inverse
+        return self.transform.bijective
+
+    @property
+    def sign(self) -> Any:
+        return self.transform.sign
+
+    def extra_repr(self) -> str:
+        return repr(self.transform)
+
+    def _call(self, x: Tensor) -> Tensor:
+        self._forget_stale()
+        return self.transform(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._forget_stale()
+        return self.transform._inv_call(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._pair.y_of(x, self._map_state()) is not y:
+            self._forget_stale()
+        return self.transform.log_abs_det_jacobian(x, y)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.forward_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.inverse_shape(shape)
+
+    def clear_cache(self) -> None:
+        """Drop the cached pair, here and in the transform."""
+        super().clear_cache()
+        self._forget_stale()
+
+    def _forget_stale(self) -> None:
+        self.transform.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
 
 
 class InverseTransformModule(TransformModule):
@@ -127,9 +198,13 @@ class InverseTransformModule(TransformModule):
     :param Transform transform: any bijective transform; if it is a module, it is registered.
     """
 
+    _guarded: Any
+
     def __init__(self, transform: Transform) -> None:
         super().__init__(cache_size=transform._cache_size)
         self.transform = transform
+        # What evaluates it; not registered once more.
+        self.__dict__["_guarded"] = guard(transform)
         self._link()
 
     @dependent_property(is_discrete=False)
@@ -157,13 +232,13 @@ class InverseTransformModule(TransformModule):
         return f"{type(self).__name__}({self.transform!r})"
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.transform._inv_call(x)
+        return self._guarded._inv_call(x)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.transform(y)
+        return self._guarded(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return -self.transform.log_abs_det_jacobian(y, x)  # this one's output is T's input
+        return -self._guarded.log_abs_det_jacobian(y, x)  # this one's output is T's input
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.inverse_shape(shape)
@@ -179,7 +254,7 @@ class InverseTransformModule(TransformModule):
 
     def clear_cache(self) -> None:
         """Drop the transform's cached pair."""
-        self.transform.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
+        self._guarded.clear_cache()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A transform leaves its link to the inverse out of pickles and copies.
@@ -191,3 +266,15 @@ class InverseTransformModule(TransformModule):
         # Past nn.Module.__setattr__: as a registered child of the transform, this module, which
         # registers the transform in turn, would send .to() and state_dict() round in circles.
         self.transform.__dict__["_inv"] = self
+
+
+def guard(transform: Transform) -> Transform:
+    """A transform whose cache can be trusted: the same one, or one that stands before it.
+
+    The inverse of a module that has lost sight of the module's parameters finds them again.
+    """
+    if isinstance(transform, InvertibleTransformModule | InverseTransformModule):
+        return transform
+    if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
+        return InverseTransformModule(transform.inv)
+    return GuardedTransformModule(transform) if transform._cache_size else transform

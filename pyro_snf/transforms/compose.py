@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 
-from pyro_snf.transforms.base import InverseTransformModule
+from pyro_snf.transforms.base import InverseTransformModule, guard
 
 __all__ = ["Compose"]
 
@@ -29,12 +29,23 @@ class Compose(ComposeTransformModule):
     :param parts: the transforms, in the order in which they are applied; those of Pyro and torch
         too.
     :param int cache_size: 1 to turn the caches of all parts on.
+    Parts that keep a cache of their own, such as Pyro's ``Spline``, are put behind an honest one;
+    compositions of Pyro and torch are taken apart.
     """
 
     def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
-        if len(parts) == 0:
+        flat: list[Transform] = []
+        for part in parts:
+            if isinstance(part, ComposeTransform) and not isinstance(part, Compose):
+                flat.extend(part.parts)
+            else:
+                flat.append(part)
+        if len(flat) == 0:
             raise ValueError("expected at least one transform; got none")
-        super().__init__(list(parts), cache_size=cache_size)
+        flat = [guard(part) for part in flat]
+        if cache_size:  # here, for the base class registers what it is given, not what it uses
+            flat = [part.with_cache(cache_size) for part in flat]
+        super().__init__(flat, cache_size=cache_size)
 
     @property
     def inv(self) -> InverseTransformModule:

@@ -15,16 +15,13 @@ from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import ExactFactors
 from pyro_snf.dense.learned import LearnedInverse
+from pyro_snf.dense.solve import OnePassSolver, RefinedSolver
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.geco import GECO
-from pyro_snf.surrogate import implicit_solve
+from pyro_snf.surrogate import Solver, implicit_solve
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
 __all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
-
-# A step of iterative refinement at least halves the residual, or the exact solve takes over. So
-# this many are enough for float64, and an R that is good enough to train with needs far fewer.
-_MAX_REFINEMENTS = 60
 
 
 class SelfNormalizingLinear(InvertibleTransformModule):
@@ -140,7 +137,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
                 isinstance(num_probes, int) and num_probes >= 1,
                 num_probes,
             ),
-            ("seed, an integer", isinstance(seed, int), seed),
+            ("seed, an integer >= 0", isinstance(seed, int) and seed >= 0, seed),
             ("init_scale > 0", 0 < init_scale < math.inf, init_scale),
             ("tolerance in (0, 1)", 0 < tolerance < 1, tolerance),
             ("mixture in [0, 1)", 0 <= mixture < 1, mixture),
@@ -216,7 +213,11 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             if self.inverse == "learned" and isinstance(self.estimator, LearnedInverse):
                 # R is a map of its own here: gradients go to its parameter.
                 return self.estimator.apply_inverse(rows).reshape(y.shape)
-            x = implicit_solve(near_identity.matrix(self.theta), rows, self._solve)
+            matrix = near_identity.matrix(self.theta)
+            if torch.jit.is_tracing():
+                x = torch.linalg.solve(matrix, rows.mT).mT
+            else:
+                x = implicit_solve(matrix, rows, self._solver(matrix))
             if isinstance(self.estimator, LearnedInverse):
                 x = self.estimator.mixture_solution(x, rows)
             return x.reshape(y.shape)
@@ -225,7 +226,9 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         rows = self._as_rows(x)
         with torch.autocast(x.device.type, enabled=False), self._named_errors():
             scale = self.log_scale.sum()
-            in_training = self.training and torch.is_grad_enabled() and self.theta.requires_grad
+            recorded = torch.is_grad_enabled() and self.theta.requires_grad
+            # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
+            in_training = recorded and self.estimator is not None and self.estimator.training
             if torch.jit.is_tracing():  # tracking is not an operation that a trace could repeat
                 value = near_identity.log_abs_det(self.theta)
             elif in_training and isinstance(self.estimator, TrackedInverse):
@@ -233,11 +236,14 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             elif in_training and isinstance(self.estimator, LearnedInverse):
                 value = self.estimator.training_log_abs_det(self.theta, rows)
                 scale = scale - scale.detach()  # the whole term adds exactly 0 to the value
+            elif recorded:
+                matrix = near_identity.matrix(self.theta)
+                value = self._exact_factors(matrix).differentiable_log_abs_det(matrix)
             else:
-                value = self._exact_factors().differentiable_log_abs_det(self.theta)
-            value = value + scale
+                value = self._exact_factors().log_abs_det
             if not (torch.jit.is_tracing() or torch.isfinite(scale)):
                 raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
+            value = value + scale
         return value.expand(len(rows)).reshape(x.shape[:-1])
 
     @property
@@ -288,8 +294,16 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"{self}: {error}") from error
 
-    def _exact_factors(self) -> ExactFactors:
-        return self._factors.get([self.theta], lambda: ExactFactors(self.theta))
+    def _exact_factors(self, matrix: Tensor | None = None) -> ExactFactors:
+        """The factors of A, for as long as Θ stays what it is.
+
+        :param Tensor matrix: A, if it is at hand.
+        """
+
+        def make() -> ExactFactors:
+            return ExactFactors(near_identity.matrix(self.theta) if matrix is None else matrix)
+
+        return self._factors.get([self.theta], make)
 
     def _approximate_inverse_t(self) -> Tensor:
         """``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``, a constant to autograd."""
@@ -299,36 +313,14 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             return self.estimator.inverse_t()
         return self._exact_factors().inverse_t
 
-    @torch.no_grad()
-    def _solve(self, rows: Tensor, transposed: bool) -> Tensor:
-        """``A⁻¹ h`` (or ``A⁻ᵀ h``) for every row ``h``, by the method of ``self.inverse``."""
+    def _solver(self, matrix: Tensor) -> Solver:
+        """Solves with A, the ``matrix``, by the method of ``self.inverse``."""
+        factors = self._exact_factors(matrix)
         if self.inverse == "exact" or self.log_det == "exact":
-            return self._exact_factors().solve(rows, transposed)
-        inverse_t = self._approximate_inverse_t().to(rows.dtype)
-        factor = inverse_t.mT if transposed else inverse_t
-        solution = rows @ factor
+            return factors.solve
         if self.inverse == "learned":
-            return solution
-        multiply = near_identity.multiply_transposed if transposed else near_identity.multiply
-        # The rounding level of a residual, with ‖A‖_F ≤ √D + ‖Θ‖_F/√D: what a backward stable
-        # solve leaves, eps ‖A‖ ‖u‖, at most.
-        root = math.sqrt(self.input_dim)
-        level = torch.finfo(rows.dtype).eps * (root + self.theta.norm() / root)
-        # A row that is not finite never will be: it passes through, and stops no other.
-        finite = torch.isfinite(rows).all(-1)
-        previous = math.inf
-        for _ in range(_MAX_REFINEMENTS):
-            residual = rows - multiply(self.theta, solution)
-            excess = (residual.norm(dim=-1) / (level * solution.norm(dim=-1)))[finite]
-            largest = excess.max().item() if len(excess) else 0.0
-            # Below 1 the residual is rounding; one step more costs little and often gains.
-            if not largest <= previous / 2:
-                break
-            solution = solution + residual @ factor
-            previous = largest
-        if previous < 1:
-            return solution
-        return self._exact_factors().solve(rows, transposed)
+            return OnePassSolver(self._approximate_inverse_t())
+        return RefinedSolver(factors, self._approximate_inverse_t())
 
 
 def self_normalizing_linear(input_dim: int, **kwargs: Any) -> SelfNormalizingLinear:

@@ -1,0 +1,52 @@
+"""What every test starts from: float64, fixed seeds, an empty parameter store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+from tests.registry import CASES, Case
+
+# The tensors here are small: threads would wait for each other longer than they compute, and on a
+# busy machine much longer.
+torch.set_num_threads(1)
+
+#: For tests that run on every device: ``@pytest.mark.parametrize("device", DEVICES)``, or the
+#: fixture ``device``.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate() -> Iterator[None]:
+    # Float64, so that a wrong formula is not hidden behind rounding; tests of other types say so.
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn; the GPU's tests skip themselves where there is none."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each named constructor of the registry in turn."""
+    return CASES[request.param]

@@ -1,0 +1,237 @@
+"""The registry of named constructors that the contract tests run over, and what they share.
+
+A new transform of ``pyro_snf.__all__`` gets a line in :data:`CASES`; a test sees to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from pyro_snf import (
+    GECO,
+    Compose,
+    InverseTransformModule,
+    SelfNormalizingLinear,
+    SmoothLeakyReLU,
+    self_normalizing_linear,
+    smooth_leaky_relu,
+)
+from pyro_snf.dense import near_identity
+from pyro_snf.dense.learned import LearnedInverse
+
+LOG_DETS = ["refined", "learned", "exact"]
+INVERSES = ["refined", "learned", "exact"]
+
+# ‖Θ/√D‖₂ of random layers: the singular values of A lie in [0.5, 1.5], its condition is below 3.
+SPREAD = 0.5
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value, well conditioned, and every layer an exact R."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, SelfNormalizingLinear):
+                noise = normal(part.theta)
+                scale = SPREAD * math.sqrt(part.input_dim) / torch.linalg.matrix_norm(noise, 2)
+                part.theta.copy_(scale * noise)
+                part.log_scale.copy_(0.3 * normal(part.log_scale))
+                if part.bias is not None:
+                    part.bias.copy_(normal(part.bias))
+                make_inverse_exact(part)
+            elif isinstance(part, SmoothLeakyReLU):
+                part.logit_alpha.add_(0.3 * normal(part.logit_alpha))
+            elif isinstance(part, dist.transforms.Spline):
+                for parameter in part.parameters():
+                    parameter.copy_(normal(parameter).sigmoid())
+
+
+@torch.no_grad()
+def make_inverse_exact(layer: SelfNormalizingLinear) -> None:
+    """Set R to A⁻¹, where it is learned or tracked."""
+    layer.refresh()
+    if isinstance(layer.estimator, LearnedInverse):
+        inverse = torch.linalg.inv(near_identity.matrix(layer.theta))
+        eye = torch.eye(layer.input_dim, dtype=inverse.dtype, device=inverse.device)
+        layer.estimator.theta.copy_(math.sqrt(layer.input_dim) * (inverse - eye))
+
+
+@torch.no_grad()
+def nudge_inverses(module: nn.Module, size: float, seed: int = 1) -> None:
+    """Add noise of norm ``size`` per row to every R that is learned or tracked."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, SelfNormalizingLinear) and layer.log_det != "exact":
+            learned = isinstance(layer.estimator, LearnedInverse)
+            target = layer.estimator.theta if learned else layer.estimator.inverse_t
+            scale = size if learned else size / math.sqrt(layer.input_dim)
+            noise = torch.randn(target.shape, generator=generator, dtype=target.dtype)
+            target.add_(noise, alpha=scale)
+
+
+def linear(dim: int = 5, *, seed: int = 0, **options: object) -> SelfNormalizingLinear:
+    """A random linear layer in float64 with an exact R."""
+    layer = SelfNormalizingLinear(dim, dtype=torch.float64, **options)
+    randomize(layer, seed)
+    return layer
+
+
+def _randomized(make: Callable[[], nn.Module]) -> Callable[[int], Transform]:
+    def build(seed: int = 0) -> Transform:
+        # Pyro's transforms draw their parameters from the global stream: not to disturb it.
+        with torch.random.fork_rng(devices=[]):
+            transform = make().double()
+        randomize(transform, seed)
+        return transform
+
+    return build
+
+
+class Case(NamedTuple):
+    """One named constructor."""
+
+    make: Callable[..., Transform]
+    """``make(seed)`` returns a random transform in float64, R being exact."""
+    shape: tuple[int, ...]
+    """The trailing shape of inputs and outputs."""
+    api: str
+    """The name in ``pyro_snf.__all__`` that it is built by."""
+    remembers_inverse: bool = True
+    """Whether ``T.inv(y)`` is exact by construction, so that the pair is cached."""
+    foreign: bool = False
+    """Whether Pyro's Spline is in it. It has no ``with_cache``, and keeps a tensor with a graph
+    once it was used, which ``deepcopy`` refuses."""
+
+
+def _linear_case(dim: int = 5, *, remembers_inverse: bool = True, **options: object) -> Case:
+    def make() -> nn.Module:
+        # Anew for each layer: a controller has a state.
+        fresh = {"reconstruction_weight": GECO(0.02)} if options.get("geco") else {}
+        kept = {key: value for key, value in options.items() if key != "geco"}
+        return SelfNormalizingLinear(dim, **kept, **fresh)
+
+    return Case(_randomized(make), (dim,), "SelfNormalizingLinear", remembers_inverse)
+
+
+def _stack() -> Compose:
+    return Compose([SelfNormalizingLinear(3), SmoothLeakyReLU(), SelfNormalizingLinear(3)])
+
+
+CASES: dict[str, Case] = {
+    "linear refined": _linear_case(),
+    "linear refined D=1": _linear_case(1),
+    "linear refined D=8 k=2": _linear_case(8, num_probes=2),
+    "linear refined no bias": _linear_case(bias=False),
+    "linear refined inverse=exact": _linear_case(inverse="exact"),
+    "linear refined inverse=learned (approximate)": _linear_case(
+        inverse="learned", remembers_inverse=False
+    ),
+    "linear learned": _linear_case(log_det="learned"),
+    "linear learned D=1": _linear_case(1, log_det="learned"),
+    "linear learned mixture=0": _linear_case(log_det="learned", mixture=0.0),
+    "linear learned symmetric": _linear_case(log_det="learned", reconstruction="symmetric"),
+    "linear learned R only": _linear_case(log_det="learned", reconstruction="inverse"),
+    "linear learned GECO": _linear_case(log_det="learned", geco=True),
+    "linear learned no bias": _linear_case(log_det="learned", bias=False),
+    "linear learned inverse=exact": _linear_case(log_det="learned", inverse="exact"),
+    "linear learned inverse=learned (approximate)": _linear_case(
+        log_det="learned", inverse="learned", remembers_inverse=False
+    ),
+    "linear exact": _linear_case(log_det="exact"),
+    "linear exact D=1": _linear_case(1, log_det="exact"),
+    "linear by the factory": Case(
+        _randomized(lambda: self_normalizing_linear(4, init_scale=0.5)),
+        (4,),
+        "self_normalizing_linear",
+    ),
+    "smooth leaky relu": Case(_randomized(SmoothLeakyReLU), (), "SmoothLeakyReLU"),
+    "smooth leaky relu on vectors": Case(_randomized(SmoothLeakyReLU), (3,), "SmoothLeakyReLU"),
+    "smooth leaky relu alpha=0.02": Case(
+        _randomized(lambda: SmoothLeakyReLU(0.02)), (), "SmoothLeakyReLU"
+    ),
+    "smooth leaky relu learnable": Case(
+        _randomized(lambda: SmoothLeakyReLU(learnable=True)), (3,), "SmoothLeakyReLU"
+    ),
+    "smooth leaky relu by the factory": Case(
+        _randomized(lambda: smooth_leaky_relu(0.5, learnable=True)), (3,), "smooth_leaky_relu"
+    ),
+    "Compose linear-activation-linear": Case(_randomized(_stack), (3,), "Compose"),
+    "Compose with Pyro's Spline": Case(
+        _randomized(lambda: Compose([SelfNormalizingLinear(3), dist.transforms.Spline(3)])),
+        (3,),
+        "Compose",
+        foreign=True,
+    ),
+    "Compose that starts with Pyro's Spline": Case(
+        _randomized(lambda: Compose([dist.transforms.Spline(3), SelfNormalizingLinear(3)])),
+        (3,),
+        "Compose",
+        foreign=True,
+    ),
+    "Compose with an inverse": Case(
+        _randomized(
+            lambda: Compose(
+                [SelfNormalizingLinear(3), SmoothLeakyReLU(), SelfNormalizingLinear(3).inv]
+            )
+        ),
+        (3,),
+        "Compose",
+    ),
+    "inverse of linear": Case(
+        _randomized(lambda: SelfNormalizingLinear(4).inv), (4,), "InverseTransformModule"
+    ),
+    "inverse of Compose": Case(_randomized(lambda: _stack().inv), (3,), "InverseTransformModule"),
+    "inverse of Pyro's Spline": Case(
+        _randomized(lambda: InverseTransformModule(dist.transforms.Spline(3))),
+        (3,),
+        "InverseTransformModule",
+        foreign=True,
+    ),
+}
+
+
+def batch(case: Case, shape: tuple[int, ...] = (6,), seed: int = 0) -> Tensor:
+    """Standard normal inputs of a case, float64, shape ``(*shape, *case.shape)``."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.randn((*shape, *case.shape), generator=generator, dtype=torch.float64)
+
+
+def density_loss(transform: Transform, data: Tensor) -> Tensor:
+    """``−mean log p(data)`` of the density model ``[T.inv]``, the data going through T."""
+    base = dist.Normal(torch.zeros_like(data[0]), 1.0)
+    return -dist.TransformedDistribution(base, [transform.inv]).log_prob(data).mean()
+
+
+def guide_loss(transform: Transform, noise: Tensor) -> Tensor:
+    """A reparametrized ``KL(q ‖ N(1, 1))`` of the guide ``[T]``, from given base samples."""
+    base = dist.Normal(torch.zeros_like(noise[0]), 1.0)
+    sample = transform(noise)
+    entropy = -dist.TransformedDistribution(base, [transform]).log_prob(sample).mean()
+    return 0.5 * (sample - 1).square().sum() / len(noise) - entropy
+
+
+def train(transform: nn.Module, case: Case, steps: int = 4, seed: int = 0) -> list[float]:
+    """A few steps of Adam on both losses; the losses."""
+    parameters = [p for p in transform.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.02) if parameters else None
+    losses = []
+    for step in range(steps):
+        data, noise = batch(case, seed=seed + 2 * step), batch(case, seed=seed + 2 * step + 1)
+        loss = density_loss(transform, data) + guide_loss(transform, noise)
+        losses.append(loss.item())
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return losses

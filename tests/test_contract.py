@@ -1,0 +1,688 @@
+"""The contract with Pyro, over the registry of named constructors: one property a test."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions.transforms import ComposeTransformModule
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+import pyro_snf
+from pyro_snf import (
+    Compose,
+    InverseTransformModule,
+    InvertibleTransformModule,
+    SelfNormalizingLinear,
+)
+from tests.registry import (
+    CASES,
+    LOG_DETS,
+    Case,
+    batch,
+    density_loss,
+    guide_loss,
+    linear,
+    make_inverse_exact,
+    nudge_inverses,
+    train,
+)
+
+# Float64 with condition numbers below 3, a few layers deep: rounding, and three digits to spare.
+EXACT = 1e-9
+# The same in float32.
+SINGLE = 1e-4
+# One pass through an R that four steps of training have moved away from the inverse.
+APPROXIMATE = 0.2
+# A sample's density against that of its clone: the clone goes through the inverse, to rounding.
+SAMPLED = 1e-8
+
+#: What holds other transforms, and whose own mode says nothing.
+WRAPPERS = (InverseTransformModule, ComposeTransformModule)
+
+BATCH_SHAPES = [(), (3,), (2, 1), (4, 1, 5)]
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def event_dim(transform: Transform) -> int:
+    return transform.domain.event_dim
+
+
+def is_module(transform: Transform) -> bool:
+    """Whether it is one of Pyro's transforms with parameters: a stack is of another base class."""
+    return isinstance(transform, dist.TransformModule | ComposeTransformModule)
+
+
+def total_log_det(transform: Transform, x: Tensor, y: Tensor, case: Case) -> Tensor:
+    """``log|det|`` over all of ``case.shape``: elementwise transforms give a term an element."""
+    batch_shape = x.shape[: x.dim() - len(case.shape)]
+    return transform.log_abs_det_jacobian(x, y).reshape(*batch_shape, -1).sum(-1)
+
+
+def outputs(transform: Transform, case: Case) -> list[Tensor]:
+    """Value, inverse and log-determinant as they are without training, caches empty."""
+    training = transform.training
+    transform.eval()
+    x = batch(case)
+    with torch.no_grad():
+        y = transform(x)
+        result = [y, transform.inv(x.clone()), transform.log_abs_det_jacobian(x, y)]
+    transform.train(training)
+    return result
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- The registry -------------------------------------------------------------------------------
+
+
+def test_registry_covers_every_public_transform() -> None:
+    def is_transform(name: str) -> bool:
+        value = getattr(pyro_snf, name)
+        if inspect.isclass(value):
+            return issubclass(value, Transform) and value is not InvertibleTransformModule
+        return inspect.isfunction(value)
+
+    assert {case.api for case in CASES.values()} == set(filter(is_transform, pyro_snf.__all__))
+
+
+def test_case_is_built_by_the_name_that_it_claims(case: Case) -> None:
+    maker = getattr(pyro_snf, case.api)
+    if inspect.isclass(maker):
+        assert type(case.make()) is maker
+
+
+def test_case_is_float64_and_reproducible(case: Case) -> None:
+    first, second, other = case.make(), case.make(), case.make(seed=1)
+    assert all(tensor.dtype == torch.float64 for tensor in first.parameters())
+    assert same(outputs(first, case), outputs(second, case))
+    assert not same(outputs(first, case), outputs(other, case))
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+def test_round_trip_from_x(case: Case) -> None:
+    transform = case.make()
+    for shape in BATCH_SHAPES:
+        x = batch(case, shape)
+        y = transform(x).detach()
+        transform.clear_cache()
+        assert y.shape == x.shape
+        assert close(transform.inv(y), x)
+
+
+def test_round_trip_from_y(case: Case) -> None:
+    transform = case.make()
+    for shape in BATCH_SHAPES:
+        y = batch(case, shape)
+        x = transform.inv(y).detach()
+        transform.inv.clear_cache()
+        assert x.shape == y.shape
+        assert close(transform(x), y)
+
+
+@pytest.mark.parametrize("direction", ["T", "T.inv"])
+def test_log_det_is_that_of_the_jacobian(case: Case, direction: str) -> None:
+    transform = case.make().eval()
+    if direction == "T.inv":
+        transform = transform.inv
+    for x in batch(case, (3,)):
+        jacobian = torch.autograd.functional.jacobian(transform, x)
+        size = math.prod(case.shape)
+        expected = torch.linalg.slogdet(jacobian.reshape(size, size)).logabsdet
+        assert close(total_log_det(transform, x, transform(x), case), expected)
+
+
+def test_inverse_log_det_is_the_negative(case: Case) -> None:
+    transform, x = case.make().eval(), batch(case)
+    y = transform(x)
+    forward = transform.log_abs_det_jacobian(x, y)
+    assert torch.equal(transform.inv.log_abs_det_jacobian(y, x), -forward)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+def test_log_det_shape(case: Case, mode: str) -> None:
+    transform = case.make().train(mode == "train")
+    for shape in BATCH_SHAPES:
+        x = batch(case, shape)
+        expected = x.shape[: x.dim() - event_dim(transform)]
+        with torch.set_grad_enabled(mode != "no_grad"):
+            y = transform(x)
+            assert transform.log_abs_det_jacobian(x, y).shape == expected
+            assert transform.inv.log_abs_det_jacobian(y, x).shape == expected
+            transform.clear_cache()
+            x_again = transform.inv(y)
+            assert transform.log_abs_det_jacobian(x_again, y).shape == expected
+
+
+def test_rows_of_a_batch_do_not_depend_on_each_other(case: Case) -> None:
+    transform, x = case.make().eval(), batch(case, (2, 3))
+    with torch.no_grad():
+        y = transform(x)
+        log_det = transform.log_abs_det_jacobian(x, y)
+        for index in [(0, 0), (1, 2)]:
+            row, image = x[index], y[index]
+            assert close(transform(row), image)
+            assert close(transform.inv(image), row)
+            assert close(transform.log_abs_det_jacobian(row, image), log_det[index])
+
+
+def test_training_value_is_the_log_det_or_exactly_zero(case: Case) -> None:
+    # With R exact the estimate of "refined" is too; "learned" has no value, and must say 0.
+    transform, x = case.make(), batch(case)
+    y = transform(x)
+    in_training = transform.log_abs_det_jacobian(x, y)
+    with torch.no_grad():
+        exact = transform.log_abs_det_jacobian(x, y)
+    layers = [part for part in transform.modules() if isinstance(part, SelfNormalizingLinear)]
+    if any(layer.log_det == "learned" for layer in layers):
+        assert len(layers) == 1, "what else the value consists of would have to be told apart"
+        assert torch.equal(in_training, torch.zeros_like(in_training))
+    else:
+        assert close(in_training, exact)
+
+
+def test_constraints(case: Case) -> None:
+    transform = case.make()
+    assert transform.bijective is True
+    assert event_dim(transform) == event_dim(transform.inv) == transform.codomain.event_dim
+    x = batch(case)
+    assert transform.domain.check(x).all()
+    assert transform.codomain.check(transform(x)).all()
+    shape = torch.Size((7, *case.shape))
+    assert transform.forward_shape(shape) == transform.inverse_shape(shape) == shape
+
+
+def test_in_a_transformed_distribution(case: Case) -> None:
+    # The change of variables, spelled out.
+    transform = case.make().eval()
+    base = dist.Normal(torch.zeros(case.shape), 1.0).to_event(len(case.shape))
+    flow = dist.TransformedDistribution(base, [transform])
+    y = batch(case)
+    transform.clear_cache()
+    x = transform.inv(y)
+    expected = base.log_prob(x) - total_log_det(transform, x, y, case)
+    assert flow.event_shape == torch.Size(case.shape)
+    assert close(flow.log_prob(y), expected)
+    assert flow.expand([6]).log_prob(y).shape == (6,)
+    assert flow.rsample((2, 3)).shape == (2, 3, *case.shape)
+
+
+# --- Parameters ---------------------------------------------------------------------------------
+
+
+def test_gradient_reaches_every_parameter(case: Case) -> None:
+    transform = case.make()
+    # At an exact R the gradient of a pure reconstruction penalty is 0.
+    nudge_inverses(transform, 0.05)
+    loss = density_loss(transform, batch(case)) + guide_loss(transform, batch(case, seed=1))
+    if not list(transform.parameters()):
+        assert not loss.requires_grad
+        return
+    loss.backward()
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+def test_parameters_are_floating_and_contiguous(case: Case) -> None:
+    # Pyro's store copies a parameter that is not contiguous, and then trains the copy.
+    transform = case.make()
+    for _ in range(2):
+        for name, tensor in transform.named_parameters():
+            assert tensor.is_contiguous(), name
+            assert tensor.is_floating_point(), name
+            assert tensor.is_leaf, name
+        train(transform, case, steps=2)
+
+
+def test_everything_is_created_at_construction(case: Case) -> None:
+    transform = case.make()
+    parameters = dict(transform.named_parameters())
+    buffers = [name for name, _ in transform.named_buffers()]
+    modules = [name for name, _ in transform.named_modules()]
+    keys = list(transform.state_dict())
+    train(transform, case, steps=2)
+    outputs(transform, case)
+    after = dict(transform.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in parameters)
+    assert [name for name, _ in transform.named_buffers()] == buffers
+    assert [name for name, _ in transform.named_modules()] == modules
+    assert list(transform.state_dict()) == keys
+
+
+def test_training_leaves_the_global_random_stream_alone(case: Case) -> None:
+    transform, x, y = case.make(), batch(case), batch(case, seed=1)
+    state = torch.get_rng_state()
+    transform.log_abs_det_jacobian(x, transform(x)).sum()
+    transform.inv.log_abs_det_jacobian(y, transform.inv(y)).sum()
+    outputs(transform, case)
+    train(transform, case, steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_construction_draws_no_random_numbers() -> None:
+    # An unseeded initialization would make "the same seed" mean two things.
+    state = torch.get_rng_state()
+    pyro_snf.Compose([SelfNormalizingLinear(3), pyro_snf.SmoothLeakyReLU(learnable=True)])
+    SelfNormalizingLinear(3, log_det="learned", reconstruction_weight=pyro_snf.GECO(0.1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- State and copies, before and after training ------------------------------------------------
+
+
+def by_pickle(transform: Transform) -> Transform:
+    return pickle.loads(pickle.dumps(transform))
+
+
+def by_torch_save(transform: Transform) -> Transform:
+    buffer = io.BytesIO()
+    torch.save(transform, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = [copy.deepcopy, by_pickle, by_torch_save]
+TRAINED = pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+COPIED = pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
+
+
+def prepare(case: Case, trained: bool) -> Transform:
+    transform = case.make()
+    if trained:
+        train(transform, case)
+        transform(batch(case))  # the caches hold a graph
+        if case.foreign:
+            with torch.no_grad():  # which Pyro's own do not survive
+                density_loss(transform, batch(case))
+                guide_loss(transform, batch(case))
+    return transform
+
+
+@TRAINED
+def test_state_dict_round_trip(case: Case, trained: bool) -> None:
+    transform = prepare(case, trained)
+    buffer = io.BytesIO()
+    torch.save(transform.state_dict(), buffer)
+    buffer.seek(0)
+    other = case.make(seed=1)
+    outputs(other, case)
+    result = other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert same(outputs(other, case), outputs(transform, case))
+    # The training value, too: R came along.
+    x = batch(case)
+    ours, theirs = (t.log_abs_det_jacobian(x, t(x)) for t in (transform, other))
+    assert close(theirs, ours, 1e-5 if trained else EXACT)  # one more round of updates
+
+
+@TRAINED
+@COPIED
+def test_copy_equals_the_original(
+    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
+) -> None:
+    transform = prepare(case, trained)
+    twin = make_copy(transform)
+    assert same(outputs(twin, case), outputs(transform, case))
+
+
+@TRAINED
+@COPIED
+def test_copy_is_independent(
+    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
+) -> None:
+    transform = prepare(case, trained)
+    before = outputs(transform, case)
+    twin = make_copy(transform)
+    train(twin, case, seed=50)
+    transform.clear_cache()
+    assert same(outputs(transform, case), before)
+    if list(transform.parameters()):
+        assert not same(outputs(twin, case), before)
+
+
+@TRAINED
+@COPIED
+def test_inverse_of_a_copy_belongs_to_the_copy(
+    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
+) -> None:
+    transform = prepare(case, trained)
+    assert transform.inv.inv is transform
+    twin = make_copy(transform)
+    assert twin.inv is not transform.inv
+    assert twin.inv.inv is twin
+    ours, theirs = list(twin.parameters()), list(twin.inv.parameters())
+    assert all(a is b for a, b in zip(ours, theirs, strict=True))
+
+
+@TRAINED
+@COPIED
+def test_copy_of_the_inverse_is_the_inverse_of_its_copy(
+    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
+) -> None:
+    transform = prepare(case, trained)
+    before = outputs(transform, case)
+    inverse = make_copy(transform.inv)
+    assert inverse.inv.inv is inverse
+    assert inverse.inv is not transform
+    assert same(outputs(inverse.inv, case), before)
+    train(inverse.inv, case, seed=50)
+    assert same(outputs(transform, case), before)
+
+
+@COPIED
+@pytest.mark.parametrize("first", ["T", "T.inv"])
+def test_transform_and_inverse_stay_a_pair_when_copied_together(
+    case: Case, make_copy: Callable[[nn.Module], nn.Module], first: str
+) -> None:
+    transform = case.make()
+    pair = [transform, transform.inv] if first == "T" else [transform.inv, transform]
+    one, other = make_copy(nn.ModuleList(pair))
+    assert one.inv is other
+    assert other.inv is one
+
+
+def test_training_the_copy_equals_training_the_original(case: Case) -> None:
+    transform = prepare(case, trained=True)
+    twin = copy.deepcopy(transform)
+    # R may be one round of updates further in one of them: its error is of second order.
+    first, second = train(transform, case, seed=20), train(twin, case, seed=20)
+    assert close(torch.tensor(first), torch.tensor(second), 1e-5)
+
+
+def test_state_dict_does_not_recurse(case: Case) -> None:
+    transform = case.make()
+    before = list(transform.state_dict())
+    assert isinstance(transform.inv, Transform)  # creates the inverse
+    transform.inv.inv.inv(batch(case))
+    assert list(transform.state_dict()) == before
+    names = [name for name, _ in transform.named_modules()]
+    assert len(names) == len(set(names))
+    # A class's name per module at most: the inverse is no child of its transform.
+    if not isinstance(transform, InverseTransformModule):
+        assert not any(child is transform.inv for child in transform.children())
+
+
+@TRAINED
+def test_repr(case: Case, trained: bool) -> None:
+    transform = prepare(case, trained)
+    assert repr(transform).startswith(type(transform).__name__ + "(")
+    assert repr(transform) in repr(transform.inv) or repr(transform.inv) in repr(transform)
+    assert repr(by_pickle(transform)) == repr(transform)
+
+
+@pytest.mark.parametrize("through", ["T", "T.inv"])
+@TRAINED
+def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> None:
+    transform = prepare(case, trained)
+    module = transform if through == "T" or not list(transform.parameters()) else transform.inv
+    expected = outputs(transform, case)
+
+    module.to(torch.float32)
+    assert all(p.dtype == torch.float32 for p in transform.parameters())
+    x = batch(case).float()
+    y = transform(x)
+    log_det = transform.log_abs_det_jacobian(x, y)
+    assert y.dtype == log_det.dtype == torch.float32
+    assert close(y, expected[0].float(), SINGLE)
+    assert close(transform.eval().log_abs_det_jacobian(x, y), expected[2].float(), SINGLE)
+    # The log-determinant above was a training step's, and improved a tracked R on the way.
+    inverse_tolerance = SINGLE if case.remembers_inverse else APPROXIMATE
+    assert close(transform.inv(x.clone()), expected[1].float(), inverse_tolerance)
+
+    module.double()
+    assert all(p.dtype == torch.float64 for p in transform.parameters())
+    y, x, log_det = outputs(transform, case)
+    assert close(y, expected[0], SINGLE)
+    assert close(x, expected[1], inverse_tolerance)
+    assert close(log_det, expected[2], SINGLE)
+
+
+def test_training_after_a_change_of_dtype(case: Case) -> None:
+    transform = case.make().float()
+    x = batch(case).float()
+    y = transform(x)
+    in_training = transform.log_abs_det_jacobian(x, y)
+    if in_training.requires_grad:
+        in_training.sum().backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in transform.parameters())
+    transform.double()
+    losses = train(transform, case)
+    assert all(map(math.isfinite, losses))
+
+
+# --- The inverse as a module --------------------------------------------------------------------
+
+
+def test_inverse_is_one_registered_module(case: Case) -> None:
+    transform = case.make()
+    inverse = transform.inv
+    assert inverse is transform.inv
+    assert inverse.inv is transform
+    assert is_module(inverse)
+    assert all(a is b for a, b in zip(inverse.parameters(), transform.parameters(), strict=True))
+
+
+def test_inverse_is_registered_by_pyro_module(case: Case) -> None:
+    transform = case.make()
+    pyro.module("t", transform.inv)
+    registered = {id(value) for _, value in pyro.get_param_store().named_parameters()}
+    assert registered == {id(parameter) for parameter in transform.parameters()}
+
+
+def test_inverse_is_registered_by_a_pyro_module_attribute(case: Case) -> None:
+    class Model(PyroModule):
+        def __init__(self, transform: Transform) -> None:
+            super().__init__()
+            self.flow = transform.inv
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.flow(x)
+
+    transform = case.make()
+    model = Model(transform)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in transform.parameters()}
+    model(batch(case))
+    registered = {id(value) for _, value in pyro.get_param_store().named_parameters()}
+    assert registered == {id(parameter) for parameter in transform.parameters()}
+
+
+def test_train_and_eval_through_the_inverse(case: Case) -> None:
+    transform = case.make()
+    inverse = transform.inv
+    for mode in (False, True):
+        inverse.train(mode)
+        layers = [part for part in transform.modules() if not isinstance(part, WRAPPERS)]
+        assert layers
+        assert all(layer.training is mode for layer in layers)
+
+
+def test_freezing_through_the_inverse(case: Case) -> None:
+    transform = case.make()
+    transform.inv.requires_grad_(False)
+    x = batch(case)
+    y = transform(x)
+    assert not y.requires_grad
+    assert not transform.log_abs_det_jacobian(x, y).requires_grad
+
+
+# --- Caches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["T", "T.inv"])
+def test_with_cache_shares_everything_but_the_cache(case: Case, through: str) -> None:
+    if case.foreign:
+        pytest.skip("Pyro's Spline has no with_cache")
+    transform = case.make()
+    inverse = transform.inv  # created here: a twin needs one of its own
+    module = transform if through == "T" else inverse
+    for size in (0, 1):
+        twin = module.with_cache(size)
+        assert twin._cache_size == size
+        assert twin.inv._cache_size == size
+        assert twin.inv.inv is twin
+        assert is_module(twin)
+        assert is_module(twin.inv)
+        ours, theirs = list(module.parameters()), list(twin.parameters())
+        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+        x = batch(case)
+        assert torch.equal(twin(x), module(x.clone()))
+        assert twin.with_cache(size) is twin
+
+
+def test_with_cache_leaves_the_transform_as_it_was(case: Case) -> None:
+    if case.foreign:
+        pytest.skip("Pyro's Spline has no with_cache")
+    transform = case.make()
+    inverse, size = transform.inv, transform._cache_size
+    for other in (0, 1):
+        transform.with_cache(other)
+        inverse.with_cache(other)
+    assert transform._cache_size == size
+    assert transform.inv is inverse
+    assert inverse.inv is transform
+
+
+def test_without_a_cache_nothing_is_remembered(case: Case) -> None:
+    if case.foreign:
+        pytest.skip("Pyro's Spline has no with_cache")
+    transform, x = case.make().with_cache(0), batch(case)
+    if any(isinstance(part, ComposeTransformModule) for part in transform.modules()):
+        pytest.skip("a stack turns the caches of its parts on, never off")
+    y = transform(x)
+    assert transform(x) is not y
+    assert transform.inv(y) is not x
+
+
+def test_same_object_comes_back(case: Case) -> None:
+    if case.foreign:
+        pytest.skip("the cache of Pyro's Spline is its own affair")
+    transform, x = case.make(), batch(case)
+    y = transform(x)
+    assert transform(x) is y
+    assert transform.inv(y) is x
+
+
+def test_inverse_is_remembered_only_where_it_is_exact(case: Case) -> None:
+    if case.foreign:
+        pytest.skip("the cache of Pyro's Spline is its own affair")
+    transform, y = case.make(), batch(case)
+    x = transform.inv(y)
+    assert (transform(x) is y) == case.remembers_inverse
+    assert (transform.inv(y) is x) == case.remembers_inverse
+
+
+@pytest.mark.parametrize("through", ["T", "T.inv"])
+def test_clear_cache(case: Case, through: str) -> None:
+    transform, x = case.make(), batch(case)
+    if through == "T.inv" and not isinstance(
+        transform.inv, InverseTransformModule | InvertibleTransformModule | Compose
+    ):
+        pytest.skip("Pyro's own transform knows nothing of the cache that stands before it")
+    y = transform(x)
+    (transform if through == "T" else transform.inv).clear_cache()
+    assert transform(x) is not y
+    assert torch.equal(transform(x), y)
+
+
+def test_sample_scores_as_its_clone_does(case: Case) -> None:
+    transform = case.make()
+    base = dist.Normal(torch.zeros(case.shape), 1.0)
+    for part in (transform, transform.inv):
+        flow = dist.TransformedDistribution(base, [part])
+        y = flow.rsample((5,))
+        assert close(flow.log_prob(y), flow.log_prob(y.clone()), SAMPLED)
+
+
+def test_same_data_tensor_is_scored_step_after_step(case: Case) -> None:
+    transform, data = case.make(), batch(case)
+    reference = copy.deepcopy(transform)
+    parameters = list(transform.parameters())
+    if not parameters:
+        pytest.skip("nothing to train")
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    reference_optimizer = torch.optim.SGD(reference.parameters(), lr=0.01)
+    for _ in range(4):
+        loss, expected = density_loss(transform, data), density_loss(reference, data.clone())
+        assert close(loss, expected)
+        for each, value in [(optimizer, loss), (reference_optimizer, expected)]:
+            each.zero_grad()
+            value.backward()
+            each.step()
+
+
+def test_two_backward_passes_before_a_step(case: Case) -> None:
+    # Gradient accumulation: a remembered pair must not bring a freed graph back.
+    transform, data = case.make(), batch(case)
+    parameters = list(transform.parameters())
+    if not parameters:
+        pytest.skip("nothing to train")
+    density_loss(transform, data).backward()
+    once = [parameter.grad.clone() for parameter in parameters]
+    density_loss(transform, data).backward()
+    for parameter, gradient in zip(parameters, once, strict=True):
+        assert close(parameter.grad, 2 * gradient)
+
+
+# --- Devices ------------------------------------------------------------------------------------
+
+
+def test_on_the_device(case: Case, device: torch.device) -> None:
+    expected = outputs(case.make(), case)
+    transform = case.make().to(device)
+    x = batch(case).to(device)
+    y = transform(x)
+    assert y.device.type == device.type
+    assert close(y.cpu(), expected[0])
+    assert close(transform.inv(x.clone()).cpu(), expected[1])
+    with torch.no_grad():
+        assert close(transform.log_abs_det_jacobian(x, y).cpu(), expected[2])
+    if list(transform.parameters()):
+        density_loss(transform, x).backward()
+        gradients = [parameter.grad for parameter in transform.parameters()]
+        assert all(gradient.device.type == device.type for gradient in gradients)
+
+
+@pytest.mark.parametrize("log_det", LOG_DETS)
+def test_built_on_the_device(log_det: str, device: torch.device) -> None:
+    layer = SelfNormalizingLinear(3, log_det=log_det, device=device, dtype=torch.float64)
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        assert tensor.device.type == device.type
+    x = torch.ones(2, 3, device=device)
+    layer.log_abs_det_jacobian(x, layer(x)).sum().backward()
+    assert layer.theta.grad is not None
+    assert layer.theta.grad.device.type == device.type
+
+
+# --- What the registry's helpers promise --------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_det", LOG_DETS)
+def test_helper_makes_the_inverse_exact(log_det: str) -> None:
+    layer = linear(6, log_det=log_det)
+    eye = torch.eye(6)
+    assert close(layer.inverse_weight @ layer.weight, eye)
+    nudge_inverses(layer, 0.1)
+    assert close(layer.inverse_weight @ layer.weight, eye) == (log_det == "exact")
+    make_inverse_exact(layer)
+    assert close(layer.inverse_weight @ layer.weight, eye)
