@@ -31,7 +31,7 @@ import svi_guide  # found through the line above
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="a guide; twice that at D = 900"
+        "--seconds", type=float, default=25.0, help="a guide; twice that at D = 900"
     )
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seed", type=int, default=0)

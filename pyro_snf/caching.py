@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import torch
@@ -24,6 +25,14 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+@lru_cache(maxsize=16)
+def _column_weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Distinct numbers in ``[0.5, 1.5)``, shape ``(length,)``."""
+    with torch.inference_mode(False):  # for use outside it too
+        counts = torch.arange(1, length + 1, device=device, dtype=dtype)
+        return counts.mul_(_GOLDEN_RATIO).frac_().add_(0.5)
+
+
 def _fingerprint(tensor: Tensor) -> Tensor:
     """A copy of a vector; of a matrix, a fixed combination of its columns. O(numel) to compute.
 
@@ -34,9 +43,8 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2:
         return tensor.clone()
     tensor = at_least_float32(tensor)  # else the products would round away small changes
-    weights = torch.arange(1, tensor.shape[-1] + 1, device=tensor.device, dtype=tensor.dtype)
     with torch.autocast(tensor.device.type, enabled=False):  # which would do the same
-        return tensor @ weights.mul_(_GOLDEN_RATIO).frac_().add_(0.5)
+        return tensor @ _column_weights(tensor.shape[-1], tensor.dtype, tensor.device)
 
 
 class ParameterState:

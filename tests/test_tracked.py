@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_snf import SelfNormalizingLinear
 from pyro_snf.dense import near_identity
+from pyro_snf.dense import tracked as tracked_module
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.diagnostics import gradient_error, inverse_error
 from tests.registry import LOG_DETS, density_loss, linear
@@ -119,6 +120,13 @@ def test_exact_inverse_is_certified_as_such() -> None:
 # --- Updates ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates follow also where the certificate is far below a tolerance that is generous."""
+    monkeypatch.setattr(tracked_module, "_IDLE", 0.0)
+
+
+@pytest.mark.usefixtures("never_idle")
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 def test_one_round_with_as_many_probes_as_features_is_exact(dim: int) -> None:
     theta = random_theta(dim)
@@ -128,6 +136,7 @@ def test_one_round_with_as_many_probes_as_features_is_exact(dim: int) -> None:
     assert error(inverse, theta) < EXACT
 
 
+@pytest.mark.usefixtures("never_idle")
 def test_error_falls_as_rounds_repeat() -> None:
     # R⁻¹ moves to A by projections, so ‖R⁻¹ − A‖_F never grows; with aimed probes each round of
     # k takes out more than the share k/D that random ones would.
@@ -143,6 +152,21 @@ def test_error_falls_as_rounds_repeat() -> None:
     assert inverse.num_rounds == rounds
     assert all(after < before for before, after in itertools.pairwise(distances))
     assert distances[-1] < (1 - num_probes / dim) ** (rounds / 2) * distances[0]
+
+
+def test_good_inverse_is_measured_and_left_alone() -> None:
+    theta = random_theta(32)
+    inverse = tracked(32, tolerance=0.01)
+    inverse.refresh(theta)
+    kept = inverse.inverse_t.clone()
+    with torch.no_grad():
+        theta.add_(1e-3 * torch.randn_like(theta))
+    inverse.update(theta)
+    assert 0 < inverse.certificate < 0.25 * inverse.tolerance
+    assert torch.equal(inverse.inverse_t, kept)
+    # The value follows all the same, to second order in the error.
+    value = inverse.training_log_abs_det(theta).item()
+    assert abs(value - exact_log_det(theta).item()) < 32 * inverse.tolerance**2
 
 
 def test_tolerance_holds_after_an_update() -> None:
@@ -608,3 +632,36 @@ def test_large_steps_give_no_silent_wrong_gradient(
     for _ in range(20):
         step(small)
     assert_repaired(layer)
+
+
+# --- Interrupts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["addmm_", "copy_"])
+def test_interrupt_within_an_update_is_repaired_by_the_next(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # R and log|det R| are two tensors: Ctrl-C between them must not part them for good.
+    layer = linear(6)
+    x = torch.ones(6)
+    layer.log_abs_det_jacobian(x, x)
+    with torch.no_grad():
+        layer.theta.add_(torch.randn(6, 6), alpha=0.1)
+
+    original = getattr(Tensor, method)
+
+    def interrupted(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if method == "addmm_":
+            original(tensor, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer.log_abs_det_jacobian(x, x)
+
+    value = layer.log_abs_det_jacobian(x, x)
+    value.backward()
+    expected = torch.linalg.slogdet(layer.weight.detach()).logabsdet
+    assert abs(value.item() - expected.item()) < 1e-10  # float64, after an exact refresh
+    assert inverse_error(layer) < 1e-10

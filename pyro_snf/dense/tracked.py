@@ -20,7 +20,8 @@ where the measurement found it. With vectors as columns, as on paper:
 5. *Value.* ``log|det A| = −log|det R| + log|det(I − E)| ≈ −log|det R| − tr E``, where the trace is
    ``D − ⟨Rᵀ, A⟩``, exact in O(D²). What is left is of second order: ``tr(E²)/2``.
 
-One round a step is enough while A moves slowly. Where the certificate is above the tolerance (the
+One round a step is enough while A moves slowly, and its steps 2 to 4 are left out where the
+certificate is far below the tolerance. Where the certificate is above the tolerance (the
 learning rate is high, a checkpoint was loaded, A was edited), more rounds follow, each with twice
 the probes; and where a round does not halve the error, one exact refresh in O(D³).
 """
@@ -45,6 +46,10 @@ __all__ = ["TrackedInverse"]
 
 # With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
+
+# The share of the tolerance below which R is good enough to be left as it is: measuring costs a
+# quarter of a round.
+_IDLE = 0.25
 
 # A round that changes log|det R| by more than this has met a nearly singular matrix, where the
 # update is all rounding, and would leave its error in the running sum. A refresh takes over.
@@ -174,7 +179,7 @@ class TrackedInverse(nn.Module):
         residual, self.certificate = self._measure(theta, num_probes)
         if not torch.isfinite(self.log_abs_det_inverse):
             self.certificate = math.nan
-        if not math.isfinite(self.certificate):
+        if self.certificate <= _IDLE * self.tolerance or not math.isfinite(self.certificate):
             return
         # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
         aimed = residual - near_identity.multiply_transposed(theta, residual @ self.inverse_t.mT)

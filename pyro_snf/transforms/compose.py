@@ -27,10 +27,9 @@ class Compose(ComposeTransformModule):
     torch.Size([5])
 
     :param parts: the transforms, in the order in which they are applied; those of Pyro and torch
-        too.
+        too. Those that keep a cache of their own, such as Pyro's ``Spline``, are put behind an
+        honest one; compositions of Pyro and torch are taken apart.
     :param int cache_size: 1 to turn the caches of all parts on.
-    Parts that keep a cache of their own, such as Pyro's ``Spline``, are put behind an honest one;
-    compositions of Pyro and torch are taken apart.
     """
 
     def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
