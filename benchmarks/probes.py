@@ -1,0 +1,112 @@
+"""Random or aimed probes? Trackers of the same weights side by side, on MNIST.
+
+The two-layer flow of ``mnist_fc.py`` is trained with the exact gradient and a warm-up over 10
+epochs; trackers that do not take part follow its layers. Each does one round a step: the block
+Broyden update of ``pyro_snf.dense.tracked`` with k probes, either Gaussian, or aimed at the error
+E = I − RA by one subspace iteration. Nothing is ever refreshed.
+
+    python benchmarks/probes.py --data-dir DIR      (DIR has the IDX files, gzipped)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyro.distributions as dist
+import torch
+from mnist_fc import BATCH, WARM_UP_EPOCHS, load_images, preprocess
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
+from pyro_snf.dense import near_identity
+
+DIM = 784
+#: Singular directions of E whose share of its energy is reported.
+LARGEST = 16
+
+
+class Tracker:
+    def __init__(self, num_probes: int, aimed: bool) -> None:
+        self.num_probes, self.aimed = num_probes, aimed
+        self.inverse_t = torch.eye(DIM)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def update(self, theta: Tensor) -> None:
+        probes = torch.randn(self.num_probes, DIM, generator=self.generator)
+        if self.aimed:
+            residual = probes - near_identity.multiply(theta, probes) @ self.inverse_t
+            probes = residual - near_identity.multiply_transposed(
+                theta, residual @ self.inverse_t.mT
+            )
+        probes = torch.linalg.qr(probes.mT).Q.mT
+        image = near_identity.multiply(theta, probes) @ self.inverse_t
+        step = torch.linalg.solve((probes @ image.mT).mT, probes - image)
+        self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
+
+    def measure(self, theta: Tensor) -> tuple[float, float, float]:
+        """‖E‖_F/√D, the relative error of the gradient, and the energy in few directions."""
+        matrix = near_identity.matrix(theta)
+        inverse_t = torch.linalg.inv(matrix).mT
+        energies = torch.linalg.svdvals(torch.eye(DIM) - self.inverse_t.mT @ matrix).square()
+        return (
+            math.sqrt(energies.sum().item() / DIM),
+            ((self.inverse_t - inverse_t).norm() / inverse_t.norm()).item(),
+            (energies[:LARGEST].sum() / energies.sum()).item(),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    images = load_images(args.data_dir / "train-images-idx3-ubyte.gz")[:50_000]
+    noise = torch.Generator().manual_seed(args.seed)
+    layers = [SelfNormalizingLinear(DIM, log_det="exact") for _ in range(2)]
+    flow = Compose([layers[0], SmoothLeakyReLU(0.3), layers[1]])
+    base = dist.Normal(torch.zeros(DIM), torch.ones(DIM)).to_event(1)
+    density = dist.TransformedDistribution(base, [flow.inv])
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [p for p in flow.parameters() if p.dim() == 2], "lr": 1e-4 * DIM**0.5},
+            {"params": [p for p in flow.parameters() if p.dim() < 2], "lr": 1e-4},
+        ]
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) * BATCH / (WARM_UP_EPOCHS * len(images))
+    )
+    trackers = [
+        {
+            f"{kind}, k = {k}": Tracker(k, kind == "aimed")
+            for kind, k in [("random", 8), ("random", 16), ("aimed", 4), ("aimed", 8)]
+        }
+        for _ in layers
+    ]
+    order = torch.randint(len(images), (args.steps, BATCH), generator=noise)
+    for index in tqdm(order, mininterval=5):
+        logits, _ = preprocess(images[index], noise)
+        optimizer.zero_grad()
+        (-density.log_prob(logits).mean()).backward()
+        for layer, followers in zip(layers, trackers, strict=True):
+            for tracker in followers.values():
+                tracker.update(layer.theta.detach())
+        optimizer.step()
+        warm_up.step()
+
+    print(f"| layer | probes | ‖E‖/√D | gradient error | energy in {LARGEST} of {DIM} directions |")
+    print("|---|---|---|---|---|")
+    for number, (layer, followers) in enumerate(zip(layers, trackers, strict=True), start=1):
+        for name, tracker in followers.items():
+            # The weights of one step later: as the next round would find R.
+            error, gradient, share = tracker.measure(layer.theta.detach())
+            print(f"| {number} | {name} | {error:.4f} | {gradient:.2%} | {share:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
