@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=25.0, help="a guide; twice that at D = 900"
     )
+    parser.add_argument("--problem", nargs="+", help="of the three; all by default")
+    parser.add_argument("--guides", nargs="+", help="of the five; all by default")
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/cox.json"))
@@ -48,11 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     rows = []
     for problem, (process, seconds) in problems.items():
+        if args.problem and problem not in args.problem:
+            continue
         model = svi_guide.make_model(process)
         for learning_rate in args.learning_rate:
             pyro.set_rng_seed(args.seed)
             guides = svi_guide.make_guides(model)
             guides["AutoIAFNormal"] = AutoIAFNormal(model)
+            guides = {name: guides[name] for name in args.guides or guides}
             histories = svi_guide.train(
                 model, guides, learning_rate=learning_rate, seconds=seconds, show_progress=False
             )

@@ -44,7 +44,8 @@ def multiply_transposed(theta: Tensor, rows: Tensor) -> Tensor:
 def trace_of_product(inverse_t: Tensor, theta: Tensor) -> Tensor:
     """``tr(R A)`` from ``Rᵀ`` (``inverse_t``) and ``Θ``, exactly and in O(D²): ``⟨Rᵀ, A⟩``.
 
-    Row sums first: one running sum over D² float32 products would lose the small ones.
+    The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
+    with Θ would lose the small ones.
     """
-    rows = torch.linalg.vecdot(inverse_t, theta)
-    return (inverse_t.diagonal() + rows / math.sqrt(theta.shape[-1])).sum(dtype=torch.float64)
+    product = torch.dot(inverse_t.flatten(), theta.flatten()).double()
+    return inverse_t.diagonal().sum(dtype=torch.float64) + product / math.sqrt(theta.shape[-1])
