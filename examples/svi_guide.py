@@ -14,7 +14,7 @@ that whatever else the machine does slows all of them alike. Lower −ELBO is be
 With the default seed 0, on one core of a server, −ELBO in nats was roughly
 
     data         seconds  self-normalizing  multivariate  low rank  diagonal
-    sunspots          12              1305          1343      1348      1354
+    sunspots          12              1300          1343      1348      1354
     --grid 16         20               552           577       571       574
     --grid 30         20              2038          2405      2091      2094
 
