@@ -65,27 +65,41 @@ def negative_log_likelihood(density: dist.Distribution, images: Tensor, seed: in
     return total / len(images)
 
 
+def make_density(layers: Sequence[SelfNormalizingLinear]) -> tuple[Compose, dist.Distribution]:
+    """The flow of two layers, and the density model that it makes."""
+    flow = Compose([layers[0], SmoothLeakyReLU(0.3), layers[1]])
+    dim = layers[0].input_dim
+    base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+    return flow, dist.TransformedDistribution(base, [flow.inv])
+
+
+def make_optimizer(
+    flow: Compose, learning_rate: float, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam at a rate that is meant for raw matrices, and its linear warm-up."""
+    matrices = [p for p in flow.parameters() if p.dim() == 2]
+    vectors = [p for p in flow.parameters() if p.dim() < 2]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": matrices, "lr": learning_rate * math.sqrt(matrices[0].shape[-1])},
+            {"params": vectors, "lr": learning_rate},
+        ]
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (WARM_UP_EPOCHS * steps_per_epoch))
+    )
+    return optimizer, warm_up
+
+
 def train(log_det: str, args: argparse.Namespace, images: Tensor, test_images: Tensor) -> dict:
     torch.manual_seed(args.seed)
     dim = images.shape[-1]
     layers = [
         SelfNormalizingLinear(dim, log_det=log_det, num_probes=args.num_probes) for _ in range(2)
     ]
-    flow = Compose([layers[0], SmoothLeakyReLU(0.3), layers[1]])
-    base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
-    density = dist.TransformedDistribution(base, [flow.inv])
-    matrices = [p for p in flow.parameters() if p.dim() == 2]
-    vectors = [p for p in flow.parameters() if p.dim() < 2]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": matrices, "lr": args.learning_rate * math.sqrt(dim)},
-            {"params": vectors, "lr": args.learning_rate},
-        ]
-    )
+    flow, density = make_density(layers)
     steps = len(images) // BATCH
-    warm_up = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (WARM_UP_EPOCHS * steps))
-    )
+    optimizer, warm_up = make_optimizer(flow, args.learning_rate, steps)
     noise = torch.Generator().manual_seed(args.seed)
     value_errors: list[float] = []
     certificates: list[float] = []

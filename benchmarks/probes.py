@@ -15,13 +15,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyro.distributions as dist
 import torch
-from mnist_fc import BATCH, WARM_UP_EPOCHS, load_images, preprocess
+from mnist_fc import BATCH, load_images, make_density, make_optimizer, preprocess
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
+from pyro_snf import SelfNormalizingLinear
 from pyro_snf.dense import near_identity
 
 DIM = 784
@@ -69,18 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images(args.data_dir / "train-images-idx3-ubyte.gz")[:50_000]
     noise = torch.Generator().manual_seed(args.seed)
     layers = [SelfNormalizingLinear(DIM, log_det="exact") for _ in range(2)]
-    flow = Compose([layers[0], SmoothLeakyReLU(0.3), layers[1]])
-    base = dist.Normal(torch.zeros(DIM), torch.ones(DIM)).to_event(1)
-    density = dist.TransformedDistribution(base, [flow.inv])
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [p for p in flow.parameters() if p.dim() == 2], "lr": 1e-4 * DIM**0.5},
-            {"params": [p for p in flow.parameters() if p.dim() < 2], "lr": 1e-4},
-        ]
-    )
-    warm_up = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (step + 1) * BATCH / (WARM_UP_EPOCHS * len(images))
-    )
+    flow, density = make_density(layers)
+    optimizer, warm_up = make_optimizer(flow, 1e-4, len(images) // BATCH)
     trackers = [
         {
             f"{kind}, k = {k}": Tracker(k, kind == "aimed")

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import implicit_solve
 
-__all__ = ["ExactFactors"]
+__all__ = ["ExactFactors", "check_finite"]
 
 # Of inverse iteration, to estimate ‖A⁻¹‖: where it matters, it is huge and seen at once.
 _CONDITION_STEPS = 3
@@ -34,8 +34,7 @@ class ExactFactors:
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
         matrix = at_least_float32(self.matrix)
-        if not torch.isfinite(matrix).all():
-            raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+        check_finite(matrix)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
         if info != 0:
             raise torch.linalg.LinAlgError(
@@ -77,6 +76,15 @@ class ExactFactors:
         :param Tensor matrix: the A that was factorized, with its autograd graph.
         """
         return _FactorizedLogDet.apply(matrix, self)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise unless all entries are finite.
+
+    :raises torch.linalg.LinAlgError: if one is NaN or infinite.
+    """
+    if not torch.isfinite(weight).all():
+        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
 
 
 def _estimate_condition(matrix: Tensor, lu: Tensor, pivots: Tensor) -> float:

@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
+from pyro_snf.dense.exact import check_finite
 from pyro_snf.geco import GECO
 from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import attach_penalty, with_gradient
@@ -93,15 +94,21 @@ class LearnedInverse(nn.Module):
         # log-determinant is asked for in between.
         self._controlled: ParameterCache[bool] = ParameterCache()
 
+    @property
+    def _share(self) -> float:
+        """The weight of ``log p^g`` next to ``log p^f``: ``m/(1 − m)`` in training, else 0."""
+        # A trace has the exact log-det, and so no share of log p^g at all.
+        if not self.training or torch.jit.is_tracing():
+            return 0.0
+        return self.mixture / (1 - self.mixture)
+
     def multiply(self, theta: Tensor, rows: Tensor) -> Tensor:
         """``A x`` for every row, shape ``(B, D)``."""
-        weight = self.mixture / (1 - self.mixture)
-        # A trace has the exact log-det, and so no share of log p^g at all.
-        if not weight or not self.training or torch.jit.is_tracing():
+        if not self._share:
             return near_identity.multiply(theta, rows)
         # A custom function runs backward outside autocast: so must it run forward.
         with torch.autocast(rows.device.type, enabled=False):
-            return _MixtureMultiply.apply(rows.to(theta.dtype), theta, self.theta, weight)
+            return _MixtureMultiply.apply(rows.to(theta.dtype), theta, self.theta, self._share)
 
     def training_log_abs_det(self, theta: Tensor, rows: Tensor) -> Tensor:
         """Zeros of shape ``(B,)``, with the surrogate gradients and the penalty.
@@ -109,15 +116,13 @@ class LearnedInverse(nn.Module):
         :param Tensor rows: ``x``, shape ``(B, D)``: the penalty is a sample's own.
         :raises torch.linalg.LinAlgError: if ``A`` is not finite. A singular ``A`` goes unseen.
         """
-        if not torch.isfinite(theta).all():
-            raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+        check_finite(theta)
         scale = 1 / math.sqrt(theta.shape[-1])
-        weight = self.mixture / (1 - self.mixture)
         zero = at_least_float32(theta.new_zeros(()))
         value = with_gradient(zero, theta, self.inverse_t(), scale=scale)
-        if weight:
+        if self._share:
             forward_t = near_identity.matrix(theta.detach()).mT
-            value = with_gradient(value, self.theta, forward_t, scale=-weight * scale)
+            value = with_gradient(value, self.theta, forward_t, scale=-self._share * scale)
         value = value.expand(len(rows))
 
         error = self._reconstruction_error(theta, rows.detach().to(theta.dtype))
@@ -139,10 +144,10 @@ class LearnedInverse(nn.Module):
         There ``x = A⁻¹ h``, and the map of ``p^g`` is ``x = R h`` itself: a cotangent ``x̄`` gives
         ``∂R = x̄ hᵀ``.
         """
-        if not self.mixture or not self.training or torch.jit.is_tracing():
+        if not self._share:
             return solution
         own = near_identity.multiply(self.theta, rows.detach())
-        return solution + self.mixture / (1 - self.mixture) * (own - own.detach())
+        return solution + self._share * (own - own.detach())
 
     def _reconstruction_error(self, theta: Tensor, rows: Tensor) -> Tensor:
         if self.reconstruction == "inverse":
