@@ -15,8 +15,8 @@ With the default seed 0, on one core of a server, −ELBO in nats was roughly
 
     data         seconds  self-normalizing  multivariate  low rank  diagonal
     sunspots          12              1300          1343      1348      1354
-    --grid 16         20               552           577       571       574
-    --grid 30         20              2038          2405      2091      2094
+    --grid 16         20               552           577       571       575
+    --grid 30         20              2024          2396      2090      2091
 
 Results are in outputs/svi_guide: result.json, convergence.png, and intensity.png.
 """
