@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_snf.precision import at_least_float32
+from pyro_snf.precision import at_least_float32, without_autocast
 
-__all__ = ["PairCache", "ParameterCache", "ParameterState"]
+__all__ = [
+    "PairCache",
+    "ParameterCache",
+    "ParameterState",
+    "TensorState",
+    "fingerprint_weights",
+    "state_of",
+]
 
 Value = TypeVar("Value")
 
-# The fractional parts of multiples of the golden ratio: distinct, spread evenly over [0, 1).
-_GOLDEN_RATIO = 0.6180339887498949
-
-
-def _version(tensor: Tensor) -> int:
-    """The in-place counter of autograd; inference tensors have none."""
-    return -1 if tensor.is_inference() else tensor._version
-
 
 @lru_cache(maxsize=16)
-def _column_weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Distinct numbers in ``[0.5, 1.5)``, shape ``(length,)``."""
+def fingerprint_weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The vector w, shape ``(length,)``, that the fingerprint ``M w`` of a matrix is taken with.
+
+    Always the same; of random signs and distinct sizes, none near 0. The mean square is 1, so that
+    ``‖M w‖²`` is also an unbiased estimate of ``‖M‖_F²``.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed=length))
+    weights = generator.uniform(0.5, 1.5, length) * generator.choice([-1, 1], length)
+    weights /= np.sqrt(np.mean(weights**2))
     with torch.inference_mode(False):  # for use outside it too
-        counts = torch.arange(1, length + 1, device=device, dtype=dtype)
-        return counts.mul_(_GOLDEN_RATIO).frac_().add_(0.5)
+        return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -43,37 +49,49 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2:
         return tensor.clone()
     tensor = at_least_float32(tensor)  # else the products would round away small changes
-    with torch.autocast(tensor.device.type, enabled=False):  # which would do the same
-        return tensor @ _column_weights(tensor.shape[-1], tensor.dtype, tensor.device)
+    with without_autocast(tensor.device):  # which would do the same
+        return tensor @ fingerprint_weights(tensor.shape[-1], tensor.dtype, tensor.device)
 
 
-class ParameterState:
-    """What some tensors were at one moment, to be compared with what they are now.
+class TensorState:
+    """What a tensor was at one moment, to be compared with what it is now.
 
     Autograd's version counter alone is not enough: writing to ``parameter.data``, as Pyro's own
     ``ClippedAdam`` does at every step, leaves it where it was. So the contents are compared too.
 
-    :param tensors: the tensors, none of them sparse.
+    :param Tensor tensor: the tensor, dense.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._versions = [_version(tensor) for tensor in tensors]
+    def __init__(self, tensor: Tensor) -> None:
+        self.version = -1 if tensor.is_inference() else tensor._version
         # A trace (torch.jit) records operations on tensors, and would record the comparison's
         # outcome as a constant. Within one trace nobody writes to parameters.
-        self._fingerprints = (
-            None if torch.jit.is_tracing() else [_fingerprint(tensor) for tensor in tensors]
-        )
+        #: A copy of a vector; of a matrix, its product with :func:`fingerprint_weights`.
+        self.fingerprint = None if torch.jit.is_tracing() else _fingerprint(tensor)
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors are still (or again) what they were. NaNs never are."""
-        if [_version(tensor) for tensor in tensors] != self._versions:
+    def __eq__(self, other: object) -> bool:
+        """Whether the tensor was the same at both moments. NaNs never are."""
+        if not isinstance(other, TensorState):
+            return NotImplemented
+        if self.version != other.version:
             return False
-        if self._fingerprints is None or torch.jit.is_tracing():
-            return self._fingerprints is None and torch.jit.is_tracing()
-        return all(
-            now.device == then.device and now.dtype == then.dtype and torch.equal(now, then)
-            for now, then in zip(map(_fingerprint, tensors), self._fingerprints, strict=True)
-        )
+        mine, theirs = self.fingerprint, other.fingerprint
+        if mine is None or theirs is None:
+            return mine is theirs
+        if mine.device != theirs.device or mine.dtype != theirs.dtype:
+            return False
+        return torch.equal(mine, theirs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+#: The states of a transform's parameters, in their order.
+ParameterState = tuple[TensorState, ...]
+
+
+def state_of(parameters: Iterable[Tensor]) -> ParameterState:
+    """What the parameters are now. Two such states compare by ``==``."""
+    return tuple(map(TensorState, parameters))
 
 
 class ParameterCache(Generic[Value]):
@@ -91,9 +109,10 @@ class ParameterCache(Generic[Value]):
 
     def get(self, parameters: Sequence[Tensor], compute: Callable[[], Value]) -> Value:
         """The kept value if the parameters are what they were, else ``compute()``, kept."""
-        if self._value is None or self._state is None or not self._state.holds(parameters):
+        state = state_of(parameters)
+        if self._value is None or self._state != state:
             self._value = compute()
-            self._state = ParameterState(parameters)
+            self._state = state
         return self._value
 
     def __reduce__(self) -> tuple[type[ParameterCache[Value]], tuple[()]]:
@@ -116,50 +135,77 @@ class PairCache:
     def clear(self) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None
         self._conditions: list[object] = []
-        self._state: ParameterState | None = None
+        self._state: ParameterState = ()
+        self._memo: Any = None
 
     def store(
-        self, x: Tensor, y: Tensor, parameters: Sequence[Tensor], *, computed: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        parameters: Sequence[Tensor],
+        state: ParameterState,
+        *,
+        computed: Tensor,
+        memo: Any = None,
     ) -> None:
         """Keep a pair.
 
+        :param parameters: those of the map.
+        :param state: their state when the pair was computed.
         :param Tensor computed: the one of the two that was computed from the other.
+        :param memo: what else came of it.
         """
         self._pair = (x, y)
         self._conditions = self._current_conditions(parameters)
-        self._state = ParameterState(parameters)
+        self._state = state
+        self._memo = memo
         if computed.grad_fn is not None and not torch.jit.is_tracing():
             # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
             cache = weakref.ref(self)
             computed.register_hook(lambda gradient: _clear_if_alive(cache))
 
-    def y_of(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
+    def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
-        if self._pair is not None and self._pair[0] is x and self._is_valid(parameters):
+        if self._pair is not None and self._pair[0] is x and self._is_valid(parameters, state):
             return self._pair[1]
         return None
 
-    def x_of(self, y: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
+    def x_of(self, y: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``x`` that belongs to this very tensor ``y``, or None."""
-        if self._pair is not None and self._pair[1] is y and self._is_valid(parameters):
+        if self._pair is not None and self._pair[1] is y and self._is_valid(parameters, state):
             return self._pair[0]
         return None
 
-    def _is_valid(self, parameters: Sequence[Tensor]) -> bool:
-        assert self._pair is not None
-        assert self._state is not None
+    def memo_of(
+        self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Any, ParameterState] | None:
+        """What came of the computation of this very pair, and the parameters' state then.
+
+        The parameters may have been written to since, past the version counters: the memo is that
+        of the pair all the same.
+        """
+        pair = self._pair
+        if pair is None or self._memo is None or pair[0] is not x or pair[1] is not y:
+            return None
         if self._current_conditions(parameters) != self._conditions:
-            return False
-        return self._state.holds(parameters)
+            return None
+        return self._memo, self._state
+
+    def _is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
+        return self._current_conditions(parameters) == self._conditions and state == self._state
 
     def _current_conditions(self, parameters: Sequence[Tensor]) -> list[object]:
         assert self._pair is not None
+        x, y = self._pair
         return [
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(self._pair[0].device.type),
-            *[_version(tensor) for tensor in self._pair],
-            *[tensor.requires_grad for tensor in (*self._pair, *parameters)],
+            torch.is_autocast_enabled(x.device.type),
+            -1 if x.is_inference() else x._version,
+            -1 if y.is_inference() else y._version,
+            x.requires_grad,
+            y.requires_grad,
+            *[tensor.requires_grad for tensor in parameters],
         ]
 
     def __reduce__(self) -> tuple[type[PairCache], tuple[()]]:

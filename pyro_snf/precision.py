@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "keep_float32"]
+__all__ = ["at_least_float32", "keep_float32", "without_autocast"]
+
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself, or a half-precision one (bfloat16, float16) in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.float()
 
 
 def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -28,3 +33,10 @@ def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return moved
 
     return apply
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which no operation is cast to half precision; free where none would be."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NO_CONTEXT

@@ -17,10 +17,43 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Solver", "attach_penalty", "implicit_solve", "with_gradient"]
+__all__ = [
+    "Solver",
+    "attach_penalty",
+    "first_order_only",
+    "implicit_solve",
+    "with_gradient",
+]
 
 #: ``solver(rows, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every row ``h``.
 Solver = Callable[[Tensor, bool], Tensor]
+
+
+class _FirstOrderOnly(Function):
+    @staticmethod
+    def forward(gradient: Tensor, parameter: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "a surrogate gradient has no second derivative; use eval() mode or log_det='exact' "
+            "for second-order methods"
+        )
+
+
+def first_order_only(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A surrogate's gradient, where a backward pass records a graph (``create_graph=True``).
+
+    :param Tensor gradient: the gradient, of ``parameter``'s shape.
+    :param Tensor parameter: what the gradient is a function of, in truth.
+    :return: ``gradient``; to differentiate it again is a RuntimeError.
+    """
+    return _FirstOrderOnly.apply(gradient, parameter)
 
 
 class _WithGradient(Function):
@@ -30,22 +63,18 @@ class _WithGradient(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, parameter, gradient, scale = inputs
+        _, ctx.parameter, gradient, ctx.scale = inputs
         # Saved through autograd, so that a gradient changed in place before the backward pass
         # is an error and not a wrong number. The gradient is a constant to autograd.
         ctx.save_for_backward(gradient)
-        ctx.scale = scale
-        ctx.dtype = parameter.dtype
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "a surrogate gradient has no second derivative (backward was called with "
-                "create_graph=True); use eval() mode or log_det='exact' for second-order methods"
-            )
         (gradient,) = ctx.saved_tensors
-        return cotangent, (ctx.scale * cotangent * gradient).to(ctx.dtype), None, None
+        gradient = (ctx.scale * cotangent * gradient).to(ctx.parameter.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = first_order_only(gradient, ctx.parameter)
+        return cotangent, gradient, None, None
 
 
 def with_gradient(
@@ -61,7 +90,7 @@ def with_gradient(
     :param Tensor gradient: the gradient, of ``parameter``'s shape; a constant.
     :param float scale: a constant factor, applied in the backward pass.
     :return: ``value``, shape ``()``.
-    :raises RuntimeError: in a backward pass with ``create_graph=True``.
+    :raises RuntimeError: where the gradient is differentiated once more.
     """
     return _WithGradient.apply(value, parameter, gradient, scale)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
-from pyro_snf.caching import PairCache, ParameterCache, ParameterState
+from pyro_snf.caching import PairCache, ParameterCache, TensorState
 from pyro_snf.transforms.base import InvertibleTransformModule
 from tests.registry import LOG_DETS, density_loss, linear, nudge_inverses, randomize
 
@@ -120,10 +120,10 @@ def test_small_change_of_data_is_noticed() -> None:
     # Late in training, ClippedAdam writes changes of this size past autograd's counter.
     for dtype, size in [(torch.float32, 1e-5), (torch.float64, 1e-12)]:
         matrix = torch.randn(50, 50, dtype=dtype)
-        state = ParameterState([matrix])
-        assert state.holds([matrix])
+        state = TensorState(matrix)
+        assert state == TensorState(matrix)
         matrix.data[17, 31] += size
-        assert not state.holds([matrix])
+        assert state != TensorState(matrix)
 
 
 @pytest.mark.parametrize("start", ["grad", "no_grad"])
@@ -219,10 +219,10 @@ def test_change_of_data_is_noticed_under_autocast() -> None:
     # There a product is rounded to eight bits, unless one takes care.
     parameter = torch.randn(20, 20, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        state = ParameterState([parameter])
-        assert state.holds([parameter])
+        state = TensorState(parameter)
+        assert state == TensorState(parameter)
         parameter.data[3, 4] += 1e-3
-        assert not state.holds([parameter])
+        assert state != TensorState(parameter)
 
 
 @pytest.mark.parametrize("direction", ["T", "T.inv"])
@@ -422,26 +422,26 @@ def test_parameter_cache_keeps_nothing_of_a_failure() -> None:
     ],
     ids=["rows", "columns", "transpose", "sign", "row sum", "column sum", "dtype", "NaN"],
 )
-def test_parameter_state_sees_edits_past_autograd(edit: Callable[[nn.Parameter], None]) -> None:
+def test_tensor_state_sees_edits_past_autograd(edit: Callable[[nn.Parameter], None]) -> None:
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
     version = parameter._version
-    state = ParameterState([parameter])
+    state = TensorState(parameter)
     edit(parameter)
     assert parameter._version == version
-    assert not state.holds([parameter])
+    assert state != TensorState(parameter)
 
 
-def test_parameter_state_of_nan_never_holds() -> None:
+def test_tensor_state_of_nan_never_holds() -> None:
     parameter = nn.Parameter(torch.full((2, 2), math.nan))
-    assert not ParameterState([parameter]).holds([parameter])
+    assert TensorState(parameter) != TensorState(parameter)
 
 
-def test_parameter_state_in_half_precision() -> None:
+def test_tensor_state_in_half_precision() -> None:
     parameter = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
-    state = ParameterState([parameter])
-    assert state.holds([parameter])
+    state = TensorState(parameter)
+    assert state == TensorState(parameter)
     parameter.data[5, 6] = 1.0078125  # the next number: 2⁻⁷ in a row sum of 64
-    assert not state.holds([parameter])
+    assert state != TensorState(parameter)
 
 
 def test_copies_of_caches_are_empty() -> None:
@@ -449,10 +449,10 @@ def test_copies_of_caches_are_empty() -> None:
     cache.get([X], lambda: 1)
     pair = PairCache()
     y = X + 1
-    pair.store(X, y, [], computed=y)
+    pair.store(X, y, [], (), computed=y)
     for make_copy in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
         assert make_copy(cache).get([X], lambda: 2) == 2
-        assert make_copy(pair).y_of(X, []) is None
+        assert make_copy(pair).y_of(X, [], ()) is None
 
 
 def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:

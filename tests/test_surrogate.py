@@ -48,8 +48,10 @@ def test_gradient_that_changed_before_the_backward_pass_is_an_error() -> None:
 def test_with_gradient_has_no_second_derivative() -> None:
     parameter = torch.ones(2, requires_grad=True)
     value = with_gradient(torch.tensor(1.0), parameter, torch.ones(2))
+    (gradient,) = torch.autograd.grad(value, parameter, create_graph=True)
+    assert gradient.tolist() == [1.0, 1.0]
     with pytest.raises(RuntimeError, match="no second derivative"):
-        value.backward(create_graph=True)
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

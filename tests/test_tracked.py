@@ -81,9 +81,16 @@ def walk(
         visit()
 
 
+@pytest.fixture
+def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every change of Θ is met with a round, however good R still is."""
+    monkeypatch.setattr(tracked_module, "_IDLE", 0.0)
+
+
 # --- The certificate ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("never_idle")
 @pytest.mark.parametrize("size", [0.01, 0.1, 0.5])
 def test_certificate_is_the_error_that_was_found(size: float) -> None:
     theta = random_theta(64, size)
@@ -93,6 +100,7 @@ def test_certificate_is_the_error_that_was_found(size: float) -> None:
     assert inverse.certificate == pytest.approx(before, rel=CERTIFICATE)
 
 
+@pytest.mark.usefixtures("never_idle")
 def test_certificate_is_unbiased() -> None:
     # E‖EG‖²/‖G‖² = ‖E‖²_F/D exactly; 400 rounds of 8 probes estimate it to a percent.
     theta = random_theta(16, 0.3)
@@ -118,12 +126,6 @@ def test_exact_inverse_is_certified_as_such() -> None:
 
 
 # --- Updates ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates follow also where the certificate is far below a tolerance that is generous."""
-    monkeypatch.setattr(tracked_module, "_IDLE", 0.0)
 
 
 @pytest.mark.usefixtures("never_idle")
@@ -357,6 +359,7 @@ def test_weight_that_has_nothing_to_do_with_r_takes_one_refresh() -> None:
     assert inverse.num_refreshes == 2
 
 
+@pytest.mark.usefixtures("never_idle")
 def test_small_edit_through_data_is_noticed() -> None:
     # As small as an optimizer's late steps: it must not go by as "nothing has changed".
     layer = linear(32).float()
@@ -562,10 +565,12 @@ def certificates(seed: int, rounds: int = 3) -> list[float]:
     return result
 
 
+@pytest.mark.usefixtures("never_idle")
 def test_probes_are_fresh_each_round() -> None:
     assert len(set(certificates(seed=0))) == 3
 
 
+@pytest.mark.usefixtures("never_idle")
 def test_probes_are_a_function_of_the_seed() -> None:
     assert certificates(seed=1) == certificates(seed=1)
     results = [tuple(certificates(seed)) for seed in (0, 1, 2, 2**31)]

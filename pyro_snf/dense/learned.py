@@ -22,7 +22,7 @@ from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import check_finite
 from pyro_snf.geco import GECO
-from pyro_snf.precision import at_least_float32
+from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.surrogate import attach_penalty, with_gradient
 
 __all__ = ["LearnedInverse"]
@@ -107,7 +107,7 @@ class LearnedInverse(nn.Module):
         if not self._share:
             return near_identity.multiply(theta, rows)
         # A custom function runs backward outside autocast: so must it run forward.
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             return _MixtureMultiply.apply(rows.to(theta.dtype), theta, self.theta, self._share)
 
     def training_log_abs_det(self, theta: Tensor, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_snf.precision import at_least_float32
 
-__all__ = ["log_abs_det", "matrix", "multiply", "multiply_transposed", "trace_of_product"]
+__all__ = ["add_trace", "log_abs_det", "matrix", "multiply", "multiply_transposed"]
 
 
 def matrix(theta: Tensor) -> Tensor:
@@ -33,19 +33,23 @@ def log_abs_det(theta: Tensor) -> Tensor:
 
 def multiply(theta: Tensor, rows: Tensor) -> Tensor:
     """``A x`` for every row ``x`` of ``rows``, shape ``(B, D)``."""
-    return torch.addmm(rows, rows, theta.mT, alpha=1 / math.sqrt(theta.shape[-1]))
+    # The rows are scaled, not the product: autograd would scale the D² gradient in another pass.
+    return torch.addmm(rows, rows / math.sqrt(theta.shape[-1]), theta.mT)
 
 
 def multiply_transposed(theta: Tensor, rows: Tensor) -> Tensor:
     """``Aᵀ x`` for every row ``x`` of ``rows``, shape ``(B, D)``."""
-    return torch.addmm(rows, rows, theta, alpha=1 / math.sqrt(theta.shape[-1]))
+    return torch.addmm(rows, rows / math.sqrt(theta.shape[-1]), theta)
 
 
-def trace_of_product(inverse_t: Tensor, theta: Tensor) -> Tensor:
-    """``tr(R A)`` from ``Rᵀ`` (``inverse_t``) and ``Θ``, exactly and in O(D²): ``⟨Rᵀ, A⟩``.
+def add_trace(offset: Tensor, inverse_t: Tensor, theta: Tensor) -> Tensor:
+    """``offset + tr(R Θ)/√D`` from ``Rᵀ`` (``inverse_t``) and ``Θ``, exactly and in O(D²).
 
-    The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
-    with Θ would lose the small ones.
+    With ``tr R`` in the offset that is ``tr(R A)``. The identity's share is summed apart: next to
+    D ones, a running sum in float32 over D² products with Θ would lose the small ones.
+
+    :param Tensor offset: shape ``()``, in float64.
+    :return: shape ``()``, in the type of ``inverse_t``.
     """
-    product = torch.dot(inverse_t.flatten(), theta.flatten()).double()
-    return inverse_t.diagonal().sum(dtype=torch.float64) + product / math.sqrt(theta.shape[-1])
+    product = torch.dot(inverse_t.view(-1), theta.view(-1))
+    return torch.add(offset, product, alpha=1 / math.sqrt(theta.shape[-1])).to(inverse_t.dtype)

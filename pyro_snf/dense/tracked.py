@@ -29,6 +29,7 @@ the probes; and where a round does not halve the error, one exact refresh in O(D
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_snf.caching import ParameterState
+from pyro_snf.caching import TensorState, fingerprint_weights
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import ExactFactors
 from pyro_snf.precision import at_least_float32, keep_float32
@@ -47,13 +48,45 @@ __all__ = ["TrackedInverse"]
 # With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
 
-# The share of the tolerance below which R is good enough to be left as it is: measuring costs a
-# quarter of a round.
+# The share of the tolerance below which R is good enough to be left as it is.
 _IDLE = 0.25
+
+# A fixed direction may happen to miss where the error is: it decides alone for so many steps at
+# most, and its word is multiplied by so much at most.
+_MAX_LOOKS = 16
+_MAX_CALIBRATION = 10.0
+
+# A GPU is not waited for: what it has measured is read some steps later, but not more than these.
+_MAX_READINGS = 4
 
 # A round that changes log|det R| by more than this has met a nearly singular matrix, where the
 # update is all rounding, and would leave its error in the running sum. A refresh takes over.
 _MAX_LOG_ABS_DET_STEP = 3.0
+
+
+class _Reading:
+    """A number that the device may still be computing.
+
+    :param Tensor number: shape ``()``.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number
+        self._event: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def has_arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def value(self) -> float:
+        """The number; waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._number.item()
 
 
 class TrackedInverse(nn.Module):
@@ -94,6 +127,10 @@ class TrackedInverse(nn.Module):
         self.certificate = math.nan
         #: What the latest refresh left of it: the rounding level, which grows with A's condition.
         self.rounding_level = 0.0
+        # The latest look at one direction; what to multiply it with; looks since the last round.
+        self._glance = 0.0
+        self._calibration = 1.0
+        self._looks = 0
         eye = torch.eye(dim, device=device, dtype=dtype)
         self.register_buffer("inverse_t", at_least_float32(eye))
         self.register_buffer(
@@ -102,54 +139,105 @@ class TrackedInverse(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        """Not to know whether R still belongs to A: the next use measures."""
-        self._tracked_theta: ParameterState | None = None
+        """Not to know whether R still belongs to A: the next use looks."""
+        self._tracked: TensorState | None = None
         self._tracked_version = -1
+        self._offset: Tensor | None = None
         self._value: Tensor | None = None
+        self._readings: deque[_Reading] = deque()
 
     def training_log_abs_det(self, theta: Tensor) -> Tensor:
         """An estimate of ``log|det A|``, shape ``()``, whose gradient is ``Rᵀ``.
 
-        Brings R up to date first, once for every change of ``theta``.
-
         :raises torch.linalg.LinAlgError: if ``A`` is singular or not finite.
         """
-        self.update(theta)
-        assert self._value is not None
-        scale = 1 / math.sqrt(theta.shape[-1])
-        value = self._value.to(self.inverse_t.dtype)
-        return with_gradient(value, theta, self.inverse_t, scale=scale)
+        value = self.update(theta)
+        return with_gradient(value, theta, self.inverse_t, scale=1 / math.sqrt(theta.shape[-1]))
 
     @torch.no_grad()
-    def update(self, theta: Tensor) -> None:
-        """Bring R up to date with ``A``; returns at once if ``theta`` has not changed.
+    def update(self, theta: Tensor, state: TensorState | None = None) -> Tensor:
+        """Bring R up to date with ``A``, once for every change; the value, shape ``()``.
 
+        :param TensorState state: that of ``theta``, if it is at hand.
         :raises torch.linalg.LinAlgError: if ``A`` is singular or not finite.
         """
+        if state is None:
+            state = TensorState(theta)
         if (
-            self._tracked_theta is not None
+            self._value is not None
             and self._tracked_version == self.inverse_t._version
-            and self._tracked_theta.holds([theta])
+            and self._tracked == state
         ):
-            return
+            return self._value
+        assert state.fingerprint is not None  # there is none while torch.jit traces
         current = theta.detach().to(self.inverse_t.dtype)
-        # No refresh could do better than the last one did.
-        tolerance = max(self.tolerance, 2 * self.rounding_level)
+        if self._is_called_for(state.fingerprint.to(self.inverse_t.dtype)):
+            self._run_rounds(theta, current)
+        if self._offset is None:
+            trace = self.inverse_t.diagonal().sum(dtype=torch.float64)
+            self._offset = trace - current.shape[-1] - self.log_abs_det_inverse
+        self._value = near_identity.add_trace(self._offset, self.inverse_t, current)
+        self._tracked, self._tracked_version = state, self.inverse_t._version
+        return self._value
+
+    def _is_called_for(self, image: Tensor) -> bool:
+        """Whether a look at one direction calls for a round.
+
+        The direction w is that of the fingerprint ``Θ w``, which is at hand, and always the same.
+        So it is calibrated by the certificates of fresh probes, and never trusted for long.
+
+        :param Tensor image: ``Θ w``.
+        """
+        if self._offset is None and not torch.isfinite(self.log_abs_det_inverse):
+            return True  # what an interrupt in _round left
+        dim = len(image)
+        direction = fingerprint_weights(dim, image.dtype, image.device)
+        image = torch.add(direction, image, alpha=1 / math.sqrt(dim))  # A w
+        residual = torch.addmv(direction, self.inverse_t.mT, image, alpha=-1)  # E w
+        self._readings.append(_Reading(torch.linalg.vector_norm(residual)))
+        # The latest reading that has arrived; none is waited for, unless many are under way.
+        arrived = None
+        while self._readings and (
+            len(self._readings) > _MAX_READINGS or self._readings[0].has_arrived()
+        ):
+            arrived = self._readings.popleft()
+        self._looks += 1
+        if arrived is None:
+            return False
+        self._glance = arrived.value() / math.sqrt(dim)  # ‖w‖ = √D
+        estimate = self._calibration * self._glance
+        if estimate <= _IDLE * self._attainable_tolerance and self._looks < _MAX_LOOKS:
+            self.certificate = estimate
+            return False
+        return True
+
+    @property
+    def _attainable_tolerance(self) -> float:
+        """No refresh could do better than the last one did."""
+        return max(self.tolerance, 2 * self.rounding_level)
+
+    def _run_rounds(self, theta: Tensor, current: Tensor) -> None:
+        """Rounds until one has found R good enough; a refresh where they do not get there."""
+        tolerance = self._attainable_tolerance
         previous = math.inf
         for doublings in range(_MAX_ROUNDS):
             self._round(current, self.num_probes * 2**doublings)
+            if doublings == 0:
+                self._calibrate()
             if self.certificate <= tolerance:
-                break
+                return
             if not self.certificate <= previous / 2:  # also where it is NaN
-                self.refresh(theta)
                 break
             previous = self.certificate
-        else:
-            self.refresh(theta)
-        trace = near_identity.trace_of_product(self.inverse_t, current)
-        self._value = trace - current.shape[-1] - self.log_abs_det_inverse
-        self._tracked_theta = ParameterState([theta])
-        self._tracked_version = self.inverse_t._version
+        self.refresh(theta)
+
+    def _calibrate(self) -> None:
+        """Compare the look at one direction with the certificate of the round that followed."""
+        self._looks = 0
+        self._readings.clear()
+        if self._glance > 0 and math.isfinite(self.certificate):
+            ratio = self.certificate / self._glance
+            self._calibration = min(max(ratio, 1.0), _MAX_CALIBRATION)
 
     @torch.no_grad()
     def refresh(self, theta: Tensor) -> None:
@@ -160,6 +248,7 @@ class TrackedInverse(nn.Module):
         """
         factors = ExactFactors(near_identity.matrix(theta))
         inverse_t = factors.inverse_t
+        self._forget()
         self.log_abs_det_inverse.fill_(math.nan)  # as in _round
         self.inverse_t.copy_(inverse_t)
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
@@ -172,14 +261,14 @@ class TrackedInverse(nn.Module):
                 f"the weight is numerically singular in {current.dtype}: its computed inverse R "
                 f"leaves ‖I − RW‖_F/√D = {self.certificate:.2g}"
             )
-        self._forget()
 
     def _round(self, theta: Tensor, num_probes: int) -> None:
         """Measure, aim and update once (steps 1 to 4 of the module's text)."""
         residual, self.certificate = self._measure(theta, num_probes)
         if not torch.isfinite(self.log_abs_det_inverse):
             self.certificate = math.nan
-        if self.certificate <= _IDLE * self.tolerance or not math.isfinite(self.certificate):
+        good_enough = self.certificate <= _IDLE * self._attainable_tolerance
+        if good_enough or not math.isfinite(self.certificate):
             return
         # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
         aimed = residual - near_identity.multiply_transposed(theta, residual @ self.inverse_t.mT)
@@ -194,6 +283,7 @@ class TrackedInverse(nn.Module):
         log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
         # R and log|det R| change together: an interrupt (Ctrl-C) in between leaves a NaN, which
         # the next round takes for what it is.
+        self._offset = None
         self.log_abs_det_inverse.fill_(math.nan)
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
         self.log_abs_det_inverse.copy_(log_abs_det_inverse)
@@ -223,6 +313,8 @@ class TrackedInverse(nn.Module):
             "num_refreshes": self.num_refreshes,
             "certificate": self.certificate,
             "rounding_level": self.rounding_level,
+            "calibration": self._calibration,
+            "looks": self._looks,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -231,12 +323,15 @@ class TrackedInverse(nn.Module):
         self.num_refreshes = state["num_refreshes"]
         self.certificate = state["certificate"]
         self.rounding_level = state["rounding_level"]
+        self._calibration = state["calibration"]
+        self._looks = state["looks"]
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy need not trust that R and Θ were copied together.
         state = self.__dict__.copy()
-        state.update(_tracked_theta=None, _tracked_version=-1, _value=None)
+        state.update(_tracked=None, _tracked_version=-1, _offset=None, _value=None)
+        state.update(_readings=deque())
         return state
 
     def _apply(

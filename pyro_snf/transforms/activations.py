@@ -87,7 +87,7 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         """The slope at −∞, shape ``()``."""
         return torch.sigmoid(self.logit_alpha)
 
-    def _map_state(self) -> list[Tensor]:
+    def _map_parameters(self) -> list[Tensor]:
         return [self.logit_alpha]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
-from pyro_snf.caching import PairCache
+from pyro_snf.caching import PairCache, state_of
 
 __all__ = [
     "GuardedTransformModule",
@@ -70,25 +70,31 @@ class InvertibleTransformModule(TransformModule):
     def __call__(self, x: Tensor) -> Tensor:
         if self._cache_size == 0:
             return self._call(x)
-        state = self._map_state()
-        y = self._pair.y_of(x, state)
+        parameters = self._map_parameters()
+        state = state_of(parameters)
+        y = self._pair.y_of(x, parameters, state)
         if y is None:
-            y = self._call(x)
-            self._pair.store(x, y, state, computed=y)
+            y, memo = self._call_with_memo(x)
+            self._pair.store(x, y, parameters, state, computed=y, memo=memo)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         if self._cache_size == 0:
             return self._inverse(y)
-        state = self._map_state()
-        x = self._pair.x_of(y, state)
+        parameters = self._map_parameters()
+        state = state_of(parameters)
+        x = self._pair.x_of(y, parameters, state)
         if x is None:
             x = self._inverse(y)
             if self._inverse_is_exact():
-                self._pair.store(x, y, state, computed=x)
+                self._pair.store(x, y, parameters, state, computed=x)
         return x
 
-    def _map_state(self) -> list[Tensor]:
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
+        """``T(x)``, and what :meth:`log_abs_det_jacobian` may want of its computation."""
+        return self._call(x), None
+
+    def _map_parameters(self) -> list[Tensor]:
         """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""
         return list(self.parameters())
 
@@ -166,7 +172,8 @@ class GuardedTransformModule(InvertibleTransformModule):
         return self.transform._inv_call(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._pair.y_of(x, self._map_state()) is not y:
+        parameters = self._map_parameters()
+        if self._pair.y_of(x, parameters, state_of(parameters)) is not y:
             self._forget_stale()
         return self.transform.log_abs_det_jacobian(x, y)
 

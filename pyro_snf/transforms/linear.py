@@ -13,11 +13,13 @@ from torch.distributions import constraints
 
 from pyro_snf.caching import ParameterCache
 from pyro_snf.dense import near_identity
+from pyro_snf.dense.affine import DeferredLogDet, affine, can_defer, scale_and_shift
 from pyro_snf.dense.exact import ExactFactors
 from pyro_snf.dense.learned import LearnedInverse
 from pyro_snf.dense.solve import OnePassSolver, RefinedSolver
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.geco import GECO
+from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import Solver, implicit_solve
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
@@ -199,17 +201,14 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             product = self.estimator.multiply(self.theta, rows)
         else:
             product = near_identity.multiply(self.theta, rows)
-        y = product * self.log_scale.exp()
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(x.shape)
+        return scale_and_shift(product, self.log_scale, self.bias).view(x.shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
         rows = self._as_rows(y)
         if self.bias is not None:
             rows = rows - self.bias
         rows = rows * torch.exp(-self.log_scale)
-        with torch.autocast(y.device.type, enabled=False), self._named_errors():
+        with without_autocast(y.device), self._named_errors():
             if self.inverse == "learned" and isinstance(self.estimator, LearnedInverse):
                 # R is a map of its own here: gradients go to its parameter.
                 return self.estimator.apply_inverse(rows).reshape(y.shape)
@@ -222,29 +221,23 @@ class SelfNormalizingLinear(InvertibleTransformModule):
                 x = self.estimator.mixture_solution(x, rows)
             return x.reshape(y.shape)
 
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, DeferredLogDet | None]:
+        if not (self._is_training() and isinstance(self.estimator, TrackedInverse) and can_defer()):
+            return self._call(x), None
+        y, log_det = affine(self._as_rows(x), self.theta, self.log_scale, self.bias)
+        return y.view(x.shape), log_det
+
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         rows = self._as_rows(x)
-        with torch.autocast(x.device.type, enabled=False), self._named_errors():
-            scale = self.log_scale.sum()
-            recorded = torch.is_grad_enabled() and self.theta.requires_grad
-            # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
-            in_training = recorded and self.estimator is not None and self.estimator.training
-            if torch.jit.is_tracing():  # tracking is not an operation that a trace could repeat
-                value = near_identity.log_abs_det(self.theta)
-            elif in_training and isinstance(self.estimator, TrackedInverse):
-                value = self.estimator.training_log_abs_det(self.theta)
-            elif in_training and isinstance(self.estimator, LearnedInverse):
-                value = self.estimator.training_log_abs_det(self.theta, rows)
-                scale = scale - scale.detach()  # the whole term adds exactly 0 to the value
-            elif recorded:
-                matrix = near_identity.matrix(self.theta)
-                value = self._exact_factors(matrix).differentiable_log_abs_det(matrix)
+        with without_autocast(x.device), self._named_errors():
+            estimator = self.estimator if self._is_training() else None
+            if isinstance(estimator, TrackedInverse):
+                value = self._tracked_log_det(estimator, x, y)
+            elif isinstance(estimator, LearnedInverse):
+                value = self._learned_log_det(estimator, rows)
             else:
-                value = self._exact_factors().log_abs_det
-            if not (torch.jit.is_tracing() or torch.isfinite(scale)):
-                raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
-            value = value + scale
-        return value.expand(len(rows)).reshape(x.shape[:-1])
+                value = self._exact_log_det()
+        return value.expand(len(rows)).view(x.shape[:-1])
 
     @property
     def weight(self) -> Tensor:
@@ -273,7 +266,48 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             with self._named_errors():
                 self.estimator.refresh(self.theta)
 
-    def _map_state(self) -> list[Tensor]:
+    def _is_training(self) -> bool:
+        """Whether the estimator stands in for the exact log-determinant."""
+        # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
+        return (
+            self.estimator is not None
+            and self.estimator.training
+            and torch.is_grad_enabled()
+            and self.theta.requires_grad
+            and not torch.jit.is_tracing()  # tracking is nothing that a trace could repeat
+        )
+
+    def _exact_log_det(self) -> Tensor:
+        if torch.jit.is_tracing():
+            return near_identity.log_abs_det(self.theta) + self.log_scale.sum()
+        if torch.is_grad_enabled() and self.theta.requires_grad:
+            matrix = near_identity.matrix(self.theta)
+            value = self._exact_factors(matrix).differentiable_log_abs_det(matrix)
+        else:
+            value = self._exact_factors().log_abs_det
+        return value + self._sum_of_log_scale()
+
+    def _tracked_log_det(self, tracked: TrackedInverse, x: Tensor, y: Tensor) -> Tensor:
+        found = self._pair.memo_of(x, y, self._map_parameters())
+        if found is None:
+            return tracked.training_log_abs_det(self.theta) + self._sum_of_log_scale()
+        log_det, (state, *_) = found
+        value = tracked.update(self.theta, state)
+        return log_det.evaluate(value + self._sum_of_log_scale().detach(), tracked.inverse_t)
+
+    def _learned_log_det(self, learned: LearnedInverse, rows: Tensor) -> Tensor:
+        scale = self._sum_of_log_scale()
+        # The whole term adds exactly 0 to the value.
+        return learned.training_log_abs_det(self.theta, rows) + (scale - scale.detach())
+
+    def _sum_of_log_scale(self) -> Tensor:
+        total = self.log_scale.sum()
+        # A GPU is not waited for: there it is a NaN that the caller sees.
+        if not total.is_cuda and not math.isfinite(total.item()):
+            raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
+        return total
+
+    def _map_parameters(self) -> list[Tensor]:
         parameters = [self.theta, self.log_scale]
         return parameters if self.bias is None else [*parameters, self.bias]
 

@@ -1,0 +1,173 @@
+"""One autograd node for ``y = diag(e^s) A x + b`` and for the gradient of its log-determinant.
+
+The data and the log-determinant both send a gradient of D² numbers to Θ. As two nodes of the graph
+they would be two buffers and a pass more to add them. Here the one is accumulated onto the other,
+by the same matrix product that a plain linear layer needs anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from pyro_snf.dense import near_identity
+from pyro_snf.precision import at_least_float32
+from pyro_snf.surrogate import first_order_only
+
+__all__ = ["DeferredLogDet", "affine", "can_defer", "scale_and_shift"]
+
+
+def can_defer() -> bool:
+    """Whether the node fits: it knows reverse mode alone, outside autocast and tracing."""
+    return not (
+        torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+        or torch._C._are_functorch_transforms_active()  # as Function.apply itself asks
+        or forward_ad._current_level >= 0
+    )
+
+
+def affine(
+    rows: Tensor, theta: Tensor, log_scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, DeferredLogDet]:
+    """``diag(e^s) A x + b`` for every row, shape ``(B, D)``, and its ``log|det|`` to be.
+
+    :param Tensor rows: x as rows, shape ``(B, D)``.
+    :param Tensor theta: Θ of ``A = I + Θ/√D``, shape ``(D, D)``.
+    :param Tensor log_scale: s, shape ``(D,)``.
+    :param bias: b, shape ``(D,)``, or None.
+    """
+    surrogate = _Surrogate()
+    y, handle = _Affine.apply(rows, theta, log_scale, bias, surrogate)
+    return y, DeferredLogDet(handle, surrogate)
+
+
+class DeferredLogDet:
+    """``log|det W|`` of a map that was evaluated, for when its value is known.
+
+    :param Tensor handle: the zero, shape ``()``, that the node of the map gave out.
+    """
+
+    def __init__(self, handle: Tensor, surrogate: _Surrogate) -> None:
+        self._handle = handle
+        self._surrogate = surrogate
+
+    def evaluate(self, value: Tensor, inverse_t: Tensor) -> Tensor:
+        """``value``, whose gradient is ``inverse_t`` in A and 1 in every ``s``.
+
+        :param Tensor value: shape ``()``; a constant.
+        :param Tensor inverse_t: ``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``; to be left as it is until the
+            backward pass.
+        """
+        self._surrogate.set(inverse_t)
+        return value + self._handle
+
+
+class _Surrogate:
+    """What the node multiplies with the cotangent of the log-determinant.
+
+    An object of its own, for the node holds it: it must not lead back to the node.
+    """
+
+    def set(self, inverse_t: Tensor) -> None:
+        self._inverse_t = inverse_t
+        self._version = inverse_t._version
+
+    def get(self) -> Tensor:
+        if self._inverse_t._version != self._version:
+            raise RuntimeError(
+                "the inverse that stands for the gradient of log|det W| has been modified by an "
+                "inplace operation between its evaluation and the backward pass"
+            )
+        return self._inverse_t
+
+
+class _Affine(Function):
+    # Without setup_context: what it saves are not outputs.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        theta: Tensor,
+        log_scale: Tensor,
+        bias: Tensor | None,
+        surrogate: _Surrogate,
+    ) -> tuple[Tensor, Tensor]:
+        product = near_identity.multiply(theta, rows)
+        ctx.set_materialize_grads(False)
+        ctx.surrogate = surrogate
+        ctx.save_for_backward(rows, theta, log_scale, bias, product)
+        handle = at_least_float32(log_scale.new_zeros(()))
+        return scale_and_shift(product, log_scale, bias), handle
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rows, theta, log_scale, _, product = ctx.saved_tensors
+        needs_rows, needs_theta, needs_scale, needs_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_differentiable_gradients(ctx, gradient, cotangent), None
+        grad_rows = grad_theta = grad_scale = grad_bias = None
+        alpha = 1 / math.sqrt(theta.shape[-1])
+        if cotangent is not None and needs_theta:
+            grad_theta = (ctx.surrogate.get() * (alpha * cotangent)).to(theta.dtype)
+        if gradient is not None:
+            inner = gradient * log_scale.exp()  # the gradient in A x
+            if needs_theta:
+                if grad_theta is None:
+                    grad_theta = (alpha * inner).mT @ rows
+                else:
+                    grad_theta.addmm_(inner.mT, rows, alpha=alpha)
+            if needs_rows:
+                grad_rows = torch.addmm(inner, inner, theta, alpha=alpha)
+            if needs_scale:
+                grad_scale = (inner * product).sum(0)
+            if needs_bias:
+                grad_bias = gradient.sum(0)
+        if cotangent is not None and needs_scale:
+            ones = cotangent.to(log_scale.dtype)
+            grad_scale = ones.expand_as(log_scale) if grad_scale is None else grad_scale + ones
+        return grad_rows, grad_theta, grad_scale, grad_bias, None
+
+
+def scale_and_shift(product: Tensor, log_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``diag(e^s) h + b`` for every row ``h`` of the product, shape ``(B, D)``."""
+    scale = log_scale.exp()
+    return product * scale if bias is None else torch.addcmul(bias, product, scale)
+
+
+def _differentiable_gradients(
+    ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients as functions: those of y can be differentiated again."""
+    rows, theta, log_scale, bias, _ = ctx.saved_tensors
+    y = scale_and_shift(near_identity.multiply(theta, rows), log_scale, bias)
+    outputs, cotangents = [y], [gradient]
+    if cotangent is not None:
+        scale = cotangent / math.sqrt(theta.shape[-1])
+        surrogate = first_order_only((ctx.surrogate.get() * scale).to(theta.dtype), theta)
+        outputs += [theta.view_as(theta), log_scale.sum()]
+        cotangents += [surrogate, cotangent.to(log_scale.dtype)]
+    found = [index for index, output in enumerate(cotangents) if output is not None]
+    needed = [index for index in range(4) if ctx.needs_input_grad[index]]
+    inputs = [rows, theta, log_scale, bias]
+    gradients: list[Tensor | None] = [None] * 4
+    for index, value in zip(
+        needed,
+        torch.autograd.grad(
+            [outputs[index] for index in found],
+            [inputs[index] for index in needed],
+            [cotangents[index] for index in found],
+            create_graph=True,
+            allow_unused=True,
+        ),
+        strict=True,
+    ):
+        gradients[index] = value
+    return gradients
