@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyro_snf import SelfNormalizingLinear
 from pyro_snf.dense import near_identity
-from pyro_snf.dense import tracked as tracked_module
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.diagnostics import gradient_error, inverse_error
 from tests.registry import LOG_DETS, density_loss, linear
@@ -84,7 +83,7 @@ def walk(
 @pytest.fixture
 def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every change of Θ is met with a round, however good R still is."""
-    monkeypatch.setattr(tracked_module, "_IDLE", 0.0)
+    monkeypatch.setattr(TrackedInverse, "_looks_good", lambda *_: False)
 
 
 # --- The certificate ----------------------------------------------------------------------------

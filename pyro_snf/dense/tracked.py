@@ -29,17 +29,19 @@ the probes; and where a round does not halve the error, one exact refresh in O(D
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_snf.caching import TensorState, fingerprint_weights
+from pyro_snf.caching import TensorState
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import ExactFactors
+from pyro_snf.dense.lookout import Lookout
+from pyro_snf.dense.schedule import RefreshSchedule
 from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.surrogate import with_gradient
 
@@ -48,45 +50,9 @@ __all__ = ["TrackedInverse"]
 # With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
 
-# The share of the tolerance below which R is good enough to be left as it is.
-_IDLE = 0.25
-
-# A fixed direction may happen to miss where the error is: it decides alone for so many steps at
-# most, and its word is multiplied by so much at most.
-_MAX_LOOKS = 16
-_MAX_CALIBRATION = 10.0
-
-# A GPU is not waited for: what it has measured is read some steps later, but not more than these.
-_MAX_READINGS = 4
-
 # A round that changes log|det R| by more than this has met a nearly singular matrix, where the
 # update is all rounding, and would leave its error in the running sum. A refresh takes over.
 _MAX_LOG_ABS_DET_STEP = 3.0
-
-
-class _Reading:
-    """A number that the device may still be computing.
-
-    :param Tensor number: shape ``()``.
-    """
-
-    def __init__(self, number: Tensor) -> None:
-        self._number = number
-        self._event: torch.cuda.Event | None = None
-        if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def has_arrived(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def value(self) -> float:
-        """The number; waits for it."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._number.item()
 
 
 class TrackedInverse(nn.Module):
@@ -127,10 +93,9 @@ class TrackedInverse(nn.Module):
         self.certificate = math.nan
         #: What the latest refresh left of it: the rounding level, which grows with A's condition.
         self.rounding_level = 0.0
-        # The latest look at one direction; what to multiply it with; looks since the last round.
-        self._glance = 0.0
-        self._calibration = 1.0
-        self._looks = 0
+        self._lookout = Lookout()
+        # A round is about nine thin products and some overhead.
+        self._schedule = RefreshSchedule(refresh_cost=3 + dim / (12 * min(num_probes, dim)))
         eye = torch.eye(dim, device=device, dtype=dtype)
         self.register_buffer("inverse_t", at_least_float32(eye))
         self.register_buffer(
@@ -144,7 +109,7 @@ class TrackedInverse(nn.Module):
         self._tracked_version = -1
         self._offset: Tensor | None = None
         self._value: Tensor | None = None
-        self._readings: deque[_Reading] = deque()
+        self._lookout.forget()
 
     def training_log_abs_det(self, theta: Tensor) -> Tensor:
         """An estimate of ``log|det A|``, shape ``()``, whose gradient is ``Rᵀ``.
@@ -171,8 +136,11 @@ class TrackedInverse(nn.Module):
             return self._value
         assert state.fingerprint is not None  # there is none while torch.jit traces
         current = theta.detach().to(self.inverse_t.dtype)
-        if self._is_called_for(state.fingerprint.to(self.inverse_t.dtype)):
-            self._run_rounds(theta, current)
+        self._schedule.count_step()
+        if self._offset is None and not torch.isfinite(self.log_abs_det_inverse):
+            self.refresh(theta)  # an interrupt has left it so
+        elif not self._looks_good(state.fingerprint.to(self.inverse_t.dtype)):
+            self._correct(theta, current)
         if self._offset is None:
             trace = self.inverse_t.diagonal().sum(dtype=torch.float64)
             self._offset = trace - current.shape[-1] - self.log_abs_det_inverse
@@ -180,64 +148,45 @@ class TrackedInverse(nn.Module):
         self._tracked, self._tracked_version = state, self.inverse_t._version
         return self._value
 
-    def _is_called_for(self, image: Tensor) -> bool:
-        """Whether a look at one direction calls for a round.
+    def _looks_good(self, image: Tensor) -> bool:
+        """Whether R may be left as it is, by all that is known without probes.
 
-        The direction w is that of the fingerprint ``Θ w``, which is at hand, and always the same.
-        So it is calibrated by the certificates of fresh probes, and never trusted for long.
-
-        :param Tensor image: ``Θ w``.
+        :param Tensor image: ``Θ w``, see :class:`~pyro_snf.dense.lookout.Lookout`.
         """
-        if self._offset is None and not torch.isfinite(self.log_abs_det_inverse):
-            return True  # what an interrupt in _round left
-        dim = len(image)
-        direction = fingerprint_weights(dim, image.dtype, image.device)
-        image = torch.add(direction, image, alpha=1 / math.sqrt(dim))  # A w
-        residual = torch.addmv(direction, self.inverse_t.mT, image, alpha=-1)  # E w
-        self._readings.append(_Reading(torch.linalg.vector_norm(residual)))
-        # The latest reading that has arrived; none is waited for, unless many are under way.
-        arrived = None
-        while self._readings and (
-            len(self._readings) > _MAX_READINGS or self._readings[0].has_arrived()
-        ):
-            arrived = self._readings.popleft()
-        self._looks += 1
-        if arrived is None:
-            return False
-        self._glance = arrived.value() / math.sqrt(dim)  # ‖w‖ = √D
-        estimate = self._calibration * self._glance
-        if estimate <= _IDLE * self._attainable_tolerance and self._looks < _MAX_LOOKS:
+        tolerance = self._attainable_tolerance
+        estimate = self._lookout.estimate(self.inverse_t, image, tolerance)
+        if estimate is not None:
+            if not estimate <= tolerance:
+                return False
             self.certificate = estimate
-            return False
-        return True
+        return not self._lookout.is_due()
 
     @property
     def _attainable_tolerance(self) -> float:
         """No refresh could do better than the last one did."""
         return max(self.tolerance, 2 * self.rounding_level)
 
-    def _run_rounds(self, theta: Tensor, current: Tensor) -> None:
-        """Rounds until one has found R good enough; a refresh where they do not get there."""
+    def _correct(self, theta: Tensor, current: Tensor) -> None:
+        """Measure, and bring the error below the tolerance if it is not."""
         tolerance = self._attainable_tolerance
         previous = math.inf
         for doublings in range(_MAX_ROUNDS):
-            self._round(current, self.num_probes * 2**doublings)
+            residual, self.certificate = self._measure(current, self.num_probes * 2**doublings)
             if doublings == 0:
-                self._calibrate()
+                self._lookout.calibrate(self.certificate)
             if self.certificate <= tolerance:
                 return
             if not self.certificate <= previous / 2:  # also where it is NaN
                 break
+            if doublings == 0 and self._schedule.refresh_pays():
+                break
+            if not self._update(current, residual):
+                break
+            self._schedule.count_round()
+            if self.certificate <= 2 * tolerance:
+                return  # less is left of it
             previous = self.certificate
         self.refresh(theta)
-
-    def _calibrate(self) -> None:
-        """Compare the look at one direction with the certificate of the round that followed."""
-        self._looks = 0
-        self._readings.clear()
-        if self._glance > 0 and math.isfinite(self.certificate):
-            ratio = self.certificate / self._glance
-            self._calibration = min(max(ratio, 1.0), _MAX_CALIBRATION)
 
     @torch.no_grad()
     def refresh(self, theta: Tensor) -> None:
@@ -249,10 +198,11 @@ class TrackedInverse(nn.Module):
         factors = ExactFactors(near_identity.matrix(theta))
         inverse_t = factors.inverse_t
         self._forget()
-        self.log_abs_det_inverse.fill_(math.nan)  # as in _round
+        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
         self.inverse_t.copy_(inverse_t)
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
         self.num_refreshes += 1
+        self._schedule.restart()
         current = theta.detach().to(self.inverse_t.dtype)
         _, self.certificate = self._measure(current, self.num_probes)
         self.rounding_level = self.certificate
@@ -262,14 +212,11 @@ class TrackedInverse(nn.Module):
                 f"leaves ‖I − RW‖_F/√D = {self.certificate:.2g}"
             )
 
-    def _round(self, theta: Tensor, num_probes: int) -> None:
-        """Measure, aim and update once (steps 1 to 4 of the module's text)."""
-        residual, self.certificate = self._measure(theta, num_probes)
-        if not torch.isfinite(self.log_abs_det_inverse):
-            self.certificate = math.nan
-        good_enough = self.certificate <= _IDLE * self._attainable_tolerance
-        if good_enough or not math.isfinite(self.certificate):
-            return
+    def _update(self, theta: Tensor, residual: Tensor) -> bool:
+        """Aim and update once (steps 2 to 4 of the module's text); whether that was possible.
+
+        :param Tensor residual: ``(EG)ᵀ``, as measured.
+        """
         # Rows instead of columns from here on: residual = Uᵀ, probes = Vᵀ, image = Pᵀ.
         aimed = residual - near_identity.multiply_transposed(theta, residual @ self.inverse_t.mT)
         probes = torch.linalg.qr(aimed.mT).Q.mT
@@ -277,16 +224,16 @@ class TrackedInverse(nn.Module):
         middle = probes @ image.mT  # M
         log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
         if not log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP:
-            self.certificate = math.nan
-            return
+            return False
         step = torch.linalg.solve(middle.mT, probes - image)  # M⁻ᵀ Uᵀ
         log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
         # R and log|det R| change together: an interrupt (Ctrl-C) in between leaves a NaN, which
-        # the next round takes for what it is.
-        self._offset = None
+        # the next update takes for what it is.
+        self._forget()
         self.log_abs_det_inverse.fill_(math.nan)
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
         self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        return True
 
     def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, float]:
         """The residual ``(EG)ᵀ`` of fresh probes, shape ``(k, D)``, and the certificate."""
@@ -313,8 +260,8 @@ class TrackedInverse(nn.Module):
             "num_refreshes": self.num_refreshes,
             "certificate": self.certificate,
             "rounding_level": self.rounding_level,
-            "calibration": self._calibration,
-            "looks": self._looks,
+            "lookout": self._lookout.state_dict(),
+            "schedule": asdict(self._schedule),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -323,15 +270,14 @@ class TrackedInverse(nn.Module):
         self.num_refreshes = state["num_refreshes"]
         self.certificate = state["certificate"]
         self.rounding_level = state["rounding_level"]
-        self._calibration = state["calibration"]
-        self._looks = state["looks"]
+        self._schedule = RefreshSchedule(**state["schedule"])
         self._forget()
+        self._lookout.load_state_dict(state["lookout"], like=self.inverse_t)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy need not trust that R and Θ were copied together.
         state = self.__dict__.copy()
         state.update(_tracked=None, _tracked_version=-1, _offset=None, _value=None)
-        state.update(_readings=deque())
         return state
 
     def _apply(
