@@ -18,7 +18,7 @@ __all__ = [
     "ParameterCache",
     "ParameterState",
     "TensorState",
-    "fingerprint_weights",
+    "fixed_directions",
     "state_of",
 ]
 
@@ -26,17 +26,18 @@ Value = TypeVar("Value")
 
 
 @lru_cache(maxsize=16)
-def fingerprint_weights(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The vector w, shape ``(length,)``, that the fingerprint ``M w`` of a matrix is taken with.
+def fixed_directions(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same random directions at every call, as rows, shape ``(count, D)``.
 
-    Always the same; of random signs and distinct sizes, none near 0. The mean square is 1, so that
-    ``‖M w‖²`` is also an unbiased estimate of ``‖M‖_F²``.
+    The entries have random signs and distinct sizes, none near 0, and mean square 1 in each row:
+    ``‖M w‖²`` is an unbiased estimate of ``‖M‖_F²``.
     """
-    generator = np.random.Generator(np.random.PCG64(seed=length))
-    weights = generator.uniform(0.5, 1.5, length) * generator.choice([-1, 1], length)
-    weights /= np.sqrt(np.mean(weights**2))
+    generator = np.random.Generator(np.random.PCG64(dim))
+    shape = (count, dim)
+    rows = generator.uniform(0.5, 1.5, shape) * generator.choice([-1, 1], shape)
+    rows /= np.sqrt(np.mean(rows**2, axis=-1, keepdims=True))
     with torch.inference_mode(False):  # for use outside it too
-        return torch.tensor(weights, dtype=dtype, device=device)
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def _fingerprint(tensor: Tensor) -> Tensor:
         return tensor.clone()
     tensor = at_least_float32(tensor)  # else the products would round away small changes
     with without_autocast(tensor.device):  # which would do the same
-        return tensor @ fingerprint_weights(tensor.shape[-1], tensor.dtype, tensor.device)
+        return tensor @ fixed_directions(1, tensor.shape[-1], tensor.dtype, tensor.device)[0]
 
 
 class TensorState:
@@ -66,7 +67,7 @@ class TensorState:
         self.version = -1 if tensor.is_inference() else tensor._version
         # A trace (torch.jit) records operations on tensors, and would record the comparison's
         # outcome as a constant. Within one trace nobody writes to parameters.
-        #: A copy of a vector; of a matrix, its product with :func:`fingerprint_weights`.
+        #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
         self.fingerprint = None if torch.jit.is_tracing() else _fingerprint(tensor)
 
     def __eq__(self, other: object) -> bool:

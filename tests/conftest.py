@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 
+from pyro_snf.transforms import linear as linear_module
 from tests.registry import CASES, Case
 
 # The tensors here are small: threads would wait for each other longer than they compute, and on a
@@ -50,3 +51,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def case(request: pytest.FixtureRequest) -> Case:
     """Each named constructor of the registry in turn."""
     return CASES[request.param]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``inverse="refined"`` refines in training, as it does where D is large."""
+    monkeypatch.setattr(linear_module, "_ROWS_WORTH_FACTORS", 0)

@@ -20,6 +20,8 @@ from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.dense import near_identity
 from tests.registry import INVERSES, LOG_DETS, linear, make_inverse_exact, nudge_inverses, randomize
 
+pytestmark = pytest.mark.usefixtures("few_rows")
+
 # With R exact, surrogate and exact gradients differ by rounding alone: float64, condition below 3.
 EXACT = 1e-9
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_snf import SelfNormalizingLinear
 from tests.registry import INVERSES, LOG_DETS, linear, nudge_inverses
 
+pytestmark = pytest.mark.usefixtures("few_rows")
+
 # Float64, condition numbers below 10.
 EXACT = 1e-9
 
@@ -181,3 +183,23 @@ def test_training_step_makes_no_factorization(log_det: str, factorizations: list
         with torch.no_grad():
             layer.theta.sub_(1e-4 * layer.theta.grad)
     assert not factorizations
+
+
+def test_many_rows_and_evaluation_are_worth_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the fixture few_rows
+    layer = linear(64)
+    nudge_inverses(layer, 0.01)
+    made: list[int] = []
+    factorize = torch.linalg.lu_factor_ex
+    monkeypatch.setattr(
+        torch.linalg, "lu_factor_ex", lambda matrix: (made.append(1), factorize(matrix))[1]
+    )
+    layer.inv(torch.randn(3, 64))
+    assert not made  # few rows, weights that will change: refined
+    layer.inv(torch.randn(40, 64))
+    assert len(made) == 1
+    layer.eval()
+    for _ in range(3):
+        y = torch.randn(3, 64)
+        assert torch.allclose(layer(layer.inv(y)), y)
+    assert len(made) == 1  # kept until the weights change

@@ -42,8 +42,8 @@ from tests.registry import LOG_DETS, linear, nudge_inverses
 
 # Float64, the same operations in another order.
 EXACT = 1e-9
-# A tracked R after 50 steps at usual rates: below the default tolerance of 0.01.
-TRACKED = 0.01
+# A tracked R after 50 steps at usual rates: the default tolerance is 0.02.
+TRACKED = 0.03
 # Posterior moments after 600 steps of Adam with a falling rate and 16 particles: what is left is
 # the noise of the last steps, about rate/√particles.
 MEAN = 0.03

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from pyro_snf.dense import near_identity
-from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import first_order_only
 
 __all__ = ["DeferredLogDet", "affine", "can_defer", "scale_and_shift"]
@@ -88,7 +87,7 @@ class _Surrogate:
 
 
 class _Affine(Function):
-    # Without setup_context: what it saves are not outputs.
+    # Without setup_context: what it keeps beside its inputs are not outputs.
     @staticmethod
     def forward(
         ctx: Any,
@@ -99,17 +98,18 @@ class _Affine(Function):
         surrogate: _Surrogate,
     ) -> tuple[Tensor, Tensor]:
         product = near_identity.multiply(theta, rows)
+        scale = log_scale.exp()
         ctx.set_materialize_grads(False)
-        ctx.surrogate = surrogate
-        ctx.save_for_backward(rows, theta, log_scale, bias, product)
-        handle = at_least_float32(log_scale.new_zeros(()))
-        return scale_and_shift(product, log_scale, bias), handle
+        ctx.surrogate, ctx.product, ctx.scale = surrogate, product, scale
+        ctx.save_for_backward(rows, theta, log_scale, bias)
+        handle = scale.new_zeros((), dtype=torch.promote_types(scale.dtype, torch.float32))
+        return scale_and_shift(product, scale, bias), handle
 
     @staticmethod
     def backward(
         ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rows, theta, log_scale, _, product = ctx.saved_tensors
+        rows, theta, log_scale, _ = ctx.saved_tensors
         needs_rows, needs_theta, needs_scale, needs_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(ctx, gradient, cotangent), None
@@ -118,7 +118,7 @@ class _Affine(Function):
         if cotangent is not None and needs_theta:
             grad_theta = (ctx.surrogate.get() * (alpha * cotangent)).to(theta.dtype)
         if gradient is not None:
-            inner = gradient * log_scale.exp()  # the gradient in A x
+            inner = gradient * ctx.scale  # the gradient in A x
             if needs_theta:
                 if grad_theta is None:
                     grad_theta = (alpha * inner).mT @ rows
@@ -127,7 +127,7 @@ class _Affine(Function):
             if needs_rows:
                 grad_rows = torch.addmm(inner, inner, theta, alpha=alpha)
             if needs_scale:
-                grad_scale = (inner * product).sum(0)
+                grad_scale = (inner * ctx.product).sum(0)
             if needs_bias:
                 grad_bias = gradient.sum(0)
         if cotangent is not None and needs_scale:
@@ -136,9 +136,8 @@ class _Affine(Function):
         return grad_rows, grad_theta, grad_scale, grad_bias, None
 
 
-def scale_and_shift(product: Tensor, log_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``diag(e^s) h + b`` for every row ``h`` of the product, shape ``(B, D)``."""
-    scale = log_scale.exp()
+def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``diag(scale) h + b`` for every row ``h`` of the product, shape ``(B, D)``."""
     return product * scale if bias is None else torch.addcmul(bias, product, scale)
 
 
@@ -146,8 +145,8 @@ def _differentiable_gradients(
     ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients as functions: those of y can be differentiated again."""
-    rows, theta, log_scale, bias, _ = ctx.saved_tensors
-    y = scale_and_shift(near_identity.multiply(theta, rows), log_scale, bias)
+    rows, theta, log_scale, bias = ctx.saved_tensors
+    y = scale_and_shift(near_identity.multiply(theta, rows), log_scale.exp(), bias)
     outputs, cotangents = [y], [gradient]
     if cotangent is not None:
         scale = cotangent / math.sqrt(theta.shape[-1])

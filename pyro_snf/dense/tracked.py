@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from pyro_snf.caching import TensorState
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.exact import ExactFactors
-from pyro_snf.dense.lookout import Lookout
+from pyro_snf.dense.lookout import Error, Lookout, measure
 from pyro_snf.dense.schedule import RefreshSchedule
 from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.surrogate import with_gradient
@@ -50,9 +50,27 @@ __all__ = ["TrackedInverse"]
 # With twice the probes each, more rounds than this cost as much as a refresh.
 _MAX_ROUNDS = 4
 
+# An error of such a share of its limit is let be also where somebody else than an optimizer has
+# changed the weights. What one glance does not see could be a direction in which A is singular.
+_NEGLIGIBLE = 0.05
+
+# An error of so many times its limit is no usual one, and one round is not enough. Below that, what
+# the round has left is seen in the next step.
+_MODERATE = 4.0
+
 # A round that changes log|det R| by more than this has met a nearly singular matrix, where the
 # update is all rounding, and would leave its error in the running sum. A refresh takes over.
 _MAX_LOG_ABS_DET_STEP = 3.0
+
+
+@dataclass
+class _Memory:
+    """What is known as long as neither R nor Θ changes."""
+
+    state: TensorState | None = None  # of Θ
+    version: int = -1  # of R
+    offset: Tensor | None = None  # tr R − D − log|det R|; it holds for any Θ
+    value: Tensor | None = None
 
 
 class TrackedInverse(nn.Module):
@@ -64,7 +82,7 @@ class TrackedInverse(nn.Module):
 
     :param int dim: D.
     :param int num_probes: k, at least 1, of a first round; more than D are not used.
-    :param float tolerance: the certificate, in ``(0, 1)``, above which one round is not enough.
+    :param float tolerance: the relative error of the gradient, in ``(0, 1)``, that is let be.
     :param int seed: of the probes.
     """
 
@@ -91,9 +109,8 @@ class TrackedInverse(nn.Module):
         self.num_refreshes = 0
         #: The latest estimate of ‖I − RA‖_F/√D, measured before the correction that followed it.
         self.certificate = math.nan
-        #: What the latest refresh left of it: the rounding level, which grows with A's condition.
-        self.rounding_level = 0.0
-        self._lookout = Lookout()
+        # What the latest refresh left: rounding, which grows with A's condition.
+        self._rounding = Error(0.0, 0.0)
         # A round is about nine thin products and some overhead.
         self._schedule = RefreshSchedule(refresh_cost=3 + dim / (12 * min(num_probes, dim)))
         eye = torch.eye(dim, device=device, dtype=dtype)
@@ -105,11 +122,8 @@ class TrackedInverse(nn.Module):
 
     def _forget(self) -> None:
         """Not to know whether R still belongs to A: the next use looks."""
-        self._tracked: TensorState | None = None
-        self._tracked_version = -1
-        self._offset: Tensor | None = None
-        self._value: Tensor | None = None
-        self._lookout.forget()
+        self._memory = _Memory()
+        self._lookout = Lookout()
 
     def training_log_abs_det(self, theta: Tensor) -> Tensor:
         """An estimate of ``log|det A|``, shape ``()``, whose gradient is ``Rᵀ``.
@@ -119,73 +133,87 @@ class TrackedInverse(nn.Module):
         value = self.update(theta)
         return with_gradient(value, theta, self.inverse_t, scale=1 / math.sqrt(theta.shape[-1]))
 
-    @torch.no_grad()
     def update(self, theta: Tensor, state: TensorState | None = None) -> Tensor:
         """Bring R up to date with ``A``, once for every change; the value, shape ``()``.
 
         :param TensorState state: that of ``theta``, if it is at hand.
         :raises torch.linalg.LinAlgError: if ``A`` is singular or not finite.
         """
-        if state is None:
-            state = TensorState(theta)
-        if (
-            self._value is not None
-            and self._tracked_version == self.inverse_t._version
-            and self._tracked == state
-        ):
-            return self._value
+        state = TensorState(theta) if state is None else state
+        inverse_t, memory = self.inverse_t, self._memory
+        if memory.version == inverse_t._version and memory.state == state:
+            assert memory.value is not None
+            return memory.value
         assert state.fingerprint is not None  # there is none while torch.jit traces
-        current = theta.detach().to(self.inverse_t.dtype)
-        self._schedule.count_step()
-        if self._offset is None and not torch.isfinite(self.log_abs_det_inverse):
-            self.refresh(theta)  # an interrupt has left it so
-        elif not self._looks_good(state.fingerprint.to(self.inverse_t.dtype)):
+        if memory.version not in (inverse_t._version, -1):
+            self._forget()  # R has been written to from outside
+        current = theta.detach().to(inverse_t.dtype)
+        has_moved = self._lookout.moves_to(state.fingerprint.to(inverse_t.dtype))
+        if has_moved:
+            self._schedule.count_step()
+        try:
+            if self._memory.offset is None and not torch.isfinite(self.log_abs_det_inverse):
+                self.refresh(theta)  # an interrupt has left it so
+            elif has_moved:
+                self._follow(theta, current)
+        except torch.linalg.LinAlgError:
+            self._forget()  # the next use is to find out for itself
+            raise
+        memory = self._memory  # another one, if R has changed
+        if memory.offset is None:
+            trace = inverse_t.diagonal().sum(dtype=torch.float64)
+            memory.offset = trace - len(inverse_t) - self.log_abs_det_inverse
+        memory.value = near_identity.add_trace(memory.offset, inverse_t, current)
+        memory.state, memory.version = state, inverse_t._version
+        return memory.value
+
+    def _limits(self) -> Error:
+        """The error that is let be."""
+        # One direction in which A is singular is an error of 1/√D. And no refresh could do better
+        # than the last one did.
+        singular = 0.9 / math.sqrt(len(self.inverse_t))
+        return Error(
+            inverse=max(singular, 2 * self._rounding.inverse),
+            gradient=max(self.tolerance, 2 * self._rounding.gradient),
+        )
+
+    def _follow(self, theta: Tensor, current: Tensor) -> None:
+        """Find out how good R is, at next to no cost, and correct it if it is not good enough."""
+        limits = self._limits()
+        error = self._lookout.estimate(self.inverse_t, current, limits)
+        if error is None:
+            return
+        size = error.relative_to(limits)
+        if self._lookout.is_event and not size <= _NEGLIGIBLE:
+            self.refresh(theta)
+        elif size <= 1:
+            self.certificate = error.inverse
+        else:
             self._correct(theta, current)
-        if self._offset is None:
-            trace = self.inverse_t.diagonal().sum(dtype=torch.float64)
-            self._offset = trace - current.shape[-1] - self.log_abs_det_inverse
-        self._value = near_identity.add_trace(self._offset, self.inverse_t, current)
-        self._tracked, self._tracked_version = state, self.inverse_t._version
-        return self._value
 
-    def _looks_good(self, image: Tensor) -> bool:
-        """Whether R may be left as it is, by all that is known without probes.
-
-        :param Tensor image: ``Θ w``, see :class:`~pyro_snf.dense.lookout.Lookout`.
-        """
-        tolerance = self._attainable_tolerance
-        estimate = self._lookout.estimate(self.inverse_t, image, tolerance)
-        if estimate is not None:
-            if not estimate <= tolerance:
-                return False
-            self.certificate = estimate
-        return not self._lookout.is_due()
-
-    @property
-    def _attainable_tolerance(self) -> float:
-        """No refresh could do better than the last one did."""
-        return max(self.tolerance, 2 * self.rounding_level)
-
+    @torch.no_grad()
     def _correct(self, theta: Tensor, current: Tensor) -> None:
-        """Measure, and bring the error below the tolerance if it is not."""
-        tolerance = self._attainable_tolerance
+        """Measure, and bring the error below the limits if it is not."""
+        limits = self._limits()
         previous = math.inf
         for doublings in range(_MAX_ROUNDS):
-            residual, self.certificate = self._measure(current, self.num_probes * 2**doublings)
-            if doublings == 0:
-                self._lookout.calibrate(self.certificate)
-            if self.certificate <= tolerance:
+            residual, error = self._measure(current, self.num_probes * 2**doublings)
+            self.certificate = error.inverse
+            size = error.relative_to(limits)
+            if size <= 1:
+                if doublings == 0:
+                    self._lookout.rest(error, limits)
                 return
-            if not self.certificate <= previous / 2:  # also where it is NaN
+            if not size <= previous / 2:  # also where it is NaN
                 break
             if doublings == 0 and self._schedule.refresh_pays():
                 break
             if not self._update(current, residual):
                 break
             self._schedule.count_round()
-            if self.certificate <= 2 * tolerance:
-                return  # less is left of it
-            previous = self.certificate
+            if size <= _MODERATE:
+                return
+            previous = size
         self.refresh(theta)
 
     @torch.no_grad()
@@ -197,15 +225,16 @@ class TrackedInverse(nn.Module):
         """
         factors = ExactFactors(near_identity.matrix(theta))
         inverse_t = factors.inverse_t
-        self._forget()
+        self._memory = _Memory()
         self.log_abs_det_inverse.fill_(math.nan)  # as in _update
         self.inverse_t.copy_(inverse_t)
         self.log_abs_det_inverse.copy_(-factors.log_abs_det)
         self.num_refreshes += 1
         self._schedule.restart()
+        self._lookout.start_again()
         current = theta.detach().to(self.inverse_t.dtype)
-        _, self.certificate = self._measure(current, self.num_probes)
-        self.rounding_level = self.certificate
+        _, self._rounding = self._measure(current, self.num_probes)
+        self.certificate = self._rounding.inverse
         if not self.certificate < 1:
             raise torch.linalg.LinAlgError(
                 f"the weight is numerically singular in {current.dtype}: its computed inverse R "
@@ -229,17 +258,17 @@ class TrackedInverse(nn.Module):
         log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
         # R and log|det R| change together: an interrupt (Ctrl-C) in between leaves a NaN, which
         # the next update takes for what it is.
-        self._forget()
+        self._memory = _Memory()
+        self._lookout.start_again()
         self.log_abs_det_inverse.fill_(math.nan)
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
         self.log_abs_det_inverse.copy_(log_abs_det_inverse)
         return True
 
-    def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, float]:
-        """The residual ``(EG)ᵀ`` of fresh probes, shape ``(k, D)``, and the certificate."""
-        probes = self._draw_probes(num_probes)
-        residual = probes - near_identity.multiply(theta, probes) @ self.inverse_t
-        return residual, (residual.norm() / probes.norm()).item()
+    def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, Error]:
+        """The residuals ``(EG)ᵀ`` of fresh probes, and the error; see :func:`lookout.measure`."""
+        residual, numbers = measure(self.inverse_t, theta, self._draw_probes(num_probes))
+        return residual, Error(*numbers.tolist())
 
     def _draw_probes(self, num_probes: int) -> Tensor:
         """Fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
@@ -259,7 +288,7 @@ class TrackedInverse(nn.Module):
             "num_rounds": self.num_rounds,
             "num_refreshes": self.num_refreshes,
             "certificate": self.certificate,
-            "rounding_level": self.rounding_level,
+            "rounding": tuple(self._rounding),
             "lookout": self._lookout.state_dict(),
             "schedule": asdict(self._schedule),
         }
@@ -269,16 +298,14 @@ class TrackedInverse(nn.Module):
         self.num_rounds = state["num_rounds"]
         self.num_refreshes = state["num_refreshes"]
         self.certificate = state["certificate"]
-        self.rounding_level = state["rounding_level"]
+        self._rounding = Error(*state["rounding"])
         self._schedule = RefreshSchedule(**state["schedule"])
         self._forget()
         self._lookout.load_state_dict(state["lookout"], like=self.inverse_t)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy need not trust that R and Θ were copied together.
-        state = self.__dict__.copy()
-        state.update(_tracked=None, _tracked_version=-1, _offset=None, _value=None)
-        return state
+        return {**self.__dict__, "_memory": _Memory()}
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
