@@ -20,9 +20,15 @@ __all__ = [
     "TensorState",
     "fixed_directions",
     "state_of",
+    "version",
 ]
 
 Value = TypeVar("Value")
+
+
+def version(tensor: Tensor) -> int:
+    """Autograd's counter of writes in place; inference tensors have none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=16)
@@ -64,7 +70,7 @@ class TensorState:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.version = version(tensor)
         # A trace (torch.jit) records operations on tensors, and would record the comparison's
         # outcome as a constant. Within one trace nobody writes to parameters.
         #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
@@ -202,8 +208,8 @@ class PairCache:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(x.device.type),
-            -1 if x.is_inference() else x._version,
-            -1 if y.is_inference() else y._version,
+            version(x),
+            version(y),
             x.requires_grad,
             y.requires_grad,
             *[tensor.requires_grad for tensor in parameters],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from pyro_snf.caching import version
 from pyro_snf.dense import near_identity
 from pyro_snf.surrogate import first_order_only
 
@@ -56,14 +57,15 @@ class DeferredLogDet:
         self._handle = handle
         self._surrogate = surrogate
 
-    def evaluate(self, value: Tensor, inverse_t: Tensor) -> Tensor:
+    def evaluate(self, value: Tensor, inverse_t: Tensor, *, exact: bool) -> Tensor:
         """``value``, whose gradient is ``inverse_t`` in A and 1 in every ``s``.
 
         :param Tensor value: shape ``()``; a constant.
         :param Tensor inverse_t: ``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``; to be left as it is until the
             backward pass.
+        :param bool exact: whether R is A⁻¹, so that there are second derivatives too.
         """
-        self._surrogate.set(inverse_t)
+        self._surrogate.set(inverse_t, exact)
         return value + self._handle
 
 
@@ -73,12 +75,13 @@ class _Surrogate:
     An object of its own, for the node holds it: it must not lead back to the node.
     """
 
-    def set(self, inverse_t: Tensor) -> None:
+    def set(self, inverse_t: Tensor, exact: bool) -> None:
+        self.is_exact = exact
         self._inverse_t = inverse_t
-        self._version = inverse_t._version
+        self._version = version(inverse_t)
 
     def get(self) -> Tensor:
-        if self._inverse_t._version != self._version:
+        if version(self._inverse_t) != self._version:
             raise RuntimeError(
                 "the inverse that stands for the gradient of log|det W| has been modified by an "
                 "inplace operation between its evaluation and the backward pass"
@@ -149,10 +152,17 @@ def _differentiable_gradients(
     y = scale_and_shift(near_identity.multiply(theta, rows), log_scale.exp(), bias)
     outputs, cotangents = [y], [gradient]
     if cotangent is not None:
-        scale = cotangent / math.sqrt(theta.shape[-1])
-        surrogate = first_order_only((ctx.surrogate.get() * scale).to(theta.dtype), theta)
-        outputs += [theta.view_as(theta), log_scale.sum()]
-        cotangents += [surrogate, cotangent.to(log_scale.dtype)]
+        outputs.append(log_scale.sum())
+        cotangents.append(cotangent.to(log_scale.dtype))
+        if ctx.surrogate.is_exact:
+            outputs.append(near_identity.log_abs_det(theta))
+            cotangents.append(cotangent)
+        else:
+            scale = cotangent / math.sqrt(theta.shape[-1])
+            outputs.append(theta.view_as(theta))
+            cotangents.append(
+                first_order_only((ctx.surrogate.get() * scale).to(theta.dtype), theta)
+            )
     found = [index for index, output in enumerate(cotangents) if output is not None]
     needed = [index for index in range(4) if ctx.needs_input_grad[index]]
     inputs = [rows, theta, log_scale, bias]

@@ -32,7 +32,7 @@ class ExactFactors:
 
     @cached_property
     @torch.no_grad()
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def _unchecked_factors(self) -> tuple[Tensor, Tensor]:
         matrix = at_least_float32(self.matrix)
         check_finite(matrix)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
@@ -40,10 +40,16 @@ class ExactFactors:
             raise torch.linalg.LinAlgError(
                 f"the weight is singular: pivot {int(info)} of its LU factorization is zero"
             )
-        condition = _estimate_condition(matrix, lu, pivots)
-        if not condition * torch.finfo(matrix.dtype).eps < 1:
+        return lu, pivots
+
+    @cached_property
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        lu, pivots = self._unchecked_factors
+        condition = _estimate_condition(self.matrix.to(lu.dtype), lu, pivots)
+        if not condition * torch.finfo(lu.dtype).eps < 1:
             raise torch.linalg.LinAlgError(
-                f"the weight is singular in {matrix.dtype}: its condition number is about "
+                f"the weight is singular in {lu.dtype}: its condition number is about "
                 f"{condition:.1g}"
             )
         return lu, pivots
@@ -59,9 +65,18 @@ class ExactFactors:
     @torch.no_grad()
     def inverse_t(self) -> Tensor:
         """``A⁻ᵀ``, shape ``(D, D)``, contiguous."""
-        lu, pivots = self._factors
+        lu, pivots = self._unchecked_factors
         eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
-        return torch.linalg.lu_solve(lu, pivots, eye, adjoint=True).contiguous()
+        inverse_t = torch.linalg.lu_solve(lu, pivots, eye, adjoint=True).contiguous()
+        # With the inverse at hand, a bound of the condition number is cheaper than the estimate.
+        bound = torch.linalg.matrix_norm(self.matrix.to(lu.dtype)) * torch.linalg.matrix_norm(
+            inverse_t
+        )
+        if bound * torch.finfo(lu.dtype).eps < 1:
+            self.__dict__["_factors"] = lu, pivots
+        else:
+            _ = self._factors  # raises, unless the bound was too large by far
+        return inverse_t
 
     @torch.no_grad()
     def solve(self, rows: Tensor, transposed: bool = False) -> Tensor:

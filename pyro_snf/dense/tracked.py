@@ -1,10 +1,13 @@
-"""The refined method: an inverse of ``A = I + Θ/√D`` that follows it at O(kD²) a step.
+"""The refined method: an inverse of ``A = I + Θ/√D`` that follows it at O(D²) a step.
 
-``R ≈ A⁻¹`` is a buffer. Its error ``E = I − RA`` is measured with k random probes, and removed
-where the measurement found it. With vectors as columns, as on paper:
+``R ≈ A⁻¹`` is a buffer, and ``E = I − RA`` its error. In most steps R is left as it is: its error
+is only watched, by a few matrix-vector products (:mod:`pyro_snf.dense.lookout`). Where it gets over
+the tolerance, it is measured with k random probes and removed where they found it, in a **round**.
+With vectors as columns, as on paper:
 
-1. *Measure.* ``U = EG`` for k fresh Gaussian probes G. ``‖U‖/‖G‖`` estimates ``‖E‖_F/√D``, the
-   **certificate**.
+1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of some. The
+   ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the **certificate**; that of the
+   latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
 2. *Aim.* ``V = orth(EᵀU) = orth(EᵀE G)``: one subspace iteration turns the probes towards the
    largest right singular vectors of E. An optimizer's step is dominated by few directions, and so
    is the error that it leaves in R: aimed probes remove most of it, random ones a share k/D.
@@ -17,13 +20,15 @@ where the measurement found it. With vectors as columns, as on paper:
 
        det R₊ = det R · det(I + M⁻¹Vᵀ(V − P)) = det R · det(VᵀV) / det M,      VᵀV = I.
 
+And in every step:
+
 5. *Value.* ``log|det A| = −log|det R| + log|det(I − E)| ≈ −log|det R| − tr E``, where the trace is
    ``D − ⟨Rᵀ, A⟩``, exact in O(D²). What is left is of second order: ``tr(E²)/2``.
 
-One round a step is enough while A moves slowly, and its steps 2 to 4 are left out where the
-certificate is far below the tolerance. Where the certificate is above the tolerance (the
-learning rate is high, a checkpoint was loaded, A was edited), more rounds follow, each with twice
-the probes; and where a round does not halve the error, one exact refresh in O(D³).
+Where a round is not enough (the learning rate is high, a checkpoint was loaded), more follow, each
+with twice the probes. Where they do not halve the error, where the weights were edited by somebody
+else than an optimizer, and where it is cheaper than going on with rounds
+(:mod:`pyro_snf.dense.schedule`), R is made exact by one **refresh** in O(D³).
 """
 
 from __future__ import annotations
@@ -81,7 +86,7 @@ class TrackedInverse(nn.Module):
     goes on as if it had not stopped. R is kept in float32 at least, whatever ``A`` is in.
 
     :param int dim: D.
-    :param int num_probes: k, at least 1, of a first round; more than D are not used.
+    :param int num_probes: k, at least 1, of a round; more than D are not used.
     :param float tolerance: the relative error of the gradient, in ``(0, 1)``, that is let be.
     :param int seed: of the probes.
     """
@@ -107,7 +112,7 @@ class TrackedInverse(nn.Module):
         self.num_rounds = 0
         #: Exact O(D³) refreshes so far.
         self.num_refreshes = 0
-        #: The latest estimate of ‖I − RA‖_F/√D, measured before the correction that followed it.
+        #: The latest estimate of ‖I − RA‖_F/√D, from before the correction that may have followed.
         self.certificate = math.nan
         # What the latest refresh left: rounding, which grows with A's condition.
         self._rounding = Error(0.0, 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_snf.caching import ParameterCache
+from pyro_snf.caching import ParameterCache, ParameterState
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.affine import DeferredLogDet, affine, can_defer, scale_and_shift
 from pyro_snf.dense.exact import ExactFactors
@@ -43,7 +43,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     ============  =====================================  ===========================  ============
     ``log_det``   gradient of :math:`\log|\det A|`       value in training            cost a step
     ============  =====================================  ===========================  ============
-    "refined"     :math:`R^\top`, R tracks A⁻¹: close    estimate, error tr(E²)/2     O(kD²)
+    "refined"     :math:`R^\top`, R tracks A⁻¹: close    estimate, error tr(E²)/2     O(BD²)
     "learned"     :math:`R^\top`, R a parameter: biased  exactly 0                    O(BD²)
     "exact"       :math:`A^{-\top}`                      exact                        O(D³)
     ============  =====================================  ===========================  ============
@@ -53,14 +53,15 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     is under ``no_grad``, in ``eval()`` mode or with frozen parameters, value and gradient are
     exact, O(D³) once and then cached until a parameter changes. ``T(x)`` is always exact.
 
-    ``"refined"`` keeps its error measured: :attr:`certificate`. Where that is above ``tolerance``,
-    it takes more rounds, then an exact refresh (:attr:`num_refreshes`); see
+    ``"refined"`` keeps its error measured: :attr:`certificate`. Where the gradient is off by more
+    than ``tolerance``, R is corrected, or made exact (:attr:`num_refreshes`); see
     :mod:`pyro_snf.dense.tracked`. ``"learned"`` is the paper's objective with all its parts; see
     :mod:`pyro_snf.dense.learned`.
 
-    ``T.inv(y)`` with ``inverse="refined"`` starts from R and refines to rounding, falling back to
-    an exact solve where R is too far off; ``"exact"`` solves by LU at once, O(D³) for every new W;
-    both have implicit gradients. ``"learned"`` is one pass through R, the paper's fast sampler: an
+    ``T.inv(y)`` solves by LU factors, O(D³) for every new W, kept until a parameter changes. In
+    training, where W is new in each step, ``inverse="refined"`` starts from R and refines to
+    rounding where that is cheaper, falling back to the factors where R is too far off. Both have
+    implicit gradients. ``"learned"`` is one pass through R, the paper's fast sampler: an
     *approximate* inverse, whose error :func:`pyro_snf.diagnostics.inverse_error` measures.
 
     As a guide, samples pass through T:
@@ -227,7 +228,9 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             return x.reshape(y.shape)
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, DeferredLogDet | None]:
-        if not (isinstance(self._training_estimator(), TrackedInverse) and can_defer()):
+        recorded = torch.is_grad_enabled() and self.theta.requires_grad
+        is_learned = isinstance(self._training_estimator(), LearnedInverse)
+        if is_learned or not recorded or not can_defer():
             return self._call(x), None
         y, log_det = affine(self._as_rows(x), self.theta, self.log_scale, self.bias)
         return y.view(x.shape), log_det
@@ -237,11 +240,12 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         shape = x.shape[:-1]
         with without_autocast(x.device), self._named_errors():
             estimator = self._training_estimator()
-            if isinstance(estimator, TrackedInverse):
-                return self._tracked_log_det(estimator, x, y).expand(shape)
             if isinstance(estimator, LearnedInverse):
                 return self._learned_log_det(estimator, rows).view(shape)
-            return self._exact_log_det().expand(shape)
+            found = self._pair.memo_of(x, y, self._map_parameters())
+            if isinstance(estimator, TrackedInverse):
+                return self._tracked_log_det(estimator, found).expand(shape)
+            return self._exact_log_det(found).expand(shape)
 
     @property
     def weight(self) -> Tensor:
@@ -284,9 +288,14 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             return estimator
         return None
 
-    def _exact_log_det(self) -> Tensor:
+    def _exact_log_det(self, found: tuple[DeferredLogDet, ParameterState] | None) -> Tensor:
         if torch.jit.is_tracing():
             return near_identity.log_abs_det(self.theta) + self.log_scale.sum()
+        if found is not None:
+            factors = self._exact_factors()
+            inverse_t = factors.inverse_t
+            total = self._sum_of_log_scale(self.log_scale.detach())
+            return found[0].evaluate(factors.log_abs_det + total, inverse_t, exact=True)
         if torch.is_grad_enabled() and self.theta.requires_grad:
             matrix = near_identity.matrix(self.theta)
             value = self._exact_factors(matrix).differentiable_log_abs_det(matrix)
@@ -294,15 +303,16 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             value = self._exact_factors().log_abs_det
         return value + self._sum_of_log_scale(self.log_scale)
 
-    def _tracked_log_det(self, tracked: TrackedInverse, x: Tensor, y: Tensor) -> Tensor:
-        found = self._pair.memo_of(x, y, self._map_parameters())
+    def _tracked_log_det(
+        self, tracked: TrackedInverse, found: tuple[DeferredLogDet, ParameterState] | None
+    ) -> Tensor:
         if found is None:
             value = tracked.training_log_abs_det(self.theta)
             return value + self._sum_of_log_scale(self.log_scale)
         log_det, (state, *_) = found
         value = tracked.update(self.theta, state)
         total = self._sum_of_log_scale(self.log_scale.detach())
-        return log_det.evaluate(value + total, tracked.inverse_t)
+        return log_det.evaluate(value + total, tracked.inverse_t, exact=False)
 
     def _learned_log_det(self, learned: LearnedInverse, rows: Tensor) -> Tensor:
         scale = self._sum_of_log_scale(self.log_scale)
