@@ -1,0 +1,84 @@
+"""The benchmark of one layer times what it says: log-determinants and inverses of every method.
+
+Its peers are an extra of their own; without them the tests skip themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PEERS = ("FrEIA", "nflows", "normflows", "zuko")
+# Float64; Pyro's exponential is a series that is cut off.
+EXACT = 1e-6
+
+
+@pytest.fixture
+def linear(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for peer in PEERS:
+        pytest.importorskip(peer)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import linear
+
+    yield linear
+    sys.modules.pop("linear")
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+def test_every_log_det_and_inverse(linear: ModuleType) -> None:
+    dim = 6
+    for name, entry in linear.METHODS.items():
+        if "Householder" in name:  # more reflections than features
+            continue
+        method = entry.make(dim)
+        with torch.no_grad():
+            for parameter in method.parameters:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(2, dim)
+        method.evaluate(False)
+
+        def forward(row: torch.Tensor, method: object = method) -> torch.Tensor:
+            return method.forward(row[None])[0].reshape(dim)
+
+        z, log_det = method.forward(x)
+        if log_det is not None:
+            jacobian = torch.autograd.functional.jacobian(forward, x[0])
+            expected = torch.linalg.slogdet(jacobian).logabsdet
+            assert abs(log_det.reshape(-1)[0] - expected) < EXACT, name
+        # nflows' own inverse calls what torch has removed.
+        if method.inverse is not None and name != "nflows NaiveLinear":
+            with torch.no_grad():
+                back = method.inverse(z.reshape(2, dim)).reshape(2, dim)
+            assert torch.allclose(back, x, atol=EXACT), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_small_run_writes_its_results(linear: ModuleType, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    arguments = [
+        "--dims",
+        "64",
+        "128",
+        "--batches",
+        "1",
+        "128",
+        "--seconds",
+        "0.01",
+        "--turns",
+        "1",
+    ]
+    methods = ["nn.Linear", "refined", "exact", "slogdet", "pyro Householder, 16"]
+    linear.main([*arguments, "--methods", *methods, "--threads", "1", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "result.json").read_text())
+    assert len(rows) == 4 * len(methods)
+    assert all(row["step_ms"] > 0 and row["peak_matrices"] >= 0 for row in rows)
+    inverses = [row for row in rows if "inverse_ms" in row and row["method"] in methods[1:4]]
+    assert len(inverses) == 6
+    assert all(row["inverse_residual"] < 1e-5 for row in inverses)
+    assert (tmp_path / "batch1.png").stat().st_size > 1000
