@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyro_snf.precision import at_least_float32, without_autocast
 
 __all__ = [
+    "Memo",
     "PairCache",
     "ParameterCache",
     "ParameterState",
@@ -126,14 +128,22 @@ class ParameterCache(Generic[Value]):
         return type(self), ()
 
 
+class Memo(Protocol):
+    """What else came of the computation of a pair."""
+
+    @property
+    def handle(self) -> Tensor:
+        """A tensor that is a part of the pair's graph, and dies with it."""
+
+
 class PairCache:
     """The last pair ``(x, y = T(x))``, for as long as it is true.
 
-    A pair dies when a parameter changes, when ``x`` or ``y`` is written to in place, and when the
-    graph between them would be another one now: gradients are recorded and were not (a pair from
-    under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a gradient and did not;
-    and the other way round; likewise with autocast and inference mode. And it dies when a backward
-    pass uses its graph up. Copies and pickles of a cache are empty.
+    A pair dies when a parameter changes or is replaced, when ``x`` or ``y`` is written to in place,
+    and when the graph between them would be another one now: gradients are recorded and were not
+    (a pair from under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a gradient
+    and did not; and the other way round; likewise with autocast and inference mode. And it dies
+    when a backward pass uses its graph up. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -142,8 +152,9 @@ class PairCache:
     def clear(self) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None
         self._conditions: list[object] = []
+        self._parameters: list[Tensor] = []
         self._state: ParameterState = ()
-        self._memo: Any = None
+        self._memo: Memo | None = None
 
     def store(
         self,
@@ -153,7 +164,7 @@ class PairCache:
         state: ParameterState,
         *,
         computed: Tensor,
-        memo: Any = None,
+        memo: Memo | None = None,
     ) -> None:
         """Keep a pair.
 
@@ -164,12 +175,15 @@ class PairCache:
         """
         self._pair = (x, y)
         self._conditions = self._current_conditions(parameters)
+        self._parameters = list(parameters)
         self._state = state
         self._memo = memo
         if computed.grad_fn is not None and not torch.jit.is_tracing():
             # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
             cache = weakref.ref(self)
             computed.register_hook(lambda gradient: _clear_if_alive(cache))
+            if memo is not None:
+                memo.handle.register_hook(lambda gradient: _clear_if_alive(cache))
 
     def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
@@ -185,7 +199,7 @@ class PairCache:
 
     def memo_of(
         self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Any, ParameterState] | None:
+    ) -> tuple[Memo, ParameterState] | None:
         """What came of the computation of this very pair, and the parameters' state then.
 
         The parameters may have been written to since, past the version counters: the memo is that
@@ -194,12 +208,15 @@ class PairCache:
         pair = self._pair
         if pair is None or self._memo is None or pair[0] is not x or pair[1] is not y:
             return None
-        if self._current_conditions(parameters) != self._conditions:
-            return None
-        return self._memo, self._state
+        return (self._memo, self._state) if self._is_under_conditions(parameters) else None
 
     def _is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
-        return self._current_conditions(parameters) == self._conditions and state == self._state
+        return self._is_under_conditions(parameters) and state == self._state
+
+    def _is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
+        if self._current_conditions(parameters) != self._conditions:
+            return False
+        return all(map(operator.is_, parameters, self._parameters))
 
     def _current_conditions(self, parameters: Sequence[Tensor]) -> list[object]:
         assert self._pair is not None

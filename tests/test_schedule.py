@@ -71,10 +71,11 @@ COSTS = pytest.mark.parametrize("refresh_cost", [3.5, 10.0, 40.0])
 
 @COSTS
 @pytest.mark.parametrize("round_lasts", [10, 50, 300])
-def test_rounds_that_last_are_never_replaced(refresh_cost: float, round_lasts: int) -> None:
+def test_rounds_that_last_are_rarely_replaced(refresh_cost: float, round_lasts: int) -> None:
+    # Only to find out anew how long a refresh lasts.
     run = Run(refresh_cost, round_lasts, refresh_lasts=2 * round_lasts)
-    assert not run.refreshes
-    assert run.cost <= 1.01 * run.best_cost
+    assert len(run.refreshes) * refresh_cost <= len(run.rounds) / 4
+    assert run.cost <= 1.3 * run.best_cost
 
 
 @COSTS
@@ -115,9 +116,9 @@ def test_life_that_was_cut_short_is_not_taken_for_the_rule(round_lasts: int) -> 
     assert run.cost <= 2 * run.best_cost
 
 
-def test_worn_out_rounds_cost_no_more_than_two_refreshes() -> None:
+def test_worn_out_rounds_cost_no_more_than_four_refreshes() -> None:
     run = Run(10.0, 1, refresh_lasts=100, first_due=1)
-    assert run.refreshes[0] <= 1 + 2 * 10
+    assert run.refreshes[0] <= 1 + 4 * 10
 
 
 @pytest.mark.parametrize("every", [7, 50, 130])
@@ -149,11 +150,11 @@ def test_change_of_regime_is_noticed() -> None:
 
 def test_many_refreshes_do_not_spoil_what_is_known() -> None:
     # By hand after every step: what fades must not grow beyond all bounds.
-    schedule = RefreshSchedule(refresh_cost=4.0, lasting=1.0)
+    schedule = RefreshSchedule(refresh_cost=4.0, round_lasts=1.0)
     for _ in range(5000):
         schedule.count_step()
         schedule.restart()
-    assert math.isfinite(schedule.lasting)
+    assert math.isfinite(schedule.round_lasts)
 
 
 def moments(schedule: RefreshSchedule) -> Iterator[bool]:

@@ -48,13 +48,11 @@ def affine(
 
 
 class DeferredLogDet:
-    """``log|det W|`` of a map that was evaluated, for when its value is known.
-
-    :param Tensor handle: the zero, shape ``()``, that the node of the map gave out.
-    """
+    """``log|det W|`` of a map that was evaluated, for when its value is known."""
 
     def __init__(self, handle: Tensor, surrogate: _Surrogate) -> None:
-        self._handle = handle
+        #: A zero, shape ``()``, through which the gradient gets to the node of the map.
+        self.handle = handle
         self._surrogate = surrogate
 
     def evaluate(self, value: Tensor, inverse_t: Tensor, *, exact: bool) -> Tensor:
@@ -66,7 +64,7 @@ class DeferredLogDet:
         :param bool exact: whether R is A⁻¹, so that there are second derivatives too.
         """
         self._surrogate.set(inverse_t, exact)
-        return value + self._handle
+        return value + self.handle
 
 
 class _Surrogate:
@@ -90,7 +88,7 @@ class _Surrogate:
 
 
 class _Affine(Function):
-    # Without setup_context: what it keeps beside its inputs are not outputs.
+    # Without setup_context: not all that it keeps are inputs or outputs.
     @staticmethod
     def forward(
         ctx: Any,
@@ -103,8 +101,8 @@ class _Affine(Function):
         product = near_identity.multiply(theta, rows)
         scale = log_scale.exp()
         ctx.set_materialize_grads(False)
-        ctx.surrogate, ctx.product, ctx.scale = surrogate, product, scale
-        ctx.save_for_backward(rows, theta, log_scale, bias)
+        ctx.surrogate, ctx.dim, ctx.dtype = surrogate, rows.shape[-1], rows.dtype
+        ctx.save_for_backward(rows, theta, log_scale, bias, product, scale)
         handle = scale.new_zeros((), dtype=torch.promote_types(scale.dtype, torch.float32))
         return scale_and_shift(product, scale, bias), handle
 
@@ -112,41 +110,48 @@ class _Affine(Function):
     def backward(
         ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        rows, theta, log_scale, _ = ctx.saved_tensors
-        needs_rows, needs_theta, needs_scale, needs_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(ctx, gradient, cotangent), None
+        needs_rows, needs_theta, needs_scale, needs_bias, _ = ctx.needs_input_grad
+        surrogate = None if cotangent is None else ctx.surrogate.get()
         grad_rows = grad_theta = grad_scale = grad_bias = None
-        alpha = 1 / math.sqrt(theta.shape[-1])
-        inner = None if gradient is None else gradient * ctx.scale  # the gradient in A x
-        if needs_theta:
-            surrogate = None if cotangent is None else ctx.surrogate.get()
-            grad_theta = _gradient_of_theta(inner, rows, surrogate, cotangent)
-        if gradient is not None and inner is not None:
-            if needs_rows:
-                grad_rows = torch.addmm(inner, inner, theta, alpha=alpha)
+        if gradient is None:
+            # The log-determinant alone. An earlier backward pass may have freed what was saved.
+            if surrogate is None or cotangent is None:
+                return None, None, None, None, None
+            dtype = ctx.dtype
+            if needs_theta:
+                scale = cotangent / math.sqrt(ctx.dim)
+                grad_theta = (surrogate * scale).to(dtype)
             if needs_scale:
-                grad_scale = (inner * ctx.product).sum(0)
-            if needs_bias:
-                grad_bias = gradient.sum(0)
-        if cotangent is not None and needs_scale:
-            ones = cotangent.to(log_scale.dtype)
-            grad_scale = ones.expand_as(log_scale) if grad_scale is None else grad_scale + ones
+                grad_scale = cotangent.to(dtype).expand(ctx.dim)
+            return None, grad_theta, grad_scale, None, None
+        rows, theta, _, _, product, scale = ctx.saved_tensors
+        inner = gradient * scale  # the gradient in A x
+        if needs_rows:
+            grad_rows = near_identity.multiply_transposed(theta, inner)
+        if needs_theta:
+            grad_theta = _gradient_of_theta(inner, rows, surrogate, cotangent)
+        if needs_scale:
+            grad_scale = (inner * product).sum(0)
+            if cotangent is not None:
+                grad_scale = grad_scale + cotangent.to(grad_scale.dtype)
+        if needs_bias:
+            grad_bias = gradient.sum(0)
         return grad_rows, grad_theta, grad_scale, grad_bias, None
 
 
 def _gradient_of_theta(
-    inner: Tensor | None, rows: Tensor, surrogate: Tensor | None, cotangent: Tensor | None
-) -> Tensor | None:
-    """``(innerᵀ rows + cotangent · surrogate)/√D``, in as few passes over D² numbers as can be."""
+    inner: Tensor, rows: Tensor, surrogate: Tensor | None, cotangent: Tensor | None
+) -> Tensor:
+    """``(innerᵀ rows + cotangent · surrogate)/√D``, in one buffer."""
     alpha = 1 / math.sqrt(rows.shape[-1])
     if surrogate is None or cotangent is None:
-        return None if inner is None else (alpha * inner).mT @ rows
-    if inner is not None and len(rows) == 1 and not rows.is_cuda and rows.dtype == surrogate.dtype:
-        beta = alpha * cotangent.item()
-        return torch.addr(surrogate, inner[0], rows[0], beta=beta, alpha=alpha)
+        return (alpha * inner).mT @ rows
     gradient = (surrogate * (alpha * cotangent)).to(rows.dtype)
-    return gradient if inner is None else gradient.addmm_(inner.mT, rows, alpha=alpha)
+    if len(rows) == 1:  # an outer product; addmm_ would be slower
+        return gradient.addr_(inner[0], rows[0], alpha=alpha)
+    return gradient.addmm_(inner.mT, rows, alpha=alpha)
 
 
 def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,11 +159,16 @@ def scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     return product * scale if bias is None else torch.addcmul(bias, product, scale)
 
 
+def _alias(tensor: Any) -> Any:
+    return None if tensor is None else tensor.view_as(tensor)
+
+
 def _differentiable_gradients(
     ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients as functions: those of y can be differentiated again."""
-    rows, theta, log_scale, bias = ctx.saved_tensors
+    # Aliases: x may be a function of the same parameters, and its gradient is not for here.
+    rows, theta, log_scale, bias = map(_alias, ctx.saved_tensors[:4])
     y = scale_and_shift(near_identity.multiply(theta, rows), log_scale.exp(), bias)
     outputs, cotangents = [y], [gradient]
     if cotangent is not None:

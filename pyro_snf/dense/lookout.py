@@ -54,7 +54,7 @@ def measure(inverse_t: Tensor, theta: Tensor, probes: Tensor) -> tuple[Tensor, T
     :return: the residuals ``E g`` as rows, k for the directions and then half as many, at least
         one, for the images; and the two numbers of :class:`Error`, shape ``(2,)``.
     """
-    count, dim = probes.shape
+    count = len(probes)
     images = probes[: (count + 1) // 2] @ inverse_t  # (R g)ᵀ
     # Of the size of the others: together they aim a correction.
     images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
@@ -62,7 +62,7 @@ def measure(inverse_t: Tensor, theta: Tensor, probes: Tensor) -> tuple[Tensor, T
     residual = probes - near_identity.multiply(theta, probes) @ inverse_t
     found = torch.linalg.vector_norm(residual, dim=-1)
     norm = torch.linalg.vector_norm
-    numbers = [norm(found[:count]) / norm(probes[:count]), norm(found[count:]) / math.sqrt(dim)]
+    numbers = [norm(found[:count]) / norm(probes[:count]), norm(found[count:]) / norm(images)]
     return residual, torch.stack(numbers)
 
 
@@ -143,10 +143,11 @@ class Lookout:
             _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
         )
         self._readings.append(_Reading(glance(inverse_t, theta, directions[number])))
-        # The latest reading that has arrived; none is waited for, unless many are under way.
+        # The latest reading that has arrived; none is waited for, unless many are under way, or
+        # nothing is known of R.
         arrived = None
         while self._readings and (
-            len(self._readings) > _MAX_READINGS or self._readings[0].has_arrived()
+            self.is_event or len(self._readings) > _MAX_READINGS or self._readings[0].has_arrived()
         ):
             arrived = self._readings.popleft()
         if arrived is None:
@@ -160,7 +161,8 @@ class Lookout:
         size = error.relative_to(limits)
         self._patience = 0
         if size <= 1:
-            growth = max((size - self._size) / max(self._steps, 1), _LEAST_GROWTH)
+            # In this order a NaN, of an earlier look, is passed over.
+            growth = max(_LEAST_GROWTH, (size - self._size) / max(self._steps, 1))
             self._patience = min(int((1.25 - size) / (2 * growth)), _MAX_PATIENCE)
         self._size, self._steps = size, 0
 

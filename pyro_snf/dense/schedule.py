@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 __all__ = ["RefreshSchedule"]
 
-# How long rounds last is tried again some lives later: it was the optimizer's doing.
+# How long rounds last is tried again some refreshes later: it was the optimizer's doing.
 _FADING = 1.25
+_LONG = 1000.0
+
+# A refresh at the latest when rounds have cost so many of them.
+_RENEWAL = 4
 
 
 @dataclass
@@ -28,8 +32,10 @@ class RefreshSchedule:
     """Rounds since R was exact."""
     age_at_round: int = 0
     """The age at the latest round."""
-    lasting: float = 0.0
-    """Steps that a round lasts, a running mean; 0 where no round has been seen to wear off yet."""
+    round_lasts: float = 0.0
+    """Steps until the next correction after a round, a running mean; 0 where not known yet."""
+    refresh_lasts: float = 0.0
+    """The same after a refresh."""
 
     def count_step(self) -> None:
         self.age += 1
@@ -41,21 +47,23 @@ class RefreshSchedule:
     def restart(self) -> None:
         """Count from now: R is exact."""
         self.age = self.num_rounds = self.age_at_round = 0
-        self.lasting *= _FADING
+        self.round_lasts = min(_FADING * self.round_lasts, _LONG)
 
     def refresh_pays(self) -> bool:
-        """Whether a refresh is cheaper in the long run than a round; for when one is due.
-
-        The rule of renewal theory: replace when the running cost of going on, one round in every
-        ``lasting`` steps, exceeds the mean cost of a life that ends now. That mean is misleading
-        where a life was cut short, by an edit of the weights say; so rounds that last one step
-        each are ended as well when they have cost as much as two refreshes.
-        """
+        """Whether a refresh is cheaper in the long run than a round; for when one is due."""
         if self.num_rounds:
-            lasted = self.age - self.age_at_round
-            self.lasting = (self.lasting + lasted) / 2 if self.lasting else float(lasted)
-        if not self.lasting:
+            self.round_lasts = _mean(self.round_lasts, self.age - self.age_at_round)
+        else:
+            self.refresh_lasts = _mean(self.refresh_lasts, self.age)
+        if not self.round_lasts:
             return False
-        mean_cost = (self.refresh_cost + self.num_rounds) / max(self.age, 1)
-        worn_out = self.lasting < 1.5 and self.num_rounds >= 2 * self.refresh_cost
-        return 1 / max(self.lasting, 1.0) > mean_cost or worn_out
+        # How long a refresh lasts is found out anew now and then: an edit of the weights, say, cuts
+        # one short.
+        if self.num_rounds >= _RENEWAL * self.refresh_cost:
+            return True
+        return self.refresh_cost * self.round_lasts < self.refresh_lasts
+
+
+def _mean(known: float, new: int) -> float:
+    new = max(new, 1)
+    return (known + new) / 2 if known else float(new)

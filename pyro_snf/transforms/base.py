@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
-from pyro_snf.caching import PairCache, state_of
+from pyro_snf.caching import Memo, PairCache, state_of
 
 __all__ = [
     "GuardedTransformModule",
@@ -90,7 +90,7 @@ class InvertibleTransformModule(TransformModule):
                 self._pair.store(x, y, parameters, state, computed=x)
         return x
 
-    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Memo | None]:
         """``T(x)``, and what :meth:`log_abs_det_jacobian` may want of its computation."""
         return self._call(x), None
 

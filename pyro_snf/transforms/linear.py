@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_snf.caching import ParameterCache, ParameterState
+from pyro_snf.caching import ParameterCache, ParameterState, version
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.affine import DeferredLogDet, affine, can_defer, scale_and_shift
 from pyro_snf.dense.exact import ExactFactors
@@ -242,7 +242,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             estimator = self._training_estimator()
             if isinstance(estimator, LearnedInverse):
                 return self._learned_log_det(estimator, rows).view(shape)
-            found = self._pair.memo_of(x, y, self._map_parameters())
+            found: Any = self._pair.memo_of(x, y, self._map_parameters())
             if isinstance(estimator, TrackedInverse):
                 return self._tracked_log_det(estimator, found).expand(shape)
             return self._exact_log_det(found).expand(shape)
@@ -306,7 +306,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     def _tracked_log_det(
         self, tracked: TrackedInverse, found: tuple[DeferredLogDet, ParameterState] | None
     ) -> Tensor:
-        if found is None:
+        if found is None or found[1][0].version != version(self.theta):
             value = tracked.training_log_abs_det(self.theta)
             return value + self._sum_of_log_scale(self.log_scale)
         log_det, (state, *_) = found
