@@ -61,7 +61,7 @@ _NEGLIGIBLE = 0.05
 
 # An error of so many times its limit is no usual one, and one round is not enough. Below that, what
 # the round has left is seen in the next step.
-_MODERATE = 4.0
+_MODERATE = 2.0
 
 # A round that changes log|det R| by more than this has met a nearly singular matrix, where the
 # update is all rounding, and would leave its error in the running sum. A refresh takes over.
