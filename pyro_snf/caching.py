@@ -153,6 +153,7 @@ class PairCache:
         self._pair: tuple[Tensor, Tensor] | None = None
         self._conditions: list[object] = []
         self._parameters: list[Tensor] = []
+        self._has_graph = False
         self._state: ParameterState = ()
         self._memo: Memo | None = None
 
@@ -176,9 +177,10 @@ class PairCache:
         self._pair = (x, y)
         self._conditions = self._current_conditions(parameters)
         self._parameters = list(parameters)
+        self._has_graph = computed.grad_fn is not None
         self._state = state
         self._memo = memo
-        if computed.grad_fn is not None and not torch.jit.is_tracing():
+        if self._has_graph and not torch.jit.is_tracing():
             # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
             cache = weakref.ref(self)
             computed.register_hook(lambda gradient: _clear_if_alive(cache))
@@ -211,7 +213,14 @@ class PairCache:
         return (self._memo, self._state) if self._is_under_conditions(parameters) else None
 
     def _is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
-        return self._is_under_conditions(parameters) and state == self._state
+        if not self._is_under_conditions(parameters):
+            return False
+        assert self._pair is not None
+        if self._pair[0].is_cuda and self._has_graph:
+            # To compare contents would be to wait for the device. In training there is no need: a
+            # backward pass, after which parameters are written to, ends the pair.
+            return [one.version for one in state] == [one.version for one in self._state]
+        return state == self._state
 
     def _is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
         if self._current_conditions(parameters) != self._conditions:

@@ -218,11 +218,13 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             if self.inverse == "learned" and isinstance(self.estimator, LearnedInverse):
                 # R is a map of its own here: gradients go to its parameter.
                 return self.estimator.apply_inverse(rows).reshape(y.shape)
-            matrix = near_identity.matrix(self.theta)
             if torch.jit.is_tracing():
-                x = torch.linalg.solve(matrix, rows.mT).mT
-            else:
+                x = torch.linalg.solve(near_identity.matrix(self.theta), rows.mT).mT
+            elif torch.is_grad_enabled():
+                matrix = near_identity.matrix(self.theta)
                 x = implicit_solve(matrix, rows, self._solver(matrix, len(rows)))
+            else:
+                x = self._solver(None, len(rows))(rows, False)
             if isinstance(self.estimator, LearnedInverse):
                 x = self.estimator.mixture_solution(x, rows)
             return x.reshape(y.shape)
@@ -367,8 +369,11 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             return self.estimator.inverse_t()
         return self._exact_factors().inverse_t
 
-    def _solver(self, matrix: Tensor, num_rows: int) -> Solver:
-        """Solves with A, the ``matrix``, by the method of ``self.inverse``."""
+    def _solver(self, matrix: Tensor | None, num_rows: int) -> Solver:
+        """Solves with A by the method of ``self.inverse``.
+
+        :param matrix: A, if it is at hand.
+        """
         if self.inverse == "learned" and self.log_det != "exact":
             return OnePassSolver(self._approximate_inverse_t())
         factors = self._exact_factors(matrix)
