@@ -40,8 +40,8 @@ def make_data(dim: int, seed: int) -> Tensor:
 class Run:
     """One training run of a density model with one layer."""
 
-    def __init__(self, dim: int, learning_rate: float, seed: int) -> None:
-        self.layer = SelfNormalizingLinear(dim)
+    def __init__(self, dim: int, learning_rate: float, seed: int, tolerance: float) -> None:
+        self.layer = SelfNormalizingLinear(dim, tolerance=tolerance)
         base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
         self.density = dist.TransformedDistribution(base, [self.layer.inv])
         self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=learning_rate)
@@ -87,19 +87,22 @@ def raise_learning_rate(run: Run) -> None:
         group["lr"] *= 30
 
 
-def load_parameters(run: Run) -> None:
-    other = Run(run.layer.input_dim, 1e-2, seed=1)
+def another_run(run: Run) -> Run:
+    other = Run(run.layer.input_dim, 1e-2, 1, run.layer.estimator.tolerance)
     for _ in range(200):
         other.step()
+    return other
+
+
+def load_parameters(run: Run) -> None:
+    other = another_run(run)
     with torch.no_grad():
         for mine, theirs in zip(run.layer.parameters(), other.layer.parameters(), strict=True):
             mine.data = theirs.clone()
 
 
 def load_state_dict(run: Run) -> None:
-    other = Run(run.layer.input_dim, 1e-2, seed=1)
-    for _ in range(200):
-        other.step()
+    other = another_run(run)
     run.layer.load_state_dict(other.layer.state_dict())
 
 
@@ -118,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---|---|---|---|---|---|")
     for name, event in EVENTS.items():
         torch.manual_seed(args.seed)
-        run = Run(args.dim, args.learning_rate, args.seed)
+        run = Run(args.dim, args.learning_rate, args.seed, args.tolerance)
         for _ in range(300):
             run.step()
         event(run)

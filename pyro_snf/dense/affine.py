@@ -68,7 +68,7 @@ class DeferredLogDet:
 
 
 class _Surrogate:
-    """What the node multiplies with the cotangent of the log-determinant.
+    """The inverse that stands for the gradient of the log-determinant.
 
     An object of its own, for the node holds it: it must not lead back to the node.
     """
@@ -78,13 +78,15 @@ class _Surrogate:
         self._inverse_t = inverse_t
         self._version = version(inverse_t)
 
-    def get(self) -> Tensor:
+    def gradient(self, cotangent: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the log-determinant sends to Θ, ``cotangent · Rᵀ/√D``, in a new tensor."""
         if version(self._inverse_t) != self._version:
             raise RuntimeError(
                 "the inverse that stands for the gradient of log|det W| has been modified by an "
                 "inplace operation between its evaluation and the backward pass"
             )
-        return self._inverse_t
+        scale = cotangent / math.sqrt(len(self._inverse_t))
+        return (self._inverse_t * scale).to(dtype)
 
 
 class _Affine(Function):
@@ -113,42 +115,34 @@ class _Affine(Function):
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(ctx, gradient, cotangent), None
         needs_rows, needs_theta, needs_scale, needs_bias, _ = ctx.needs_input_grad
-        surrogate = None if cotangent is None else ctx.surrogate.get()
         grad_rows = grad_theta = grad_scale = grad_bias = None
+        if cotangent is not None:
+            if needs_theta:
+                grad_theta = ctx.surrogate.gradient(cotangent, ctx.dtype)
+            if needs_scale:
+                grad_scale = cotangent.to(ctx.dtype).expand(ctx.dim)
         if gradient is None:
             # The log-determinant alone. An earlier backward pass may have freed what was saved.
-            if surrogate is None or cotangent is None:
-                return None, None, None, None, None
-            dtype = ctx.dtype
-            if needs_theta:
-                scale = cotangent / math.sqrt(ctx.dim)
-                grad_theta = (surrogate * scale).to(dtype)
-            if needs_scale:
-                grad_scale = cotangent.to(dtype).expand(ctx.dim)
             return None, grad_theta, grad_scale, None, None
         rows, theta, _, _, product, scale = ctx.saved_tensors
         inner = gradient * scale  # the gradient in A x
         if needs_rows:
             grad_rows = near_identity.multiply_transposed(theta, inner)
         if needs_theta:
-            grad_theta = _gradient_of_theta(inner, rows, surrogate, cotangent)
+            grad_theta = _accumulate(grad_theta, inner, rows)
         if needs_scale:
-            grad_scale = (inner * product).sum(0)
-            if cotangent is not None:
-                grad_scale = grad_scale + cotangent.to(grad_scale.dtype)
+            own = (inner * product).sum(0)
+            grad_scale = own if grad_scale is None else own + grad_scale
         if needs_bias:
             grad_bias = gradient.sum(0)
         return grad_rows, grad_theta, grad_scale, grad_bias, None
 
 
-def _gradient_of_theta(
-    inner: Tensor, rows: Tensor, surrogate: Tensor | None, cotangent: Tensor | None
-) -> Tensor:
-    """``(innerᵀ rows + cotangent · surrogate)/√D``, in one buffer."""
+def _accumulate(gradient: Tensor | None, inner: Tensor, rows: Tensor) -> Tensor:
+    """``gradient + innerᵀ rows/√D``, in the buffer of ``gradient`` if there is one."""
     alpha = 1 / math.sqrt(rows.shape[-1])
-    if surrogate is None or cotangent is None:
+    if gradient is None:
         return (alpha * inner).mT @ rows
-    gradient = (surrogate * (alpha * cotangent)).to(rows.dtype)
     if len(rows) == 1:  # an outer product; addmm_ would be slower
         return gradient.addr_(inner[0], rows[0], alpha=alpha)
     return gradient.addmm_(inner.mT, rows, alpha=alpha)
@@ -178,11 +172,9 @@ def _differentiable_gradients(
             outputs.append(near_identity.log_abs_det(theta))
             cotangents.append(cotangent)
         else:
-            scale = cotangent / math.sqrt(theta.shape[-1])
+            surrogate = ctx.surrogate.gradient(cotangent, theta.dtype)
             outputs.append(theta.view_as(theta))
-            cotangents.append(
-                first_order_only((ctx.surrogate.get() * scale).to(theta.dtype), theta)
-            )
+            cotangents.append(first_order_only(surrogate, theta))
     found = [index for index, output in enumerate(cotangents) if output is not None]
     needed = [index for index in range(4) if ctx.needs_input_grad[index]]
     inputs = [rows, theta, log_scale, bias]

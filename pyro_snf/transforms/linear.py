@@ -48,10 +48,10 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     "exact"       :math:`A^{-\top}`                      exact                        O(D³)
     ============  =====================================  ===========================  ============
 
-    where E = I − RA, k is the number of probes and B the batch size. *In training* means in
-    ``train()`` mode, with gradients recorded and parameters that require them. Otherwise, that
-    is under ``no_grad``, in ``eval()`` mode or with frozen parameters, value and gradient are
-    exact, O(D³) once and then cached until a parameter changes. ``T(x)`` is always exact.
+    where E = I − RA and B is the batch size. *In training* means in ``train()`` mode, with
+    gradients recorded and parameters that require them. Otherwise, that is under ``no_grad``, in
+    ``eval()`` mode or with frozen parameters, value and gradient are exact, O(D³) once and then
+    cached until a parameter changes. ``T(x)`` is always exact.
 
     ``"refined"`` keeps its error measured: :attr:`certificate`. Where the gradient is off by more
     than ``tolerance``, R is corrected, or made exact (:attr:`num_refreshes`); see
@@ -83,7 +83,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     :param bool bias: whether there is a b; it starts at 0.
     :param float init_scale: the scale :math:`e^s` to start from, positive. A guide does well to
         start narrow, at 0.1 say.
-    :param int num_probes: k, for ``"refined"``.
+    :param int num_probes: of a correction, for ``"refined"``.
     :param float tolerance: the relative error of the gradient of log|det W|, in (0, 1), above
         which R is corrected, for ``"refined"``.
     :param int seed: of the probes, for ``"refined"``.
