@@ -15,6 +15,7 @@ from pyro_snf import diagnostics
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    pyro.clear_param_store()  # of the page before
     doctest_namespace.update({name: getattr(pyro_snf, name) for name in pyro_snf.__all__})
     doctest_namespace.update({name: getattr(diagnostics, name) for name in diagnostics.__all__})
     doctest_namespace.update(torch=torch, pyro=pyro, dist=dist)

@@ -38,7 +38,7 @@ import numpy as np
 import pyro.distributions.transforms as pyro_transforms
 import torch
 import zuko.transforms
-from mnist_fc import load_images, preprocess
+from mnist_fc import load_mnist, preprocess
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -280,7 +280,7 @@ def correlated(count: int, dim: int, generator: torch.Generator) -> Tensor:
 def images(directory: Path, count: int, dim: int, generator: torch.Generator) -> Tensor:
     """Images of MNIST with D pixels, as logits; shape (count, dim)."""
     height = next(h for h in range(math.isqrt(dim), 0, -1) if dim % h == 0)
-    pixels = load_images(directory / "train-images-idx3-ubyte.gz")
+    pixels, _ = load_mnist(directory)
     pixels = pixels[torch.randint(len(pixels), (count,), generator=generator)]
     pixels = nn.functional.interpolate(
         pixels.view(-1, 1, 28, 28).float(), size=(height, dim // height), mode="bilinear"

@@ -7,15 +7,15 @@
 For "refined", the value of the log-determinant in training is compared with slogdet in float64
 on every step; that is left out of the times.
 
-    python benchmarks/mnist_fc.py --data-dir DIR      (DIR has the IDX files, gzipped)
+    python benchmarks/mnist_fc.py --data-dir DIR      (DIR has the IDX files, gzipped or not)
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,18 +30,13 @@ from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.dense import near_identity
 from pyro_snf.diagnostics import gradient_error, inverse_error, report
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from common import load_mnist  # found through the line above
+
 LOG_DETS = ("exact", "refined", "learned")
 BATCH = 100
 WARM_UP_EPOCHS = 10
 SQUEEZE = 1e-6
-
-
-def load_images(path: Path) -> Tensor:
-    """Images of an IDX file, shape ``(N, 784)``, values 0 to 255."""
-    with gzip.open(path) as file:
-        content = file.read()
-    pixels = np.frombuffer(content, dtype=np.uint8, offset=16).reshape(-1, 784)
-    return torch.from_numpy(pixels.copy())
 
 
 def preprocess(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -173,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/mnist_fc.json"))
     args = parser.parse_args(argv)
 
-    images = load_images(args.data_dir / "train-images-idx3-ubyte.gz")[:50_000]
-    test_images = load_images(args.data_dir / "t10k-images-idx3-ubyte.gz")
+    images, test_images = load_mnist(args.data_dir)
+    images = images[:50_000]
     rows = []
     for log_det in args.log_det:
         rows.append(train(log_det, args, images, test_images))

@@ -5,7 +5,7 @@ epochs; trackers that do not take part follow its layers. Each does one round a 
 Broyden update of ``pyro_snf.dense.tracked`` with k probes, either Gaussian, or aimed at the error
 E = I − RA by one subspace iteration. Nothing is ever refreshed.
 
-    python benchmarks/probes.py --data-dir DIR      (DIR has the IDX files, gzipped)
+    python benchmarks/probes.py --data-dir DIR      (DIR has the IDX files, gzipped or not)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mnist_fc import BATCH, load_images, make_density, make_optimizer, preprocess
+from mnist_fc import BATCH, load_mnist, make_density, make_optimizer, preprocess
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    images = load_images(args.data_dir / "train-images-idx3-ubyte.gz")[:50_000]
+    images = load_mnist(args.data_dir)[0][:50_000]
     noise = torch.Generator().manual_seed(args.seed)
     layers = [SelfNormalizingLinear(DIM, log_det="exact") for _ in range(2)]
     flow, density = make_density(layers)

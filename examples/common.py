@@ -1,15 +1,25 @@
-"""What both examples need around their subject: options, a table, a result file."""
+"""What the examples need around their subject: options, data files, a table, a result file."""
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+
+#: MNIST's images, as they are named where they are published; there with ".gz" at the end.
+MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
+#: The first four bytes of an IDX file: two zeros, the code of bytes, the number of dimensions.
+IDX_IMAGES = 0x0803
 
 
 def positive_int(text: str) -> int:
@@ -44,8 +54,19 @@ def device(text: str) -> torch.device:
     return value
 
 
+def mnist_folder(text: str) -> Path:
+    """An option's value that is a folder with MNIST's images."""
+    folder = Path(text)
+    try:
+        for name in (MNIST_TRAIN, MNIST_TEST):
+            _find_file(folder, name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return folder
+
+
 def make_parser(docstring: str | None, *, output_dir: str) -> argparse.ArgumentParser:
-    """A parser with the options of both examples, the docstring as its help.
+    """A parser with the options of all examples, the docstring as its help.
 
     :param str output_dir: the default of ``--output-dir``.
     """
@@ -63,6 +84,39 @@ def make_parser(docstring: str | None, *, output_dir: str) -> argparse.ArgumentP
         help=f"where pictures and result.json go (default {output_dir})",
     )
     return parser
+
+
+def load_mnist(folder: Path) -> tuple[Tensor, Tensor]:
+    """MNIST's images for training and for testing, bytes of shape ``(N, 784)``.
+
+    :param Path folder: has the IDX files, gzipped or not.
+    :raises ValueError: if one is not there, or is not an IDX file of images.
+    """
+    train, test = (_read_images(_find_file(folder, name)) for name in (MNIST_TRAIN, MNIST_TEST))
+    return train, test
+
+
+def _find_file(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise ValueError(f"expected {name} or {name}.gz in {folder}; got neither")
+
+
+def _read_images(path: Path) -> Tensor:
+    """Images of an IDX file as rows: a header of four big-endian integers, and the bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a gzipped file; got {error}") from error
+    magic, count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
+    if magic != IDX_IMAGES or len(content) != 16 + count * height * width:
+        raise ValueError(
+            f"{path}: expected an IDX file of images; got {len(content)} bytes, "
+            f"the first of them {content[:16].hex()}"
+        )
+    pixels = np.frombuffer(content, dtype=np.uint8, offset=16)
+    return torch.from_numpy(pixels.reshape(count, height * width).copy())
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -1,6 +1,7 @@
-"""How good is the approximate inverse, and the gradient that stands on it?
+"""How good is the approximate inverse, the gradient that stands on it, and what was trained by it?
 
-The functions compute their references in float64, at O(D³). They change nothing in the layer.
+The functions compute their references in float64, those for layers at O(D³). They change nothing
+in the layer, the guide or the model.
 """
 
 from __future__ import annotations
@@ -14,9 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, TransformedDistribution
 
+from pyro_snf.importance import PSIS, psis
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
-__all__ = ["GradientError", "LayerReport", "Report", "gradient_error", "inverse_error", "report"]
+__all__ = [
+    "PSIS",
+    "GradientError",
+    "LayerReport",
+    "Report",
+    "gradient_error",
+    "inverse_error",
+    "psis",
+    "report",
+]
 
 
 class GradientError(NamedTuple):

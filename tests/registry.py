@@ -1,6 +1,7 @@
 """The registry of named constructors that the contract tests run over, and what they share.
 
-A new transform of ``pyro_snf.__all__`` gets a line in :data:`CASES`; a test sees to it.
+A new transform of ``pyro_snf.__all__`` gets a line in :data:`CASES`, one that is to be conditioned
+a line in :data:`CONDITIONAL_CASES`; a test sees to it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.nn import DenseNN
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_snf import (
     GECO,
     Compose,
+    ConditionalSelfNormalizingLinear,
     InverseTransformModule,
+    LowRankAutoregressive,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
+    conditional_self_normalizing_linear,
+    low_rank_autoregressive,
     self_normalizing_linear,
     smooth_leaky_relu,
 )
@@ -52,6 +58,9 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 make_inverse_exact(part)
             elif isinstance(part, SmoothLeakyReLU):
                 part.logit_alpha.add_(0.3 * normal(part.logit_alpha))
+            elif isinstance(part, LowRankAutoregressive):
+                for parameter in part.parameters():
+                    parameter.copy_(0.5 * normal(parameter))
             elif isinstance(part, dist.transforms.Spline):
                 for parameter in part.parameters():
                     parameter.copy_(normal(parameter).sigmoid())
@@ -124,6 +133,13 @@ def _linear_case(dim: int = 5, *, remembers_inverse: bool = True, **options: obj
     return Case(_randomized(make), (dim,), "SelfNormalizingLinear", remembers_inverse)
 
 
+def _autoregressive_case(dim: int, hidden_dim: int = 64, **options: float) -> Case:
+    # D=1 has hidden units that nothing can see, and parameters without a gradient: it is in
+    # test_autoregressive.
+    make = _randomized(lambda: LowRankAutoregressive(dim, hidden_dim, **options))
+    return Case(make, (dim,), "LowRankAutoregressive")
+
+
 def _stack() -> Compose:
     return Compose([SelfNormalizingLinear(3), SmoothLeakyReLU(), SelfNormalizingLinear(3)])
 
@@ -166,6 +182,23 @@ CASES: dict[str, Case] = {
     "smooth leaky relu by the factory": Case(
         _randomized(lambda: smooth_leaky_relu(0.5, learnable=True)), (3,), "smooth_leaky_relu"
     ),
+    "autoregressive": _autoregressive_case(5),
+    "autoregressive D=2": _autoregressive_case(2),
+    "autoregressive D=4 H=1": _autoregressive_case(4, 1),
+    "autoregressive D=3 H=7": _autoregressive_case(3, 7),
+    "autoregressive D=9 H=3": _autoregressive_case(9, 3),
+    "autoregressive sigma=0.5": _autoregressive_case(5, 4, max_log_scale=0.5),
+    "autoregressive by the factory": Case(
+        _randomized(lambda: low_rank_autoregressive(4, 6)), (4,), "low_rank_autoregressive"
+    ),
+    "Compose with autoregressive": Case(
+        _randomized(lambda: Compose([LowRankAutoregressive(3, 4), SelfNormalizingLinear(3)])),
+        (3,),
+        "Compose",
+    ),
+    "inverse of autoregressive": Case(
+        _randomized(lambda: LowRankAutoregressive(4, 3).inv), (4,), "InverseTransformModule"
+    ),
     "Compose linear-activation-linear": Case(_randomized(_stack), (3,), "Compose"),
     "Compose with Pyro's Spline": Case(
         _randomized(lambda: Compose([SelfNormalizingLinear(3), dist.transforms.Spline(3)])),
@@ -198,6 +231,56 @@ CASES: dict[str, Case] = {
         "InverseTransformModule",
         foreign=True,
     ),
+}
+
+
+class ConditionalCase(NamedTuple):
+    """One named constructor of a transform that is to be conditioned."""
+
+    make: Callable[..., ConditionalSelfNormalizingLinear]
+    """``make(seed)`` returns a random one in float64, R being exact, the network smooth."""
+    input_dim: int
+    context_dim: int
+    api: str
+    """The name in ``pyro_snf.__all__`` that it is built by."""
+
+
+def _conditional_case(
+    dim: int = 4, *, by_factory: bool = False, rank: int = 0, **options: object
+) -> ConditionalCase:
+    def make(seed: int = 0) -> ConditionalSelfNormalizingLinear:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if by_factory:
+                transform = conditional_self_normalizing_linear(dim, 2, [6], rank=rank, **options)
+                # It would start as the same map for all contexts.
+                nn.init.normal_(transform.nn.layers[-1].weight, std=0.2)
+            else:
+                sizes = [dim, dim, rank * dim, rank * dim][: 4 if rank else 2]
+                network = DenseNN(2, [6], sizes, nonlinearity=nn.Tanh())
+                transform = ConditionalSelfNormalizingLinear(dim, network, rank=rank, **options)
+        randomize(transform.double(), seed)
+        return transform
+
+    api = (
+        "conditional_self_normalizing_linear" if by_factory else "ConditionalSelfNormalizingLinear"
+    )
+    return ConditionalCase(make, dim, 2, api)
+
+
+CONDITIONAL_CASES: dict[str, ConditionalCase] = {
+    "conditional linear refined": _conditional_case(),
+    "conditional linear refined rank=2": _conditional_case(rank=2),
+    "conditional linear refined rank=D": _conditional_case(3, rank=3),
+    "conditional linear refined D=1": _conditional_case(1),
+    "conditional linear refined D=1 rank=1": _conditional_case(1, rank=1),
+    "conditional linear refined inverse=exact": _conditional_case(rank=1, inverse="exact"),
+    "conditional linear learned": _conditional_case(log_det="learned"),
+    "conditional linear learned rank=2": _conditional_case(rank=2, log_det="learned"),
+    "conditional linear exact": _conditional_case(log_det="exact"),
+    "conditional linear exact rank=2": _conditional_case(rank=2, log_det="exact"),
+    "conditional linear by the factory": _conditional_case(by_factory=True, init_scale=0.5),
+    "conditional linear by the factory rank=1": _conditional_case(by_factory=True, rank=1),
 }
 
 

@@ -27,6 +27,7 @@ from pyro_snf import (
 )
 from tests.registry import (
     CASES,
+    CONDITIONAL_CASES,
     LOG_DETS,
     Case,
     batch,
@@ -95,10 +96,12 @@ def test_registry_covers_every_public_transform() -> None:
     def is_transform(name: str) -> bool:
         value = getattr(pyro_snf, name)
         if inspect.isclass(value):
-            return issubclass(value, Transform) and value is not InvertibleTransformModule
+            kinds = (Transform, dist.ConditionalTransform)
+            return issubclass(value, kinds) and value is not InvertibleTransformModule
         return inspect.isfunction(value)
 
-    assert {case.api for case in CASES.values()} == set(filter(is_transform, pyro_snf.__all__))
+    cases = [*CASES.values(), *CONDITIONAL_CASES.values()]
+    assert {case.api for case in cases} == set(filter(is_transform, pyro_snf.__all__))
 
 
 def test_case_is_built_by_the_name_that_it_claims(case: Case) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib
 import json
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +39,13 @@ def svi_guide(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def density_digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("density_digits")
+
+
+@pytest.fixture
+def vae(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pyro.settings.context(module_local_params=True):
+        yield importlib.import_module("vae")
 
 
 @pytest.fixture
@@ -290,12 +299,216 @@ def test_digits_go_on_after_an_interrupt(
         assert run.evaluations[-1].step == 7
 
 
+def _small_options(folder: Path) -> list[str]:
+    sizes = ["--latent-dim", "3", "--hidden", "8", "--rank", "1", "--epochs", "1"]
+    return [*sizes, "--seed", "3", "--output-dir", str(folder)]
+
+
+def _write_images(path: Path, images: Tensor) -> None:
+    """An IDX file, gzipped if its name says so."""
+    content = struct.pack(">4I", 0x0803, *images.shape) + images.numpy().tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """A folder as MNIST's, with images of 4 × 4: 12 for training, gzipped, and 5 for testing."""
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    pixels = torch.arange(17 * 16).remainder(256).to(torch.uint8).reshape(17, 4, 4)
+    _write_images(folder / "train-images-idx3-ubyte.gz", pixels[:12])
+    _write_images(folder / "t10k-images-idx3-ubyte", pixels[12:])
+    return folder
+
+
+@pytest.mark.parametrize("is_mnist", [False, True])
+def test_vae_runs(
+    vae: ModuleType,
+    mnist: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_mnist: bool,
+) -> None:
+    monkeypatch.setattr(vae, "NUM_VALIDATION", 2)
+    folder = tmp_path / "new" / "folder"
+    options = ["--data-dir", str(mnist)] if is_mnist else []
+    result = vae.main([*_small_options(folder), *options])
+    _check_outputs(folder, result, {"training.png", "reconstructions.png", "samples.png"})
+    rows = _table(result, "guide")
+    assert list(rows) == ["mean field", "self-normalizing, rank 0", "self-normalizing, rank 1"]
+    for row in rows.values():
+        assert 0 < row["IW bound, K = 100"] < row["-ELBO (nats)"]
+        assert row["ms/step"] > 0
+    sizes = [row["parameters"] for row in rows.values()]
+    assert sizes[1] - sizes[0] == 3 * 3 + 3  # W, and its scale
+    assert sizes[2] - sizes[1] == 2 * 3 * (8 + 1)  # U and V, from the last layer of the encoder
+    printed = capsys.readouterr().out
+    for name in rows:
+        assert name in printed
+
+
+def _make_vae_runs(vae: ModuleType, data: Any, **kwargs: Any) -> dict[str, Any]:
+    options = {"latent_dim": 3, "hidden": 8, "rank": 2, "num_steps": 10, "learning_rate": 1e-2}
+    return vae.make_runs(data, **(options | kwargs))
+
+
+def _small_data(vae: ModuleType) -> Any:
+    counts = torch.arange(30 * 4).remainder(17).to(torch.get_default_dtype()).reshape(30, 4)
+    return vae.Data(counts[:20], counts[20:25], counts[25:], levels=16)
+
+
+def test_every_vae_starts_alike(vae: ModuleType) -> None:
+    data = _small_data(vae)
+    log_weights = []
+    for run in _make_vae_runs(vae, data).values():
+        pyro.set_rng_seed(0)
+        log_weights.append(run.log_weights(data.test, 7))
+    assert log_weights[0].shape == (7, 5)
+    for others in log_weights[1:]:
+        torch.testing.assert_close(others, log_weights[0])
+
+
+def test_vae_weights_are_those_of_the_densities(vae: ModuleType) -> None:
+    data = _small_data(vae)
+    for run in _make_vae_runs(vae, data).values():
+        for parameter in run.guide.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        images = data.test
+        pyro.set_rng_seed(0)
+        actual = run.log_weights(images, 1)[0]
+        pyro.set_rng_seed(0)
+        run.objective.eval()
+        posterior = run.guide.posterior(images / 16)
+        z = posterior.expand([1, len(images)]).rsample()[0]
+        expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - posterior.log_prob(z)
+        probabilities = torch.sigmoid(run.model.network(z))
+        pixels = torch.distributions.Binomial(16, probabilities).log_prob(images)
+        torch.testing.assert_close(actual, expected + pixels.sum(-1))
+        # In training the loss is −ELBO, but for the weight of z.
+        pyro.set_rng_seed(0)
+        loss = run.objective(images, 0.25)
+        torch.testing.assert_close(loss, -(0.25 * expected + pixels.sum(-1)).sum())
+
+
+def test_binary_pixels_are_binomial(vae: ModuleType) -> None:
+    model = vae.Decoder(4, 1, latent_dim=2, hidden=3)
+    z = torch.ones(5, 2)
+    images = torch.eye(5, 4)
+    expected = dist.Binomial(1, logits=model.network(z)).log_prob(images)
+    torch.testing.assert_close(model.pixels(z).log_prob(images), expected)
+
+
+def test_vae_goes_on_after_an_interrupt(vae: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step, calls = vae.Run.step, 0
+
+    def interrupted(self: Any, *args: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # the second guide's in the third step
+            raise KeyboardInterrupt
+        return train_step(self, *args)
+
+    monkeypatch.setattr(vae.Run, "step", interrupted)
+    data = _small_data(vae)
+    runs = vae.train(
+        data, num_epochs=9, batch_size=10, latent_dim=3, hidden=8, rank=1, show_progress=False
+    )
+    assert [run.num_steps for run in runs.values()] == [3, 2, 2]
+    for row in vae.make_table(runs, data):
+        assert math.isfinite(row["-ELBO (nats)"])
+
+
+def test_vae_ends_where_a_loss_is_not_finite(vae: ModuleType) -> None:
+    data = _small_data(vae)
+    bad = data._replace(train=data.train.clone())
+    bad.train[3, 1] = math.nan
+    with (
+        pytest.warns(UserWarning, match="Encountered NaN: loss"),
+        pytest.raises(SystemExit, match=r"mean field: the loss is nan in step [12]; try a --lear"),
+    ):
+        vae.train(
+            bad, num_epochs=1, batch_size=10, latent_dim=3, hidden=8, rank=1, show_progress=False
+        )
+
+
+def test_vae_loss_of_a_matrix_that_is_not_finite(vae: ModuleType) -> None:
+    data = _small_data(vae)
+    run = list(_make_vae_runs(vae, data).values())[-1]
+    torch.nn.init.constant_(run.guide.transform.linear.theta, math.inf)
+    with pyro.validation_enabled(False):
+        assert math.isnan(run.step(data.train, 1.0))
+
+
+def test_vae_rank_is_checked(vae: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vae.main(["--rank", "9", "--latent-dim", "8"])
+    assert "expected --rank <= --latent-dim; got 9 and 8" in capsys.readouterr().err
+
+
+def test_vae_needs_a_folder_with_mnist(
+    vae: ModuleType, mnist: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mnist / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(SystemExit):
+        vae.main(["--data-dir", str(mnist)])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "--data-dir: expected t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in" in printed
+
+
+def test_mnist_is_read(common: ModuleType, mnist: Path) -> None:
+    train, test = common.load_mnist(mnist)
+    assert (train.shape, test.shape) == ((12, 16), (5, 16))
+    expected = torch.arange(17 * 16).remainder(256).to(torch.uint8)
+    assert torch.equal(torch.cat([train, test]).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected an IDX file of images; got 0 bytes"),
+        (struct.pack(">4I", 0x0801, 1, 1, 1) + b"x", "got 17 bytes, the first of them 00000801"),
+        (struct.pack(">4I", 0x0803, 2, 1, 1) + b"x", "expected an IDX file of images; got 17 byt"),
+    ],
+)
+def test_other_files_are_no_mnist(
+    common: ModuleType, mnist: Path, content: bytes, message: str
+) -> None:
+    (mnist / "t10k-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        common.load_mnist(mnist)
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"x" * 100)[:-9]])
+def test_damaged_gzip_is_named(common: ModuleType, mnist: Path, content: bytes) -> None:
+    (mnist / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="expected a gzipped file; got"):
+        common.load_mnist(mnist)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--latent-dim", "--hidden", "--rank"])
+def test_vae_sizes_are_integers(
+    vae: ModuleType, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit):
+        vae.main([option, "0"])
+    assert f"{option}: expected an integer >= 1; got '0'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["svi_guide", "density_digits"])
+@pytest.mark.parametrize("value", ["0", "few"])
+def test_number_of_steps_is_an_integer(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    with pytest.raises(SystemExit):
+        request.getfixturevalue(name).main(["--num-steps", value])
+    assert f"expected an integer >= 1; got {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["svi_guide", "density_digits", "vae"])
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--num-steps", "0", "expected an integer >= 1; got '0'"),
-        ("--num-steps", "few", "expected an integer >= 1; got 'few'"),
         ("--learning-rate", "-1", "expected a number > 0; got '-1'"),
         ("--learning-rate", "nan", "expected a number > 0; got 'nan'"),
         ("--seed", "x", "invalid int value"),

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import Memo, PairCache, state_of
@@ -282,6 +282,10 @@ def guard(transform: Transform) -> Transform:
     """
     if isinstance(transform, InvertibleTransformModule | InverseTransformModule):
         return transform
+    if isinstance(transform, ComposeTransform) and all(
+        guard(part) is part for part in transform.parts
+    ):
+        return transform  # a composition keeps nothing itself
     if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
         return InverseTransformModule(transform.inv)
     return GuardedTransformModule(transform) if transform._cache_size else transform

@@ -1,0 +1,150 @@
+"""The posteriors that guides are compared on: Pyro models with their data.
+
+A model's −ELBO is at least ``−log p(data)``, which is known for some, and 0 where nothing is
+observed: there −ELBO is the Kullback–Leibler divergence itself.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import svi_guide  # found through the line above
+
+__all__ = ["POSTERIORS", "Posterior"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A model of latent dimension D, with its data."""
+
+    dim: int
+    model: Callable[[], object]
+    negative_log_evidence: float | None = None
+    """``−log p(data)``, the lowest −ELBO there is; None where it is not known."""
+
+
+def cox_process(size: int) -> Posterior:
+    """A log-Gaussian Cox process on ``size`` × ``size`` cells, counts of 3 a cell on average."""
+    process = svi_guide.simulate_grid(size, seed=0)
+    return Posterior(size**2, svi_guide.make_model(process))
+
+
+def conjugate_gaussian(dim: int = 512, condition: float = 100.0) -> Posterior:
+    """``z ~ N(0, Σ)``, ``y ~ N(z, I)``: Σ dense, its eigenvalues log-uniform up to 1."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(noise).Q
+    eigenvalues = torch.logspace(-math.log10(condition), 0, dim, dtype=torch.float64)
+    prior_covariance = (rotation * eigenvalues) @ rotation.mT
+    marginal = dist.MultivariateNormal(
+        torch.zeros(dim, dtype=torch.float64),
+        prior_covariance + torch.eye(dim, dtype=torch.float64),
+    )
+    noise = torch.randn(dim, generator=generator, dtype=torch.float64)
+    observed = marginal.loc + marginal.scale_tril @ noise
+    evidence = marginal.log_prob(observed).item()
+    data = observed.float()
+    prior = dist.MultivariateNormal(
+        torch.zeros(dim), scale_tril=torch.linalg.cholesky(prior_covariance).float()
+    )
+
+    def model() -> None:
+        z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=data)
+
+    return Posterior(dim, model, -evidence)
+
+
+def horseshoe_regression() -> Posterior:
+    """Logistic regression of scikit-learn's breast cancer data, horseshoe prior, non-centered.
+
+    Carvalho, Polson, Scott. The horseshoe estimator for sparse signals. Biometrika, 2010.
+    """
+    features, labels = load_breast_cancer(return_X_y=True)
+    x = torch.as_tensor(features, dtype=torch.float32)
+    x = (x - x.mean(0)) / x.std(0)
+    y = torch.as_tensor(labels, dtype=torch.float32)
+    num_features = x.shape[1]
+
+    def model() -> None:
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 5.0))
+        overall = pyro.sample("overall", dist.HalfCauchy(1.0))
+        ones = torch.ones(num_features)
+        local = pyro.sample("local", dist.HalfCauchy(ones).to_event(1))
+        standardized = pyro.sample("standardized", dist.Normal(0.0, ones).to_event(1))
+        logits = intercept + x @ (overall * local * standardized)
+        pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    return Posterior(2 * num_features + 2, model)
+
+
+def neural_network(hidden: int = 20) -> Posterior:
+    """A Bayesian neural network with one hidden layer on scikit-learn's diabetes data."""
+    features, targets = load_diabetes(return_X_y=True)
+    x = torch.as_tensor(features, dtype=torch.float32)
+    x = (x - x.mean(0)) / x.std(0)
+    y = torch.as_tensor(targets, dtype=torch.float32)
+    y = (y - y.mean()) / y.std()
+    width = x.shape[1]
+
+    def model() -> None:
+        first = pyro.sample(
+            "first", dist.Normal(torch.zeros(width, hidden), width**-0.5).to_event(2)
+        )
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(hidden), 1.0).to_event(1))
+        last = pyro.sample("last", dist.Normal(torch.zeros(hidden), hidden**-0.5).to_event(1))
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        noise = pyro.sample("noise", dist.LogNormal(-0.5, 0.5))
+        mean = torch.tanh(x @ first + offset) @ last + level
+        pyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
+
+    return Posterior(width * hidden + 2 * hidden + 2, model)
+
+
+def banana(dim: int = 20, curvature: float = 0.03) -> Posterior:
+    """``x₁ ~ N(0, 10²)``, ``x₂ ~ N(curvature (x₁² − 10²), 1)``, the others N(0, 1).
+
+    Haario, Saksman, Tamminen. Adaptive proposal distribution for random walk Metropolis
+    algorithm. Computational Statistics, 1999.
+    """
+
+    def model() -> None:
+        first = pyro.sample("first", dist.Normal(0.0, 10.0))
+        pyro.sample("second", dist.Normal(curvature * (first.square() - 100.0), 1.0))
+        pyro.sample("others", dist.Normal(torch.zeros(dim - 2), 1.0).to_event(1))
+
+    return Posterior(dim, model, 0.0)
+
+
+def funnel(dim: int = 20) -> Posterior:
+    """``v ~ N(0, 3²)``, ``x_i ~ N(0, eᵛ)``. Neal. Slice sampling. Annals of Statistics, 2003."""
+
+    def model() -> None:
+        log_variance = pyro.sample("log_variance", dist.Normal(0.0, 3.0))
+        scale = torch.exp(log_variance / 2)
+        pyro.sample("x", dist.Normal(torch.zeros(dim - 1), scale).to_event(1))
+
+    return Posterior(dim, model, 0.0)
+
+
+#: By name, each made when it is wanted.
+POSTERIORS: dict[str, Callable[[], Posterior]] = {
+    "Cox process, D = 256": lambda: cox_process(16),
+    "Cox process, D = 900": lambda: cox_process(30),
+    "Cox process, D = 2500": lambda: cox_process(50),
+    "horseshoe regression, D = 62": horseshoe_regression,
+    "neural network, D = 242": neural_network,
+    "conjugate Gaussian, D = 512": conjugate_gaussian,
+    "banana, D = 20": banana,
+    "funnel, D = 20": funnel,
+}

@@ -1,0 +1,215 @@
+"""An affine autoregressive map whose Jacobian is a diagonal and little else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+
+__all__ = ["LowRankAutoregressive", "low_rank_autoregressive"]
+
+
+class LowRankAutoregressive(InvertibleTransformModule):
+    r"""The affine autoregressive map (Kingma et al., 2016) of a narrow network:
+
+    .. math::
+        y_i = e^{s_i(x_{<i})}\, x_i + t_i(x_{<i}), \qquad
+        \binom{t}{r} = C\,h + c, \quad h = \tanh(B x + b), \quad s = \sigma \tanh(r / \sigma).
+
+    The H hidden units are spread over the features: a unit sees :math:`x_1 \ldots x_d` and is seen
+    by :math:`y_{d+1} \ldots y_D`. So features should come causes first, as they do in a Pyro model,
+    and the map lets the first ones shift and scale the rest: what hierarchies, funnels and bananas
+    ask of a guide. Between dense layers, it makes a flow more than Gaussian.
+
+    Its Jacobian is a diagonal plus a matrix of rank H. T(x), the log-det :math:`\sum_i s_i` and
+    what a path gradient needs of the Jacobian, :meth:`push_score`, are exact and cost O(DH), the
+    latter O(DH² + H³). ``T.inv(y)`` takes H + 1 steps one after the other, O(DH) in total.
+
+    It starts as the identity: C is 0. B is random, of torch's global random stream. B and C are in
+    units of 1/√fan-in and 2/√H, and s is bounded by :math:`\pm\sigma`, so that Pyro's usual
+    learning rates suit.
+
+    >>> flow = Compose([LowRankAutoregressive(5), SelfNormalizingLinear(5, init_scale=0.1)])
+    >>> flow(torch.ones(2, 5))[0]
+    tensor([0.1000, 0.1000, 0.1000, 0.1000, 0.1000], grad_fn=<SelectBackward0>)
+
+    :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
+    :param int hidden_dim: H, the number of hidden units.
+    :param float max_log_scale: σ, positive.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :raises ValueError: for sizes below 1 and a σ that is not positive and finite, and for inputs of
+        other shapes or dtypes.
+
+    References:
+
+    Diederik P. Kingma, Tim Salimans, Rafal Jozefowicz, Xi Chen, Ilya Sutskever, Max Welling.
+    Improving Variational Inference with Inverse Autoregressive Flow. NIPS 2016. [arXiv:1606.04934]
+
+    Mathieu Germain, Karol Gregor, Iain Murray, Hugo Larochelle. MADE: Masked Autoencoder for
+    Distribution Estimation. ICML 2015. [arXiv:1502.03509]
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    mask_in: Tensor
+    mask_out: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int = 64,
+        *,
+        max_log_scale: float = 3.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in [("input_dim", input_dim), ("hidden_dim", hidden_dim)]:
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"expected {name}, an integer >= 1; got {size!r}")
+        if not 0 < max_log_scale < math.inf:
+            raise ValueError(f"expected max_log_scale > 0; got {max_log_scale!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"expected a floating-point dtype; got {dtype}")
+        self.input_dim = input_dim
+        self.hidden_dim = hidden_dim
+        self.max_log_scale = max_log_scale
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_in = nn.Parameter(torch.randn(hidden_dim, input_dim, **factory))  # B
+        self.bias_in = nn.Parameter(torch.zeros(hidden_dim, **factory))  # b
+        self.weight_out = nn.Parameter(torch.zeros(2 * input_dim, hidden_dim, **factory))  # C
+        self.bias_out = nn.Parameter(torch.zeros(2 * input_dim, **factory))  # c
+        # The last feature that each unit sees; the last of all has nothing to be seen for.
+        self._last_seen = [unit * (input_dim - 1) // hidden_dim for unit in range(hidden_dim)]
+        # Features between two of these see the same units.
+        starts = {0, input_dim, *(last + 1 for last in self._last_seen)}
+        self._stages = list(pairwise(sorted(starts)))
+        self.register_buffer("mask_in", None, persistent=False)
+        self.register_buffer("mask_out", None, persistent=False)
+        self._set_masks()
+
+    def _set_masks(self) -> None:
+        """Masks for B and C, which hold their units as well."""
+        last_seen, features = torch.tensor(self._last_seen), torch.arange(self.input_dim)
+        sees = (features <= last_seen.unsqueeze(-1)).double()
+        is_seen = (last_seen < features.unsqueeze(-1)).double().repeat(2, 1)
+        self.mask_in = (sees / sees.sum(-1, keepdim=True).sqrt()).to(self.weight_in)
+        self.mask_out = (is_seen * 2 / math.sqrt(self.hidden_dim)).to(self.weight_in)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, hidden_dim={self.hidden_dim}, max_log_scale={self.max_log_scale}"
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_with_memo(x)[0]
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _LogScale | None]:
+        shift, log_scale = self._shift_and_log_scale(x)
+        y = torch.addcmul(shift, x, log_scale.exp())
+        # What has no graph of its own could not tell when its time is over.
+        memo = _LogScale(log_scale) if log_scale.requires_grad or not y.requires_grad else None
+        return y, memo
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._check(y)
+        weight_in, weight_out = self._weights()
+        weight_t, weight_r = weight_out.chunk(2)
+        bias_t, bias_r = self.bias_out.chunk(2)
+        inner = self.bias_in.expand(*y.shape[:-1], self.hidden_dim)
+        parts = []
+        for start, stop in self._stages:
+            hidden = torch.tanh(inner)  # of the units that are to be seen, all that they see is in
+            shift = F.linear(hidden, weight_t[start:stop], bias_t[start:stop])
+            log_scale = self._bound(F.linear(hidden, weight_r[start:stop], bias_r[start:stop]))
+            parts.append((y[..., start:stop] - shift) * torch.exp(-log_scale))
+            inner = inner + F.linear(parts[-1], weight_in[:, start:stop])
+        return torch.cat(parts, dim=-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        found: Any = self._pair.memo_of(x, y, self._map_parameters())
+        log_scale = self._shift_and_log_scale(x)[1] if found is None else found[0].handle
+        return at_least_float32(log_scale).sum(-1)
+
+    @torch.no_grad()
+    def push_score(self, x: Tensor, y: Tensor, score: Tensor) -> Tensor:
+        """See :func:`pyro_snf.path_gradient.push_score`; by Woodbury's identity."""
+        with without_autocast(x.device):
+            weight_in, weight_out = self._weights()
+            x, score = x.to(weight_in.dtype), score.to(weight_in.dtype)  # not so under autocast
+            hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
+            log_scale = self._bound(F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)[1])
+            scale = log_scale.exp()
+            hidden_slope = 1 - hidden.square()
+            slope = 1 - (log_scale / self.max_log_scale).square()  # ds/dr
+            weight_t, weight_r = weight_out.chunk(2)
+            # Jᵀ = diag(eˢ) + Bᵀ M with M = diag(h') (C_tᵀ + C_rᵀ diag(s' x eˢ)), shape (H, D), and
+            # ∇ log|det J| = Bᵀ (h' ⊙ C_rᵀ s').
+            middle = weight_t.mT + weight_r.mT * (slope * x * scale).unsqueeze(-2)
+            middle = hidden_slope.unsqueeze(-1) * middle
+            wanted = (score - F.linear(hidden_slope * (slope @ weight_r), weight_in.mT)) / scale
+            # u + diag(e⁻ˢ) Bᵀ M u = wanted:  first M u, from (I + M diag(e⁻ˢ) Bᵀ) M u = M wanted.
+            small = (middle / scale.unsqueeze(-2)) @ weight_in.mT
+            small.diagonal(dim1=-2, dim2=-1).add_(1)
+            product = torch.linalg.solve(
+                at_least_float32(small), at_least_float32(middle @ wanted.unsqueeze(-1))
+            ).to(x.dtype)
+            return wanted - F.linear(product.squeeze(-1), weight_in.mT) / scale
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> LowRankAutoregressive:  # .to(), .double(), …
+        super()._apply(fn, recurse)
+        self._set_masks()  # not rounded by the types that they have been in
+        return self
+
+    def _check(self, x: Tensor) -> None:
+        check_input(self, x, (self.input_dim,))
+        dtype = self.weight_in.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self}: expected dtype {dtype}; got {x.dtype}")
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """B and C, masked, shapes ``(H, D)`` and ``(2D, H)``."""
+        return self.weight_in * self.mask_in, self.weight_out * self.mask_out
+
+    def _bound(self, log_scale: Tensor) -> Tensor:
+        return self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
+
+    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """t and s, each of x's shape."""
+        self._check(x)
+        weight_in, weight_out = self._weights()
+        hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
+        shift, log_scale = F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)
+        return shift, self._bound(log_scale)
+
+
+@dataclass(frozen=True)
+class _LogScale:
+    """What the log-determinant is a sum of."""
+
+    handle: Tensor
+
+
+def low_rank_autoregressive(
+    input_dim: int, hidden_dim: int = 64, **kwargs: Any
+) -> LowRankAutoregressive:
+    """A :class:`LowRankAutoregressive`, in the style of Pyro's helper functions.
+
+    :param int input_dim: D, the number of features.
+    :param int hidden_dim: H, the number of hidden units.
+    :param kwargs: the keyword arguments of :class:`LowRankAutoregressive`.
+    """
+    return LowRankAutoregressive(input_dim, hidden_dim, **kwargs)

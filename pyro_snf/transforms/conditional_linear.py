@@ -1,0 +1,358 @@
+"""Dense layers that depend on a context, at the cost of one matrix for all contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.nn import DenseNN
+from torch import Tensor
+from torch.distributions import Transform, constraints
+from torch.nn import init
+
+from pyro_snf.dense.affine import scale_and_shift
+from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.compose import Compose
+from pyro_snf.transforms.linear import SelfNormalizingLinear
+
+__all__ = ["ConditionalSelfNormalizingLinear", "conditional_self_normalizing_linear"]
+
+
+class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
+    r"""The affine map whose bias, scale and low-rank factor depend on a context c:
+
+    .. math::
+        T(x; c) = \operatorname{diag}(e^{s(c)})\, W\, (I + U(c) V(c)^\top)\, x + b(c),
+
+    .. math::
+        \log|\det| = \log|\det W| + \sum_i s_i(c) + \log|\det(I + V(c)^\top U(c))|,
+
+    where the matrix W, of a :class:`SelfNormalizingLinear` without a bias, is the same for all
+    contexts, and b, s, U and V are the outputs of a network. The factor stands to the right of W,
+    where its determinant and its inverse,
+
+    .. math::
+        (I + U V^\top)^{-1} = I - U (I + V^\top U)^{-1} V^\top,
+
+    need no inverse of W; ``W + PQᵀ`` is of this form as well, with ``U = W⁻¹P`` and ``V = Q``.
+
+    All that the context adds is exact: T, its inverse, the log-det and its gradients. log|det W|
+    and W⁻¹ are those of the shared layer, :attr:`linear`, with its options: by default an estimate
+    in training, whose gradient has a measured error, and exact otherwise. They are found once for
+    all contexts.
+
+    A row costs O(D²), and a context the network and O(Dr²). A full matrix for each context would
+    cost O(D³) for each, and take a network with D² outputs.
+
+    As an amortized guide, with a distribution for each of eight contexts:
+
+    >>> transform = conditional_self_normalizing_linear(3, context_dim=2, rank=1, init_scale=0.1)
+    >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    >>> guide = dist.ConditionalTransformedDistribution(base, [transform])
+    >>> guide.condition(torch.zeros(8, 2)).rsample().shape
+    torch.Size([8, 3])
+
+    As a conditional density model, data pass through T:
+
+    >>> density = dist.ConditionalTransformedDistribution(base, [transform.inv])
+    >>> loss = -density.condition(torch.zeros(8, 2)).log_prob(torch.ones(8, 3)).mean()
+    >>> loss.backward()
+
+    With a network of one's own, of class labels say:
+
+    >>> class Labels(torch.nn.Embedding):
+    ...     def forward(self, labels):
+    ...         return super().forward(labels).chunk(2, dim=-1)
+    >>> transform = ConditionalSelfNormalizingLinear(3, Labels(10, 6))
+    >>> transform.condition(torch.tensor([4, 2]))(torch.zeros(5, 1, 3)).shape
+    torch.Size([5, 2, 3])
+
+    :param int input_dim: D, the number of features.
+    :param nn: maps a context, for Pyro's ``DenseNN`` of shape ``(*batch, context_dim)``, to a
+        tuple ``(b, s)``, each of shape ``(*batch, D)``; with a rank to ``(b, s, U, V)``, the last
+        two of shape ``(*batch, r·D)``: r columns of length D, one after the other.
+    :param int rank: r, of the low-rank factor; 0 for none.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear` but ``bias``.
+    :raises ValueError: for options that are not of these; for contexts that do not fit a
+        ``DenseNN``, and outputs of the network of other numbers, shapes or dtypes; for inputs as
+        :class:`SelfNormalizingLinear`, and where their batch does not broadcast with the context's.
+    :raises torch.linalg.LinAlgError: where a log-determinant or an inverse is asked of a W that is
+        singular or not finite; and where an inverse is asked of an I + VᵀU that is singular. (The
+        log-det of the latter is −∞ for the contexts concerned, and a number for all others.)
+
+    References:
+
+    T. Anderson Keller, Jorn W.T. Peters, Priyank Jaini, Emiel Hoogeboom, Patrick Forré, Max
+    Welling. Self Normalizing Flows. ICML 2021. [arXiv:2011.07248]
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(
+        self,
+        input_dim: int,
+        nn: Callable[[Any], Sequence[Tensor]],
+        *,
+        rank: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_dim, rank)
+        if not callable(nn):
+            raise ValueError(f"expected nn, a network that maps contexts to tensors; got {nn!r}")
+        if "bias" in kwargs:
+            raise ValueError(f"expected no bias: b(c) is there; got bias={kwargs['bias']!r}")
+        self.input_dim = input_dim
+        self.rank = rank
+        self.nn = nn
+        #: The map x ↦ Wx that all contexts share.
+        self.linear = SelfNormalizingLinear(input_dim, bias=False, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, rank={self.rank}"
+
+    def condition(self, context: Any) -> Compose:
+        """The transform ``T(·; c)`` of a context, or of a batch of contexts.
+
+        It is a new one each time, with caches of its own, and the network is evaluated here, once:
+        what it remembers belongs to the network's parameters as they are now. So a training step
+        begins with a call of this, as it does in a model or a guide.
+
+        :param context: c, for a ``DenseNN`` of shape ``(*batch, context_dim)``. Inputs of the
+            transform have shape ``(..., D)``, and ``...`` broadcasts with ``batch``.
+        """
+        bias, log_scale, *factors = self._parameters_of(context)
+        # Twins of the layer share all but the cache. With one cache for all contexts, the latest
+        # sample would push out what is known of the others.
+        linear = self.linear.with_cache(0).with_cache(1)
+        parts: list[Transform] = [linear, ScaleAndShift(bias, log_scale)]
+        if factors:
+            u, v = (factor.unflatten(-1, (self.rank, self.input_dim)) for factor in factors)
+            parts.insert(0, LowRankUpdate(u, v))
+        return Compose(parts)
+
+    def _parameters_of(self, context: Any) -> list[Tensor]:
+        """``b, s`` and, flat, ``U, V``: the network's outputs, checked."""
+        dtype = self.linear.theta.dtype
+        under_autocast = torch.is_autocast_enabled(self.linear.theta.device.type)
+        # What others than Pyro's networks make of a context is their own affair.
+        if isinstance(self.nn, DenseNN):
+            _check_context(context, self.nn.input_dim, None if under_autocast else dtype)
+        outputs = self.nn(context)
+        _check_outputs(outputs, _output_dims(self.input_dim, self.rank))
+        if under_autocast:
+            return [one.to(dtype) for one in outputs]
+        if any(one.dtype != dtype for one in outputs):
+            raise ValueError(
+                f"expected nn(context) to be of the layer's dtype {dtype}; "
+                f"got {[one.dtype for one in outputs]}"
+            )
+        return list(outputs)
+
+
+class _BatchOfMaps(InvertibleTransformModule):
+    """An affine map of vectors for each context, given by tensors with batch dimensions.
+
+    The tensors are outputs of a network, not parameters: they have a graph, and are not saved.
+
+    :param batch_shape: that of the contexts.
+    :param tensors: what the map depends on.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, batch_shape: torch.Size, *tensors: Tensor) -> None:
+        super().__init__()
+        self.input_dim = tensors[0].shape[-1]
+        self.batch_shape = batch_shape
+        self._tensors = tensors
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, batch_shape={tuple(self.batch_shape)}"
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """``shape`` with its batch broadcast with the contexts'."""
+        try:
+            return torch.broadcast_shapes(shape[:-1], self.batch_shape) + shape[-1:]
+        except RuntimeError:
+            raise ValueError(
+                f"{self}: expected a shape (..., {self.input_dim}) that broadcasts with the "
+                f"context's batch {tuple(self.batch_shape)}; got {tuple(shape)}"
+            ) from None
+
+    inverse_shape = forward_shape
+
+    def _check(self, x: Tensor) -> None:
+        check_input(self, x, (self.input_dim,))
+        dtype = self._tensors[0].dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self}: expected dtype {dtype}; got {x.dtype}")
+        self.forward_shape(x.shape)
+
+    def _map_parameters(self) -> list[Tensor]:
+        return list(self._tensors)
+
+
+class ScaleAndShift(_BatchOfMaps):
+    r"""The map :math:`T(x) = e^{s} \odot x + b`, O(D).
+
+    :param Tensor bias: b, shape ``(*batch, D)``.
+    :param Tensor log_scale: s, shape ``(*batch, D)``.
+    """
+
+    def __init__(self, bias: Tensor, log_scale: Tensor) -> None:
+        super().__init__(log_scale.shape[:-1], bias, log_scale)
+
+    def _call(self, x: Tensor) -> Tensor:
+        self._check(x)
+        bias, log_scale = self._tensors
+        return scale_and_shift(x, log_scale.exp(), bias)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._check(y)
+        bias, log_scale = self._tensors
+        return (y - bias) * torch.exp(-log_scale)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check(x)
+        _, log_scale = self._tensors
+        return at_least_float32(log_scale).sum(-1).expand(self.forward_shape(x.shape)[:-1])
+
+
+class LowRankUpdate(_BatchOfMaps):
+    r"""The map :math:`T(x) = (I + U V^\top)\, x`, O(Dr) a row and O(Dr²) a context.
+
+    :param Tensor u: Uᵀ, shape ``(*batch, r, D)``.
+    :param Tensor v: Vᵀ, shape ``(*batch, r, D)``.
+    """
+
+    def __init__(self, u: Tensor, v: Tensor) -> None:
+        super().__init__(u.shape[:-2], u, v)
+        self.rank = u.shape[-2]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+    def _call(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return _add_low_rank(x, *self._tensors)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        # Woodbury's identity: another such map, with −U, and V (I + VᵀU)⁻ᵀ for V.
+        self._check(y)
+        with without_autocast(y.device):
+            u, v = map(at_least_float32, self._tensors)
+            try:
+                solution = torch.linalg.solve(_small_matrix(u, v), v)
+            except torch.linalg.LinAlgError as error:
+                raise torch.linalg.LinAlgError(f"{self}: I + VᵀU: {error}") from error
+            return _add_low_rank(y.to(u.dtype), -u, solution).to(self._tensors[0].dtype)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check(x)
+        with without_autocast(x.device):
+            matrix = _small_matrix(*map(at_least_float32, self._tensors))
+            value = torch.linalg.slogdet(matrix).logabsdet
+            return value.expand(self.forward_shape(x.shape)[:-1])
+
+
+def _add_low_rank(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """``x + U Vᵀ x``, from Uᵀ and Vᵀ of shape ``(*batch, r, D)``."""
+    coordinates = torch.einsum("...d, ...rd -> ...r", x, v)
+    return x + torch.einsum("...r, ...rd -> ...d", coordinates, u)
+
+
+def _small_matrix(u: Tensor, v: Tensor) -> Tensor:
+    """``I + Vᵀ U``, shape ``(*batch, r, r)``, whose determinant is that of ``I + U Vᵀ``."""
+    return torch.eye(u.shape[-2], dtype=u.dtype, device=u.device) + v @ u.mT
+
+
+def _output_dims(input_dim: int, rank: int) -> list[int]:
+    """The sizes of b, s and, if there is a rank, U and V."""
+    return [input_dim] * 2 + [rank * input_dim] * (2 if rank else 0)
+
+
+def _check_sizes(input_dim: int, rank: int) -> None:
+    if not isinstance(input_dim, int) or input_dim < 1:
+        raise ValueError(f"expected input_dim, an integer >= 1; got {input_dim!r}")
+    if not isinstance(rank, int) or not 0 <= rank <= input_dim:
+        raise ValueError(f"expected rank, an integer from 0 to {input_dim}; got {rank!r}")
+
+
+def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) -> None:
+    """:param dtype: None if any will do."""
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        got = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(f"expected a floating-point context; got {got}")
+    if context.shape[-1:] != (context_dim,) or context.numel() == 0:
+        raise ValueError(
+            f"expected a non-empty context of shape (..., {context_dim}); "
+            f"got {tuple(context.shape)}"
+        )
+    if dtype is not None and context.dtype != dtype:
+        raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
+
+
+def _check_outputs(outputs: Any, dims: list[int]) -> None:
+    found: Any = type(outputs).__name__
+    if isinstance(outputs, tuple | list) and all(isinstance(one, Tensor) for one in outputs):
+        found = [tuple(one.shape) for one in outputs]
+        if found and found == [(*found[0][:-1], dim) for dim in dims]:
+            return
+    expected = ", ".join(f"(*batch, {dim})" for dim in dims)
+    raise ValueError(
+        f"expected nn(context) to be {len(dims)} tensors of shapes {expected}; got {found}"
+    )
+
+
+def conditional_self_normalizing_linear(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    rank: int = 0,
+    **kwargs: Any,
+) -> ConditionalSelfNormalizingLinear:
+    """A :class:`ConditionalSelfNormalizingLinear` with a ``DenseNN``, in the style of Pyro's
+    helper functions.
+
+    It starts as ``init_scale`` times the identity, whatever the context: b, s and U are 0. The
+    columns of V are random, of norm about 1, drawn like the network's weights from torch's global
+    random stream; so U has a gradient from the first step on.
+
+    >>> transform = conditional_self_normalizing_linear(3, 2, [16], rank=1, init_scale=0.5)
+    >>> transform.condition(torch.randn(4, 2))(torch.ones(3))[0]
+    tensor([0.5000, 0.5000, 0.5000], grad_fn=<SelectBackward0>)
+
+    :param int input_dim: D, the number of features.
+    :param int context_dim: the number of features of a context.
+    :param hidden_dims: the widths of the network's hidden layers, at least one; by default
+        ``[10·D, 10·D]``, as Pyro has it.
+    :param int rank: r, of the low-rank factor; 0 for none.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear` but ``bias``. The network
+        is of the same ``device`` and ``dtype``.
+    """
+    _check_sizes(input_dim, rank)
+    if not isinstance(context_dim, int) or context_dim < 1:
+        raise ValueError(f"expected context_dim, an integer >= 1; got {context_dim!r}")
+    widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    fits = isinstance(widths, Sequence) and all(isinstance(one, int) and one >= 1 for one in widths)
+    if not fits or not widths:  # a DenseNN has at least one hidden layer
+        raise ValueError(
+            f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
+        )
+    network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
+    last: Any = network.layers[-1]
+    init.zeros_(last.weight)
+    init.zeros_(last.bias)
+    if rank:
+        init.normal_(last.bias[-rank * input_dim :], std=input_dim**-0.5)
+    transform = ConditionalSelfNormalizingLinear(input_dim, network, rank=rank, **kwargs)
+    network.to(transform.linear.theta)  # its device and dtype
+    return transform

@@ -1,0 +1,500 @@
+"""LowRankAutoregressive: who sees whom, values and scores against autodiff, bounds, caches."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_snf import Compose, LowRankAutoregressive, SelfNormalizingLinear, low_rank_autoregressive
+from pyro_snf.path_gradient import push_score
+from tests import test_contract as contract
+from tests.registry import Case, randomize
+
+# Float64, scales within e^±3, a few operations deep: rounding, and three digits to spare.
+EXACT = 1e-9
+# The same in float32.
+SINGLE = 1e-4
+# bfloat16 has 8 bits, and a few operations follow each other.
+HALF = 0.1
+
+#: D and H: smallest, narrow, wide, as wide as it can be used one unit a feature, uneven.
+SIZES = [(1, 1), (1, 4), (2, 1), (4, 1), (3, 7), (5, 4), (9, 3), (7, 64)]
+EVERY_SIZE = pytest.mark.parametrize(("dim", "hidden_dim"), SIZES)
+BATCH_SHAPES = [(), (3,), (2, 1), (4, 1, 5)]
+
+
+def make(
+    dim: int = 5, hidden_dim: int = 4, seed: int = 0, **options: float
+) -> LowRankAutoregressive:
+    """A random one, far from the identity."""
+    layer = LowRankAutoregressive(dim, hidden_dim, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def jacobian_of(layer: Callable[[Tensor], Tensor], x: Tensor, **options: bool) -> Tensor:
+    return torch.autograd.functional.jacobian(layer, x, **options)
+
+
+def pushed_score(layer: Callable[[Tensor], Tensor], x: Tensor, score: Tensor) -> Tensor:
+    """``J⁻ᵀ (score − ∇ log|det J|)`` of one x, all by autodiff."""
+    x = x.detach().requires_grad_()
+    jacobian = jacobian_of(layer, x, create_graph=True)
+    log_det = torch.linalg.slogdet(jacobian).logabsdet
+    (gradient,) = torch.autograd.grad(log_det, x, allow_unused=True, materialize_grads=True)
+    return torch.linalg.solve(jacobian.detach().mT, score - gradient)
+
+
+# --- The map ------------------------------------------------------------------------------------
+
+
+@EVERY_SIZE
+def test_formula(dim: int, hidden_dim: int) -> None:
+    # Spelled out, one output after the other, a hidden unit at a time.
+    layer, x = make(dim, hidden_dim), torch.randn(dim)
+    sigma = layer.max_log_scale
+    last_seen = [unit * (dim - 1) // hidden_dim for unit in range(hidden_dim)]
+    hidden = [
+        torch.tanh(
+            layer.weight_in[unit, : last + 1] @ x[: last + 1] / (last + 1) ** 0.5
+            + layer.bias_in[unit]
+        )
+        for unit, last in enumerate(last_seen)
+    ]
+    y = layer(x)
+    for i in range(dim):
+        t, r = layer.bias_out[i], layer.bias_out[dim + i]
+        for unit, last in enumerate(last_seen):
+            if last < i:
+                t = t + 2 * layer.weight_out[i, unit] * hidden[unit] / hidden_dim**0.5
+                r = r + 2 * layer.weight_out[dim + i, unit] * hidden[unit] / hidden_dim**0.5
+        assert close(y[i], torch.exp(sigma * torch.tanh(r / sigma)) * x[i] + t)
+
+
+@EVERY_SIZE
+def test_jacobian_is_lower_triangular(dim: int, hidden_dim: int) -> None:
+    jacobian = jacobian_of(make(dim, hidden_dim), torch.randn(dim))
+    assert torch.equal(jacobian.triu(1), torch.zeros(dim, dim))
+
+
+@EVERY_SIZE
+def test_log_det_is_that_of_the_jacobian(dim: int, hidden_dim: int) -> None:
+    layer = make(dim, hidden_dim)
+    for x in torch.randn(3, dim):
+        expected = torch.linalg.slogdet(jacobian_of(layer, x)).logabsdet
+        assert close(layer.log_abs_det_jacobian(x, layer(x)), expected)
+
+
+@EVERY_SIZE
+def test_inverse(dim: int, hidden_dim: int) -> None:
+    layer = make(dim, hidden_dim)
+    for shape in BATCH_SHAPES:
+        y = torch.randn(*shape, dim)
+        x = layer.inv(y)
+        layer.clear_cache()
+        assert x.shape == y.shape
+        assert close(layer(x), y)
+
+
+def test_gradient_of_the_inverse() -> None:
+    layer, y = make(), torch.randn(5)
+    x = layer.inv(y).detach()
+    assert close(jacobian_of(layer.inv, y) @ jacobian_of(layer, x), torch.eye(5))
+
+
+@EVERY_SIZE
+def test_it_starts_as_the_identity(dim: int, hidden_dim: int) -> None:
+    layer, x = LowRankAutoregressive(dim, hidden_dim), torch.randn(6, dim)
+    y = layer(x)
+    assert torch.equal(y, x)
+    assert torch.equal(layer.log_abs_det_jacobian(x, y), torch.zeros(6))
+
+
+def test_start_has_a_gradient() -> None:
+    # The identity, yet not a stationary point: C leaves 0 at the first step.
+    layer, x = LowRankAutoregressive(4), torch.randn(6, 4)
+    y = layer(x)
+    (y.square().sum() - layer.log_abs_det_jacobian(x, y).sum()).backward()
+    assert layer.weight_out.grad.any()
+
+
+def test_start_is_of_torchs_random_stream() -> None:
+    torch.manual_seed(3)
+    first, second = LowRankAutoregressive(4), LowRankAutoregressive(4)
+    torch.manual_seed(3)
+    again = LowRankAutoregressive(4)
+    assert torch.equal(first.weight_in, again.weight_in)
+    assert not torch.equal(first.weight_in, second.weight_in)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0])
+def test_log_scale_is_bounded(sigma: float) -> None:
+    layer = make(4, 3, max_log_scale=sigma)
+    with torch.no_grad():
+        layer.bias_out.mul_(1e6)
+    x = torch.randn(50, 4)
+    slopes = torch.stack([jacobian_of(layer, row).diagonal() for row in x])
+    assert (slopes.log().abs() <= sigma + EXACT).all()
+    # The bound is reached, and not only kept.
+    assert slopes.log().abs().max() > 0.99 * sigma
+
+
+def test_bound_hardly_touches_small_log_scales() -> None:
+    # tanh(u) = u − u³/3: a log scale of 0.3 with σ = 3 is off by 0.3 %.
+    layer = LowRankAutoregressive(3)
+    with torch.no_grad():
+        layer.bias_out[3:] = 0.3
+    x = torch.randn(3)
+    assert layer.log_abs_det_jacobian(x, layer(x)).item() == pytest.approx(0.9, rel=0.004)
+
+
+# --- Hidden units -------------------------------------------------------------------------------
+
+
+@EVERY_SIZE
+def test_every_unit_is_used(dim: int, hidden_dim: int) -> None:
+    layer = make(dim, hidden_dim)
+    assert layer.mask_in.any(-1).all()
+    if dim > 1:
+        assert layer.mask_out.any(0).all()
+
+
+@EVERY_SIZE
+def test_units_are_spread_evenly(dim: int, hidden_dim: int) -> None:
+    num_seen = (make(dim, hidden_dim).mask_in != 0).sum(-1)
+    steps = num_seen.diff()
+    assert num_seen[0] == 1
+    assert (steps >= 0).all()
+    if hidden_dim > 1:
+        assert steps.max() - steps.min() <= 1
+
+
+@pytest.mark.parametrize("dim", [2, 5, 9])
+def test_with_a_unit_a_feature_all_features_see_all_before_them(dim: int) -> None:
+    jacobian = jacobian_of(make(dim, dim - 1), torch.randn(dim))
+    assert (jacobian.tril() != 0).sum() == dim * (dim + 1) // 2
+
+
+def test_one_feature_is_scaled_and_shifted() -> None:
+    layer = make(1, 3)
+    x = torch.randn(5, 1)
+    y = layer(x)
+    shift, log_scale = layer.bias_out.detach()
+    assert close(y, torch.exp(3 * torch.tanh(log_scale / 3)) * x + shift)
+
+
+def test_one_feature_trains_its_scale_and_shift() -> None:
+    layer = make(1, 3)
+    x = torch.randn(5, 1)
+    layer.log_abs_det_jacobian(x, layer(x)).sum().backward()
+    assert layer.bias_out.grad[1] != 0
+    # The units see x and are seen by nothing: 0, and not None, which optimizers would pass over.
+    assert not layer.weight_in.grad.any()
+
+
+# The properties of all transforms, but that every parameter has a gradient other than 0.
+def _random_of_one_feature(seed: int = 0) -> LowRankAutoregressive:
+    with torch.random.fork_rng(devices=[]):
+        layer = LowRankAutoregressive(1, 3)
+    randomize(layer, seed)
+    return layer
+
+
+ONE_FEATURE = Case(_random_of_one_feature, (1,), "LowRankAutoregressive")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        contract.test_round_trip_from_x,
+        contract.test_round_trip_from_y,
+        contract.test_inverse_log_det_is_the_negative,
+        contract.test_rows_of_a_batch_do_not_depend_on_each_other,
+        contract.test_training_value_is_the_log_det_or_exactly_zero,
+        contract.test_constraints,
+        contract.test_in_a_transformed_distribution,
+        contract.test_everything_is_created_at_construction,
+        contract.test_same_object_comes_back,
+        contract.test_sample_scores_as_its_clone_does,
+        contract.test_two_backward_passes_before_a_step,
+        contract.test_training_after_a_change_of_dtype,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_contract_with_one_feature(check: Callable[[Case], None]) -> None:
+    check(ONE_FEATURE)
+
+
+# --- Scores -------------------------------------------------------------------------------------
+
+
+@EVERY_SIZE
+def test_score_is_pushed_forward(dim: int, hidden_dim: int) -> None:
+    layer = make(dim, hidden_dim)
+    x, score = torch.randn(3, dim), torch.randn(3, dim)
+    found = layer.push_score(x, layer(x), score)
+    for index in range(3):
+        assert close(found[index], pushed_score(layer, x[index], score[index]))
+
+
+@pytest.mark.parametrize("shape", BATCH_SHAPES)
+def test_score_of_a_batch(shape: tuple[int, ...]) -> None:
+    layer = make()
+    x, score = torch.randn(*shape, 5), torch.randn(*shape, 5)
+    found = push_score(layer, x, layer(x), score)
+    assert found.shape == x.shape
+    rows = zip(x.reshape(-1, 5), score.reshape(-1, 5), strict=True)
+    expected = torch.stack([pushed_score(layer, *row) for row in rows])
+    assert close(found.reshape(-1, 5), expected)
+
+
+def test_score_at_the_bound_of_the_scale() -> None:
+    # Where tanh is flat to rounding, and e^s is 20.
+    layer = make(4, 3)
+    with torch.no_grad():
+        layer.bias_out[4:] = 1e3
+    x, score = torch.randn(4), torch.randn(4)
+    assert close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
+
+
+def test_score_is_a_constant() -> None:
+    layer, x = make(), torch.randn(3, 5)
+    y = layer(x)
+    assert not layer.push_score(x, y, torch.randn(3, 5)).requires_grad
+
+
+def test_score_is_of_the_present_parameters() -> None:
+    layer, x, score = make(), torch.randn(5), torch.randn(5)
+    layer.push_score(x, layer(x), score)
+    layer.weight_out.data.mul_(0.5)
+    assert close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
+
+
+# --- Caches -------------------------------------------------------------------------------------
+
+
+def edit_data(layer: LowRankAutoregressive) -> None:
+    layer.bias_out.data.add_(0.5)  # autograd's version counter stays where it was
+
+
+def edit_in_place(layer: LowRankAutoregressive) -> None:
+    with torch.no_grad():
+        layer.bias_out.add_(0.5)
+
+
+def load_another(layer: LowRankAutoregressive) -> None:
+    layer.load_state_dict(make(seed=1).state_dict())
+
+
+EDITS = pytest.mark.parametrize(
+    "edit", [edit_data, edit_in_place, load_another], ids=lambda edit: edit.__name__
+)
+
+
+@EDITS
+@pytest.mark.parametrize("mode", ["train", "no_grad", "frozen"])
+def test_nothing_stale_after_parameters_change(
+    edit: Callable[[LowRankAutoregressive], None], mode: str
+) -> None:
+    layer, x = make(), torch.randn(3, 5)
+    layer.requires_grad_(mode != "frozen")
+    with torch.set_grad_enabled(mode != "no_grad"):
+        layer.log_abs_det_jacobian(x, layer(x))
+        edit(layer)
+        fresh = copy.deepcopy(layer)
+        y = layer(x)
+        assert torch.equal(y, fresh(x.clone()))
+        expected = torch.stack([torch.linalg.slogdet(jacobian_of(fresh, row))[1] for row in x])
+        assert close(layer.log_abs_det_jacobian(x, y), expected)
+
+
+def test_log_det_of_a_pair_that_is_not_remembered() -> None:
+    layer, x = make(), torch.randn(3, 5)
+    expected = layer.log_abs_det_jacobian(x, layer(x))
+    layer(torch.randn(2, 5))
+    assert torch.equal(layer.log_abs_det_jacobian(x, torch.zeros(3, 5)), expected)
+
+
+def test_log_det_after_a_sample_without_gradients_has_one() -> None:
+    layer, x = make(), torch.randn(3, 5)
+    with torch.no_grad():
+        y = layer(x)
+    log_det = layer.log_abs_det_jacobian(x, y)
+    log_det.sum().backward()
+    assert layer.bias_out.grad.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_to_the_input(frozen: bool) -> None:
+    layer = make().requires_grad_(not frozen)
+    x = torch.randn(5).requires_grad_()
+    y = layer(x)
+    (found,) = torch.autograd.grad(layer.log_abs_det_jacobian(x, y), x)
+
+    def log_det(z: Tensor) -> Tensor:
+        return torch.linalg.slogdet(jacobian_of(layer, z, create_graph=True)).logabsdet
+
+    (expected,) = torch.autograd.grad(log_det(x), x)
+    assert close(found, expected)
+
+
+def test_gradients_by_finite_differences() -> None:
+    layer = make(4, 3)
+
+    def both(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        # The parameters are the layer's own, which are written to past the version counters; so is
+        # x, which is no parameter and not compared.
+        x = x.clone()
+        y = layer(x)
+        return y, layer.log_abs_det_jacobian(x, y)
+
+    x = torch.randn(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(both, (x, *layer.parameters()))
+
+
+def test_two_samples_are_scored_in_any_order() -> None:
+    layer = make()
+    flow = dist.TransformedDistribution(dist.Normal(torch.zeros(5), 1.0).to_event(1), [layer])
+    first, second = flow.rsample((3,)), flow.rsample((3,))
+    expected = [flow.log_prob(sample.clone()) for sample in (first, second)]
+    assert close(flow.log_prob(first), expected[0])
+    assert close(flow.log_prob(second), expected[1])
+
+
+# --- Types and devices --------------------------------------------------------------------------
+
+
+def test_on_the_device(device: torch.device) -> None:
+    layer = LowRankAutoregressive(4, device=device, dtype=torch.float64)
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        assert tensor.device.type == device.type
+    x = torch.ones(2, 4, device=device)
+    y = layer(x)
+    layer.log_abs_det_jacobian(x, y).sum().backward()
+    score = layer.push_score(x, y, x)
+    assert score.device.type == layer.weight_out.grad.device.type == device.type
+    assert close(layer.inv(y.detach().clone()), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    exact = make().requires_grad_(False)
+    x = torch.randn(3, 5)
+    y = exact(x)
+    layer, rounded = copy.deepcopy(exact).to(dtype), x.to(dtype)
+    image = layer(rounded)
+    log_det = layer.log_abs_det_jacobian(rounded, image)
+    score = layer.push_score(rounded, image, rounded)
+    assert image.dtype == score.dtype == layer.inv(image.clone()).dtype == dtype
+    # Sums of logarithms need digits that bfloat16 has not.
+    assert log_det.dtype == torch.float32
+    tolerance = SINGLE if dtype == torch.float32 else HALF
+    assert close(image.double(), y, tolerance)
+    assert close(log_det.double(), exact.log_abs_det_jacobian(x, y), tolerance)
+
+
+def test_dtype_option() -> None:
+    layer = low_rank_autoregressive(3, dtype=torch.float32)
+    assert {tensor.dtype for tensor in [*layer.parameters(), *layer.buffers()]} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype: torch.dtype) -> None:
+    # As the second layer under autocast, it may get inputs of either type.
+    exact = make()
+    x = torch.randn(3, 5)
+    layer = copy.deepcopy(exact).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = x.to(dtype)
+        y = layer(lowered)
+        assert close(y.double(), exact(x), HALF)
+        assert layer.log_abs_det_jacobian(lowered, y).dtype == torch.float32
+        assert layer.push_score(lowered, y, lowered).dtype == torch.float32
+
+
+def test_masks_are_not_saved() -> None:
+    # They follow from the sizes.
+    assert set(make().state_dict()) == {"weight_in", "bias_in", "weight_out", "bias_out"}
+
+
+def test_state_of_another_size_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for weight_in"):
+        make(5, 4).load_state_dict(make(5, 3).state_dict())
+
+
+def test_pickle_in_a_stack() -> None:
+    stack = Compose([make(), SelfNormalizingLinear(5)])
+    x = torch.randn(3, 5)
+    y = stack(x)
+    buffer = io.BytesIO()
+    torch.save(stack, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
+
+
+# --- What is no valid input ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "3", None])
+@pytest.mark.parametrize("name", ["input_dim", "hidden_dim"])
+def test_bad_sizes(name: str, size: object) -> None:
+    sizes = {"input_dim": 3, "hidden_dim": 3, name: size}
+    with pytest.raises(ValueError, match=f"expected {name}, an integer >= 1; got {size!r}"):
+        LowRankAutoregressive(**sizes)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_bound(sigma: float) -> None:
+    with pytest.raises(ValueError, match="expected max_log_scale > 0; got"):
+        LowRankAutoregressive(3, max_log_scale=sigma)
+
+
+def test_bad_dtype() -> None:
+    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+        LowRankAutoregressive(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("through", ["T", "T.inv"])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 4), r"shape \(\.\.\., 5\); got \(2, 4\)"),
+        (torch.ones(()), r"shape \(\.\.\., 5\); got \(\)"),
+        (torch.ones(0, 5), r"non-empty tensor"),
+        (torch.ones(2, 5, dtype=torch.int64), r"floating-point tensor; got torch\.int64"),
+        (torch.ones(2, 5, dtype=torch.float32), r"expected dtype torch\.float64; got"),
+    ],
+    ids=["another dimension", "a scalar", "empty", "integers", "another dtype"],
+)
+def test_bad_input(x: Tensor, message: str, through: str) -> None:
+    layer = make()
+    with pytest.raises(ValueError, match=message):
+        (layer if through == "T" else layer.inv)(x)
+
+
+def test_nan_surfaces() -> None:
+    layer, x = make(), torch.randn(2, 5)
+    x[0, 1] = float("nan")
+    y = layer(x)
+    log_det = layer.log_abs_det_jacobian(x, y)
+    assert y[0].isnan().any()
+    assert log_det[0].isnan()
+    assert y[1].isfinite().all()
+    assert log_det[1].isfinite()
+
+
+def test_repr_says_its_sizes() -> None:
+    assert repr(make()) == "LowRankAutoregressive(5, hidden_dim=4, max_log_scale=3.0)"
