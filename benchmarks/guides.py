@@ -1,0 +1,243 @@
+"""Guides on posteriors of 20 to 2,500 dimensions, at equal wall-clock time.
+
+Every guide is trained by SVI with Adam and one sample a step, at three learning rates, from three
+seeds; the guides of one posterior, rate and seed take turns of 0.2 s, so that whatever else the
+machine does slows all of them alike. Then −ELBO is estimated from 500 fresh samples, with exact
+log-determinants. One thread. A guide that has diverged has no −ELBO: it counts as infinite.
+
+    python benchmarks/guides.py run
+    python benchmarks/guides.py table
+    python benchmarks/guides.py run --guides variants --results outputs/variants.jsonl
+
+``run`` appends results to ``--results`` as they come, and does not repeat what is there; so more
+than one may run at a time. ``table`` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import zuko
+from posteriors import POSTERIORS, Posterior
+from pyro.distributions import TransformModule
+from pyro.distributions.transforms import block_autoregressive
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_snf import AutoSelfNormalizingFlow
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import svi_guide  # found through the line above
+
+RATES = (1e-3, 3e-3, 1e-2)
+OURS = "AutoSelfNormalizingFlow"
+
+#: A −ELBO of this size, of either sign, is nothing but overflow.
+DIVERGED = 1e6
+
+
+class ZukoTransform(TransformModule):
+    """A flow of Zuko's as a transform of Pyro's, ending in a scale of 0.1 that is learned.
+
+    Its autoregressive networks are evaluated once from latent to data, as in an inverse
+    autoregressive flow: a guide goes that way in each step. As a density model, which Zuko makes
+    them for, they go the other way.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: zuko.lazy.Flow, dim: int) -> None:
+        super().__init__(cache_size=1)
+        self.flow = flow.transform
+        self.loc = torch.nn.Parameter(torch.zeros(dim))
+        self.log_scale = torch.nn.Parameter(torch.full((dim,), math.log(0.1)))
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, self._log_det = self.flow().call_and_ladj(x)
+        return self.loc + self.log_scale.exp() * y
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._log_det + self.log_scale.sum()  # of the sample that is scored
+
+
+def zuko_guide(flow: Callable[..., zuko.lazy.Flow], model: Callable[[], object]) -> AutoContinuous:
+    return AutoNormalizingFlow(model, lambda dim: ZukoTransform(flow(dim), dim))
+
+
+#: The largest D for each, where there is one. Above, the time is not enough for some hundred steps.
+GUIDES: dict[str, tuple[Callable[..., AutoContinuous], float]] = {
+    OURS: (AutoSelfNormalizingFlow, math.inf),
+    "AutoNormal": (AutoNormal, math.inf),
+    "AutoDiagonalNormal": (AutoDiagonalNormal, math.inf),
+    "AutoMultivariateNormal": (AutoMultivariateNormal, math.inf),
+    "AutoLowRankMultivariateNormal": (AutoLowRankMultivariateNormal, math.inf),
+    "AutoIAFNormal": (AutoIAFNormal, 1000),
+    "block_autoregressive": (
+        lambda model: AutoNormalizingFlow(model, block_autoregressive),
+        300,
+    ),
+    "Zuko MAF": (partial(zuko_guide, zuko.flows.MAF), 1000),
+    "Zuko NSF": (partial(zuko_guide, zuko.flows.NSF), 1000),
+}
+
+#: What each choice is worth: run with ``--guides variants``.
+VARIANTS: dict[str, tuple[Callable[..., AutoContinuous], float]] = {
+    OURS: GUIDES[OURS],
+    "gradient='total'": (partial(AutoSelfNormalizingFlow, gradient="total"), math.inf),
+    "clip=None": (partial(AutoSelfNormalizingFlow, clip=None), math.inf),
+    "num_layers=1": (partial(AutoSelfNormalizingFlow, num_layers=1), math.inf),
+    "num_layers=3": (partial(AutoSelfNormalizingFlow, num_layers=3), math.inf),
+}
+
+CHOICES = {"all": GUIDES, "variants": VARIANTS}
+
+
+def seconds_for(dim: int) -> float:
+    """How long a guide is trained."""
+    return 8.0 if dim < 600 else 20.0 if dim < 1000 else 40.0
+
+
+@pyro.settings.context(module_local_params=True)
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Encountered", UserWarning)  # a guide that has diverged
+    chosen = CHOICES[args.guides]
+    for seed in args.seeds:
+        for name in args.posteriors or POSTERIORS:
+            posterior = POSTERIORS[name]()
+            for rate in args.rates:
+                done = {row["guide"] for row in load(args.results) if same(row, name, rate, seed)}
+                wanted = {name: guide for name, guide in chosen.items() if name not in done}
+                rows = compare(posterior, wanted, rate, seed)
+                with args.results.open("a", encoding="utf-8") as file:
+                    for row in rows:
+                        print(name, rate, seed, row, flush=True)
+                        row = {"posterior": name, "rate": rate, "seed": seed, **row}
+                        file.write(json.dumps(row) + "\n")
+
+
+def compare(
+    posterior: Posterior,
+    chosen: Mapping[str, tuple[Callable[..., AutoContinuous], float]],
+    rate: float,
+    seed: int,
+) -> list[dict[str, object]]:
+    """A row for each guide."""
+    pyro.set_rng_seed(seed)
+    guides = {
+        name: make(posterior.model)
+        for name, (make, largest) in chosen.items()
+        if posterior.dim <= largest
+    }
+    seconds = seconds_for(posterior.dim)
+    histories = svi_guide.train(
+        posterior.model, guides, learning_rate=rate, seconds=seconds, show_progress=False
+    )
+    rows = []
+    for name, guide in guides.items():
+        loss, error = svi_guide.evaluate(posterior.model, guide, 500)
+        rows.append(
+            {
+                "guide": name,
+                "loss": loss,
+                "error": error,
+                "steps": len(histories[name].losses),
+                "ms_per_step": histories[name].milliseconds_per_step,
+            }
+        )
+    return rows
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def same(row: dict[str, Any], posterior: str, rate: float, seed: int) -> bool:
+    return (row["posterior"], row["rate"], row["seed"]) == (posterior, rate, seed)
+
+
+def table(args: argparse.Namespace) -> None:
+    """For each guide the best and the worst rate's mean over the seeds, and its ms a step."""
+    losses = defaultdict(lambda: defaultdict(list))  # (posterior, guide) → rate → losses
+    times = defaultdict(list)
+    for row in load(args.results):
+        key = row["posterior"], row["guide"]
+        diverged = not abs(row["loss"]) < DIVERGED or row["loss"] < lowest(row["posterior"])
+        losses[key][row["rate"]].append(math.inf if diverged else row["loss"])
+        times[key].append(row["ms_per_step"])
+    for posterior in POSTERIORS:
+        print(f"\n**{posterior}**\n\n| guide | " + " | ".join(f"{r:g}" for r in RATES), end="")
+        print(" | best | worst | ms/step |\n" + "|---" * (len(RATES) + 4) + "|")
+        for guide in {**GUIDES, **VARIANTS}:
+            found = losses[posterior, guide]
+            if found:
+                means = [statistics.fmean(found[rate]) for rate in RATES if found[rate]]
+                cells = [spread(found[rate]) for rate in RATES]
+                cells += [number(min(means)), number(max(means))]
+                cells.append(f"{statistics.median(times[posterior, guide]):.1f}")
+                print(f"| {guide} | " + " | ".join(cells) + " |")
+
+
+def lowest(name: str) -> float:
+    """What no −ELBO can be below, but by the error of its estimate."""
+    evidence = POSTERIORS[name]().negative_log_evidence
+    return -math.inf if evidence is None else evidence - 1.0
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None
+    return number(mean) if deviation is None else f"{number(mean)} ± {number(deviation)}"
+
+
+def number(value: float) -> str:
+    if not value < DIVERGED:
+        return "diverged"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--results", type=Path, default=Path("outputs/guides.jsonl"))
+    parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, metavar="NAME")
+    parser.add_argument("--guides", choices=CHOICES, default="all")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args(argv)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    {"run": run, "table": table}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
