@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, default=list(POSTERIORS))
-    parser.add_argument("--num-steps", type=int, default=15000)
+    parser.add_argument("--num-steps", type=int, default=40000)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--num-particles", type=int, default=8)
     parser.add_argument("--num-draws", type=int, default=20000)

@@ -14,9 +14,9 @@ that whatever else the machine does slows all of them alike. Lower −ELBO is be
 With the default seed 0, on one core of a server, −ELBO in nats was roughly
 
     data         seconds  self-normalizing  multivariate  low rank  diagonal
-    sunspots          12              1300          1343      1348      1354
-    --grid 16         20               552           577       571       575
-    --grid 30         20              2024          2396      2090      2091
+    sunspots          12              1297          1344      1349      1354
+    --grid 16         20               549           578       571       574
+    --grid 30         20              1959          2402      2090      2092
 
 Results are in outputs/svi_guide: result.json, convergence.png, and intensity.png.
 """
