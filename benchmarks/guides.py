@@ -10,7 +10,7 @@ log-determinants. One thread. A guide that has diverged has no −ELBO: it count
     python benchmarks/guides.py run --guides variants --results outputs/variants.jsonl
 
 ``run`` appends results to ``--results`` as they come, and does not repeat what is there; so more
-than one may run at a time. ``table`` prints them.
+than one may run at a time. ``table`` prints them, ``plot`` draws them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 import pyro
 import torch
 import zuko
+from matplotlib.figure import Figure
 from posteriors import POSTERIORS, Posterior
 from pyro.distributions import TransformModule
 from pyro.distributions.transforms import block_autoregressive
@@ -182,26 +183,59 @@ def same(row: dict[str, Any], posterior: str, rate: float, seed: int) -> bool:
     return (row["posterior"], row["rate"], row["seed"]) == (posterior, rate, seed)
 
 
-def table(args: argparse.Namespace) -> None:
-    """For each guide the best and the worst rate's mean over the seeds, and its ms a step."""
-    losses = defaultdict(lambda: defaultdict(list))  # (posterior, guide) → rate → losses
+def collect(path: Path) -> tuple[dict, dict]:
+    """For each posterior and guide the losses by rate, and the times of a step."""
+    losses = defaultdict(lambda: defaultdict(list))
     times = defaultdict(list)
-    for row in load(args.results):
+    for row in load(path):
         key = row["posterior"], row["guide"]
         diverged = not abs(row["loss"]) < DIVERGED or row["loss"] < lowest(row["posterior"])
         losses[key][row["rate"]].append(math.inf if diverged else row["loss"])
         times[key].append(row["ms_per_step"])
+    return losses, times
+
+
+def table(args: argparse.Namespace) -> None:
+    """For each guide the mean over the seeds at each rate, and the ms a step."""
+    losses, times = collect(args.results)
     for posterior in POSTERIORS:
+        if not any(name == posterior for name, _ in losses):
+            continue
         print(f"\n**{posterior}**\n\n| guide | " + " | ".join(f"{r:g}" for r in RATES), end="")
         print(" | best | worst | ms/step |\n" + "|---" * (len(RATES) + 4) + "|")
         for guide in {**GUIDES, **VARIANTS}:
-            found = losses[posterior, guide]
+            found = losses.get((posterior, guide))
             if found:
                 means = [statistics.fmean(found[rate]) for rate in RATES if found[rate]]
                 cells = [spread(found[rate]) for rate in RATES]
                 cells += [number(min(means)), number(max(means))]
                 cells.append(f"{statistics.median(times[posterior, guide]):.1f}")
                 print(f"| {guide} | " + " | ".join(cells) + " |")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """A line for each guide, from its best rate to its worst, above the lowest of all."""
+    losses, _ = collect(args.results)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 4, sharey=True).flatten()
+    for axis, posterior in zip(axes, POSTERIORS, strict=True):
+        means = {
+            guide: [statistics.fmean(found) for found in losses[posterior, guide].values()]
+            for guide in GUIDES
+        }
+        floor = min(min(values) for values in means.values() if values)
+        for row, (guide, values) in enumerate(means.items()):
+            if values:
+                color = "tab:red" if guide == OURS else "tab:blue"
+                ends = [min(values) - floor + 0.1, min(max(values) - floor + 0.1, DIVERGED)]
+                axis.plot(ends, [row, row], "o-", color=color)
+        axis.set(xscale="log", xlim=(0.05, 1e4), title=posterior)
+        axis.set_yticks(range(len(GUIDES)), list(GUIDES))
+        axis.tick_params(labelsize=8)
+        axis.title.set_size(9)
+    axes[0].invert_yaxis()
+    figure.supxlabel("−ELBO above the lowest, + 0.1 (nats): best and worst of three rates")
+    figure.savefig(args.picture, dpi=110)
 
 
 def lowest(name: str) -> float:
@@ -228,15 +262,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "plot"])
     parser.add_argument("--results", type=Path, default=Path("outputs/guides.jsonl"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/guides.png"))
     parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, metavar="NAME")
     parser.add_argument("--guides", choices=CHOICES, default="all")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args(argv)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    {"run": run, "table": table}[args.command](args)
+    {"run": run, "table": table, "plot": plot}[args.command](args)
 
 
 if __name__ == "__main__":
