@@ -9,42 +9,15 @@ its rate falling to 0 by a cosine over the given time; several samples a step.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Sequence
 
-import posteriors
+import annealing
 import pyro
-import svi_guide  # found by posteriors
 import torch
-from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
+from posteriors import conjugate_gaussian, svi_guide
+from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_snf import AutoSelfNormalizingFlow
-
-
-def train(
-    posterior: posteriors.Posterior,
-    guide: AutoContinuous,
-    *,
-    seconds: float,
-    rate: float,
-    num_particles: int,
-) -> int:
-    """Train the guide; the number of steps."""
-    elbo = Trace_ELBO(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=0)
-    objective = elbo(posterior.model, guide)
-    guide()
-    optimizer = torch.optim.Adam(objective.parameters(), lr=rate, fused=True)
-    start = time.perf_counter()
-    num_steps = 0
-    while (share := (time.perf_counter() - start) / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
-        optimizer.zero_grad()
-        objective().backward()
-        optimizer.step()
-        num_steps += 1
-    return num_steps
 
 
 @pyro.settings.context(module_local_params=True)
@@ -59,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     pyro.enable_validation(False)
 
-    posterior = posteriors.conjugate_gaussian()
+    posterior = conjugate_gaussian()
     print("| guide | KL (nats) | standard error | KL per 100 dimensions | steps |")
     print("|---|---|---|---|---|")
     for name, guide in {
@@ -68,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "AutoMultivariateNormal": AutoMultivariateNormal(posterior.model),
     }.items():
         pyro.set_rng_seed(args.seed)
-        steps = train(
-            posterior,
+        steps, _ = annealing.train(
+            posterior.model,
             guide,
-            seconds=args.seconds,
             rate=args.learning_rate,
             num_particles=args.num_particles,
+            seconds=args.seconds,
         )
         loss, error = svi_guide.evaluate(posterior.model, guide, 2000)
         divergence = loss - posterior.negative_log_evidence

@@ -19,11 +19,10 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import pyro
 import torch
 import zuko
 from matplotlib.figure import Figure
-from posteriors import POSTERIORS, Posterior
+from posteriors import POSTERIORS, Posterior, svi_guide
 from pyro.distributions import TransformModule
 from pyro.distributions.transforms import block_autoregressive
 from pyro.infer.autoguide import (
@@ -47,9 +46,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_snf import AutoSelfNormalizingFlow
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import svi_guide  # found through the line above
 
 RATES = (1e-3, 3e-3, 1e-2)
 OURS = "AutoSelfNormalizingFlow"
@@ -131,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
             posterior = POSTERIORS[name]()
             for rate in args.rates:
                 done = {row["guide"] for row in load(args.results) if same(row, name, rate, seed)}
-                wanted = {name: guide for name, guide in chosen.items() if name not in done}
+                wanted = {guide: make for guide, make in chosen.items() if guide not in done}
                 rows = compare(posterior, wanted, rate, seed)
                 with args.results.open("a", encoding="utf-8") as file:
                     for row in rows:
@@ -238,6 +234,7 @@ def plot(args: argparse.Namespace) -> None:
     figure.savefig(args.picture, dpi=110)
 
 
+@cache  # to make the posterior may take seconds
 def lowest(name: str) -> float:
     """What no −ELBO can be below, but by the error of its estimate."""
     evidence = POSTERIORS[name]().negative_log_evidence

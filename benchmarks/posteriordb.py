@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import annealing
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_median, init_to_value
 from torch import Tensor
 
 from pyro_snf import AutoSelfNormalizingFlow
 from pyro_snf.diagnostics import PSIS, psis
 
-#: Names of the data, of the draws, and the model with the quantities that the draws are of.
+#: What the reference draws are of, from draws of a model's latent variables.
 Quantities = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
@@ -143,25 +142,6 @@ def read_draws(path: Path) -> dict[str, Tensor]:
     }
 
 
-def train(
-    model: Callable[[], object], guide: Any, *, num_steps: int, rate: float, num_particles: int
-) -> float:
-    """Train the guide; the seconds that it took."""
-    objective = Trace_ELBO(num_particles, max_plate_nesting=0, vectorize_particles=True)(
-        model, guide
-    )
-    guide()
-    optimizer = torch.optim.Adam(objective.parameters(), lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    start = time.perf_counter()
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        objective().backward()
-        optimizer.step()
-        schedule.step()
-    return time.perf_counter() - start
-
-
 def errors(
     draws: Mapping[str, Tensor], weights: Tensor, reference: Mapping[str, Tensor]
 ) -> tuple[float, float]:
@@ -207,12 +187,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             pyro.set_rng_seed(args.seed)
             init_loc_fn = start if name.startswith("kidiq") else init_to_median
             guide = make_guide(model, init_loc_fn=init_loc_fn)
-            seconds = train(
+            _, seconds = annealing.train(
                 model,
                 guide,
-                num_steps=args.num_steps,
                 rate=args.learning_rate,
                 num_particles=args.num_particles,
+                num_steps=args.num_steps,
             )
             result: PSIS = psis(model, guide, num_samples=args.num_draws, vectorize=True)
             draws = quantities(result.samples)

@@ -125,7 +125,6 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         self.layer_options = kwargs
         self.clip = clip if gradient == "path" else None
         self.transform = None
-        self.latent_dim = None
         # A moving average of the logarithms of gradients' lengths, and how many there have been.
         self.register_buffer("log_gradient_length", torch.tensor(0.0))
         self.register_buffer("num_gradients", torch.tensor(0.0))
@@ -184,8 +183,9 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         As for the parameters of Pyro's guides; those of a mere torch module Pyro only registers.
         """
         if pyro.settings.get("module_local_params"):
+            _ = self.transform  # PyroModule tells Pyro of what is accessed
             return
-        transform: Any = self._modules["transform"]
+        transform: Any = self._modules["transform"]  # past it: here it is told
         name = self._pyro_get_fullname("transform")
         store = pyro.get_param_store()
         for key, parameter in transform.named_parameters():
@@ -216,8 +216,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         elif self._pyro_context.active:
             self._share_parameters()
-        transform = self.transform
-        assert transform is not None
+        transform: Any = self._modules["transform"]
         return transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import ComposeTransform, Distribution, Transform
 
+from pyro_snf.surrogate import first_order_only
 from pyro_snf.transforms.base import GuardedTransformModule
 
 __all__ = ["PathGradientDistribution", "push_score"]
@@ -235,23 +236,10 @@ class _WithScore(Function):
         shape = cotangent.shape + (1,) * (score.dim() - cotangent.dim())
         gradient = cotangent.reshape(shape) * score
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _NoSecondDerivative.apply(gradient, x)
+            # Else a Hessian would lack this term, and nobody would know.
+            gradient = first_order_only(
+                gradient,
+                x,
+                error="the path derivative has no second derivatives: use gradient='total' instead",
+            )
         return gradient, None, None, None
-
-
-class _NoSecondDerivative(Function):
-    """The gradient itself; else a Hessian would lack this term, and nobody would know."""
-
-    @staticmethod
-    def forward(gradient: Tensor, x: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the path derivative has no second derivatives: use gradient='total' instead"
-        )

@@ -31,29 +31,33 @@ Solver = Callable[[Tensor, bool], Tensor]
 
 class _FirstOrderOnly(Function):
     @staticmethod
-    def forward(gradient: Tensor, parameter: Tensor) -> Tensor:
+    def forward(gradient: Tensor, parameter: Tensor, error: str) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.error = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "a surrogate gradient has no second derivative; use eval() mode or log_det='exact' "
-            "for second-order methods"
-        )
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(ctx.error)
 
 
-def first_order_only(gradient: Tensor, parameter: Tensor) -> Tensor:
+def first_order_only(
+    gradient: Tensor,
+    parameter: Tensor,
+    *,
+    error: str = "a surrogate gradient has no second derivative; use eval() mode or "
+    "log_det='exact' for second-order methods",
+) -> Tensor:
     """A surrogate's gradient, where a backward pass records a graph (``create_graph=True``).
 
     :param Tensor gradient: the gradient, of ``parameter``'s shape.
     :param Tensor parameter: what the gradient is a function of, in truth.
+    :param str error: what to say where it is differentiated.
     :return: ``gradient``; to differentiate it again is a RuntimeError.
     """
-    return _FirstOrderOnly.apply(gradient, parameter)
+    return _FirstOrderOnly.apply(gradient, parameter, error)
 
 
 class _WithGradient(Function):

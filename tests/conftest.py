@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pyro
@@ -57,3 +58,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """``inverse="refined"`` refines in training, as it does where D is large."""
     monkeypatch.setattr(linear_module, "_ROWS_WORTH_FACTORS", 0)
+
+
+@pytest.fixture
+def _jit_may_warn() -> Iterator[None]:
+    # torch deprecates its tracer; Pyro's JitTrace_ELBO stands on it.
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", category)
+        yield

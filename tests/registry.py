@@ -6,7 +6,10 @@ a line in :data:`CONDITIONAL_CASES`; a test sees to it.
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -288,6 +291,64 @@ def batch(case: Case, shape: tuple[int, ...] = (6,), seed: int = 0) -> Tensor:
     """Standard normal inputs of a case, float64, shape ``(*shape, *case.shape)``."""
     generator = torch.Generator().manual_seed(100 + seed)
     return torch.randn((*shape, *case.shape), generator=generator, dtype=torch.float64)
+
+
+def by_pickle(module: nn.Module) -> nn.Module:
+    """A copy of the module."""
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_torch_save(module: nn.Module) -> nn.Module:
+    """A copy of the module."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+#: Ways to copy a module.
+COPIES = [copy.deepcopy, by_pickle, by_torch_save]
+
+
+# --- Losses of every sample: all ways in which a log-determinant enters ---
+
+
+def density_by_inverse(transform: Transform, x: Tensor) -> Tensor:
+    """``log p(x)`` of ``[T.inv]``: data go through T; ∂loss/∂ladj < 0 for a likelihood."""
+    return _flow(x, transform.inv).log_prob(x)
+
+
+def density_by_transform(transform: Transform, x: Tensor) -> Tensor:
+    """``log p(x)`` of ``[T]``: data go through T.inv; the sign is the other one."""
+    return _flow(x, transform).log_prob(x)
+
+
+def entropy_of_guide(transform: Transform, x: Tensor) -> Tensor:
+    """``log q(z) − log p(z)`` at a reparametrized sample ``z = T(x)`` of the guide ``[T]``."""
+    sample = transform(x)
+    return _flow(x, transform).log_prob(sample) + 0.5 * (sample - 1).square().sum(-1)
+
+
+def entropy_of_inverse_guide(transform: Transform, x: Tensor) -> Tensor:
+    """The same for the guide ``[T.inv]``."""
+    return entropy_of_guide(transform.inv, x)
+
+
+LOSSES = [
+    density_by_inverse,
+    density_by_transform,
+    entropy_of_guide,
+    entropy_of_inverse_guide,
+]
+
+
+def _flow(x: Tensor, transform: Transform) -> dist.TransformedDistribution:
+    return dist.TransformedDistribution(standard_normal(x.shape[-1]), [transform])
+
+
+def standard_normal(dim: int) -> dist.Distribution:
+    """The base of a flow, ``N(0, I)``."""
+    return dist.Normal(torch.zeros(dim), 1.0).to_event(1)
 
 
 def density_loss(transform: Transform, data: Tensor) -> Tensor:

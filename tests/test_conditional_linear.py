@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 
 import pyro
@@ -30,11 +28,16 @@ from pyro_snf.dense import near_identity
 from pyro_snf.transforms.conditional_linear import LowRankUpdate
 from tests.registry import (
     CONDITIONAL_CASES,
+    COPIES,
     INVERSES,
     LOG_DETS,
+    LOSSES,
     ConditionalCase,
+    density_by_inverse,
+    entropy_of_guide,
     make_inverse_exact,
     randomize,
+    standard_normal,
 )
 
 # Float64, condition numbers of some tens at most: rounding, and three digits to spare.
@@ -105,10 +108,6 @@ def contexts(case: ConditionalCase, *shape: int, seed: int = 0) -> Tensor:
 def inputs(case: ConditionalCase, *shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(300 + seed)
     return torch.randn(*shape, case.input_dim, generator=generator)
-
-
-def standard_normal(dim: int) -> dist.Distribution:
-    return dist.Normal(torch.zeros(dim), 1.0).to_event(1)
 
 
 class Split(nn.Module):
@@ -369,36 +368,8 @@ def test_condition_draws_no_random_numbers(case: ConditionalCase) -> None:
 # --- Gradients ----------------------------------------------------------------------------------
 
 
-def density_by_inverse(transform: Transform, x: Tensor) -> Tensor:
-    """``log p(x)`` of ``[T.inv]``: data go through T."""
-    return _flow(x, transform.inv).log_prob(x)
-
-
-def density_by_transform(transform: Transform, x: Tensor) -> Tensor:
-    """``log p(x)`` of ``[T]``: data go through T.inv."""
-    return _flow(x, transform).log_prob(x)
-
-
-def entropy_of_guide(transform: Transform, x: Tensor) -> Tensor:
-    """``log q(z) − log p(z)`` at a reparametrized sample ``z = T(x)`` of the guide ``[T]``."""
-    sample = transform(x)
-    return _flow(x, transform).log_prob(sample) + 0.5 * (sample - 1).square().sum(-1)
-
-
-def entropy_of_inverse_guide(transform: Transform, x: Tensor) -> Tensor:
-    """The same for the guide ``[T.inv]``."""
-    return entropy_of_guide(transform.inv, x)
-
-
-def _flow(x: Tensor, transform: Transform) -> dist.TransformedDistribution:
-    return dist.TransformedDistribution(standard_normal(x.shape[-1]), [transform])
-
-
 def density_loss(module: ConditionalSelfNormalizingLinear, data: Tensor, context: Tensor) -> Tensor:
     return -density_by_inverse(module.condition(context), data).mean()
-
-
-LOSSES = [density_by_inverse, density_by_transform, entropy_of_guide, entropy_of_inverse_guide]
 
 
 def all_gradients(
@@ -582,17 +553,6 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def by_pickle(module: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(module))
-
-
-def by_torch_save(module: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 def train(module: ConditionalSelfNormalizingLinear, case: ConditionalCase) -> None:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     for step in range(3):
@@ -605,7 +565,7 @@ def train(module: ConditionalSelfNormalizingLinear, case: ConditionalCase) -> No
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("make_copy", COPIES)
 def test_copies(
     case: ConditionalCase, make_copy: Callable[[nn.Module], nn.Module], trained: bool
 ) -> None:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import io
 import math
-import pickle
 from collections.abc import Callable
 
 import pyro
@@ -28,9 +27,11 @@ from pyro_snf import (
 from tests.registry import (
     CASES,
     CONDITIONAL_CASES,
+    COPIES,
     LOG_DETS,
     Case,
     batch,
+    by_pickle,
     density_loss,
     guide_loss,
     linear,
@@ -293,18 +294,6 @@ def test_construction_draws_no_random_numbers() -> None:
 # --- State and copies, before and after training ------------------------------------------------
 
 
-def by_pickle(transform: Transform) -> Transform:
-    return pickle.loads(pickle.dumps(transform))
-
-
-def by_torch_save(transform: Transform) -> Transform:
-    buffer = io.BytesIO()
-    torch.save(transform, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES = [copy.deepcopy, by_pickle, by_torch_save]
 TRAINED = pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 COPIED = pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
 

@@ -18,7 +18,17 @@ from torch.distributions import Transform
 
 from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.dense import near_identity
-from tests.registry import INVERSES, LOG_DETS, linear, make_inverse_exact, nudge_inverses, randomize
+from tests.registry import (
+    INVERSES,
+    LOG_DETS,
+    LOSSES,
+    density_by_inverse,
+    density_by_transform,
+    linear,
+    make_inverse_exact,
+    nudge_inverses,
+    randomize,
+)
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 
@@ -59,40 +69,6 @@ def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
-# --- Losses: every way in which a log-determinant enters ----------------------------------------
-
-
-def density_by_inverse(transform: Transform, x: Tensor) -> Tensor:
-    """``log p(x)`` of ``[T.inv]``: data go through T; ∂loss/∂ladj < 0 for a likelihood."""
-    return _flow(x, transform.inv).log_prob(x)
-
-
-def density_by_transform(transform: Transform, x: Tensor) -> Tensor:
-    """``log p(x)`` of ``[T]``: data go through T.inv; the sign is the other one."""
-    return _flow(x, transform).log_prob(x)
-
-
-def entropy_of_guide(transform: Transform, x: Tensor) -> Tensor:
-    """``log q(z) − log p(z)`` at a reparametrized sample ``z = T(x)`` of the guide ``[T]``."""
-    sample = transform(x)
-    return _flow(x, transform).log_prob(sample) + 0.5 * (sample - 1).square().sum(-1)
-
-
-def entropy_of_inverse_guide(transform: Transform, x: Tensor) -> Tensor:
-    """The same for the guide ``[T.inv]``."""
-    return entropy_of_guide(transform.inv, x)
-
-
-def _flow(x: Tensor, transform: Transform) -> dist.TransformedDistribution:
-    return dist.TransformedDistribution(dist.Normal(torch.zeros(x.shape[-1]), 1.0), [transform])
-
-
-LOSSES = [
-    density_by_inverse,
-    density_by_transform,
-    entropy_of_guide,
-    entropy_of_inverse_guide,
-]
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 

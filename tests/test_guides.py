@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import math
-import pickle
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,11 @@ from pyro_snf import (
     SmoothLeakyReLU,
 )
 from pyro_snf.path_gradient import PathGradientDistribution
-from tests.registry import randomize
+from tests.registry import (
+    COPIES,
+    by_pickle,
+    randomize,
+)
 from tests.test_pyro import Conjugate
 
 # Float64, the same operations in another order.
@@ -703,20 +705,7 @@ def test_in_another_process(conjugate: Conjugate, tmp_path: Path) -> None:
 # --- State: copies ------------------------------------------------------------------------------
 
 
-def by_pickle(guide: Any) -> Any:
-    return pickle.loads(pickle.dumps(guide))
-
-
-def by_torch_save(guide: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(guide, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIED = pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, by_pickle, by_torch_save], ids=lambda make: make.__name__
-)
+COPIED = pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
 STAGES: dict[str, Callable[[Any], Any]] = {
     "called": created,
     "trained": trained,
@@ -927,15 +916,6 @@ def test_tail_adaptive_loss_is_infinite_by_design(
     svi = SVI(conjugate, guide, Adam({"lr": 0.01}), TraceTailAdaptive_ELBO(**VECTORIZED))
     assert svi.step() == math.inf
     assert all(parameter.isfinite().all() for parameter in guide.parameters())
-
-
-@pytest.fixture
-def _jit_may_warn() -> Iterator[None]:
-    # torch deprecates its tracer; Pyro's JitTrace_ELBO stands on it.
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
-            warnings.simplefilter("ignore", category)
-        yield
 
 
 @pytest.mark.usefixtures("_jit_may_warn")

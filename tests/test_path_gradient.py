@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -538,15 +537,6 @@ def test_copy(make_copy: Callable[[Distribution], Distribution]) -> None:
 
 
 # --- The jit, second derivatives, bad values ----------------------------------------------------
-
-
-@pytest.fixture
-def _jit_may_warn() -> Iterator[None]:
-    # torch deprecates its tracer; Pyro's JitTrace_ELBO stands on it.
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
-            warnings.simplefilter("ignore", category)
-        yield
 
 
 @pytest.mark.usefixtures("_jit_may_warn")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -332,15 +331,6 @@ def test_state_dict_of_an_autoguide_into_a_fresh_one(conjugate: Conjugate, tmp_p
 
 
 # --- The jit ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _jit_may_warn() -> Iterator[None]:
-    # torch deprecates its tracer; Pyro's JitTrace_ELBO stands on it.
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
-            warnings.simplefilter("ignore", category)
-        yield
 
 
 def density_of(layer: Transform, data: Tensor) -> Callable[[], None]:

@@ -123,7 +123,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
         return y, memo
 
     def _inverse(self, y: Tensor) -> Tensor:
-        self._check(y)
+        check_input(self, y, (self.input_dim,), self.weight_in.dtype)
         weight_in, weight_out = self._weights()
         weight_t, weight_r = weight_out.chunk(2)
         bias_t, bias_r = self.bias_out.chunk(2)
@@ -174,12 +174,6 @@ class LowRankAutoregressive(InvertibleTransformModule):
         self._set_masks()  # not rounded by the types that they have been in
         return self
 
-    def _check(self, x: Tensor) -> None:
-        check_input(self, x, (self.input_dim,))
-        dtype = self.weight_in.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self}: expected dtype {dtype}; got {x.dtype}")
-
     def _weights(self) -> tuple[Tensor, Tensor]:
         """B and C, masked, shapes ``(H, D)`` and ``(2D, H)``."""
         return self.weight_in * self.mask_in, self.weight_out * self.mask_out
@@ -189,7 +183,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """t and s, each of x's shape."""
-        self._check(x)
+        check_input(self, x, (self.input_dim,), self.weight_in.dtype)
         weight_in, weight_out = self._weights()
         hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
         shift, log_scale = F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)

@@ -24,12 +24,18 @@ __all__ = [
 Self = TypeVar("Self", bound="InvertibleTransformModule")
 
 
-def check_input(transform: Transform, x: Tensor, event_shape: tuple[int, ...]) -> None:
+def check_input(
+    transform: Transform,
+    x: Tensor,
+    event_shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise a ValueError unless ``x`` is a floating, non-empty batch of events.
 
     :param Transform transform: named in the error.
     :param Tensor x: the input.
     :param event_shape: the trailing shape to expect; ``()`` for elementwise transforms.
+    :param dtype: the type to expect, outside autocast; None if any will do.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -40,6 +46,8 @@ def check_input(transform: Transform, x: Tensor, event_shape: tuple[int, ...]) -
         raise ValueError(
             f"{transform}: expected a non-empty tensor of shape ({expected}); got {tuple(x.shape)}"
         )
+    if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{transform}: expected dtype {dtype}; got {x.dtype}")
 
 
 class InvertibleTransformModule(TransformModule):
@@ -116,8 +124,13 @@ class InvertibleTransformModule(TransformModule):
             return self
         if cache_size not in (0, 1):
             raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
-        twin = copy.copy(self)  # shares the dictionaries of parameters, buffers and children
+        twin = self.twin()
         twin._cache_size = cache_size
+        return twin
+
+    def twin(self: Self) -> Self:
+        """This transform with a cache of its own; it shares parameters, buffers and children."""
+        twin = copy.copy(self)  # shares their dictionaries
         twin._pair = PairCache()
         twin.__dict__["_inv"] = None
         return twin

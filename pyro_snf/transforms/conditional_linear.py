@@ -127,10 +127,8 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
             transform have shape ``(..., D)``, and ``...`` broadcasts with ``batch``.
         """
         bias, log_scale, *factors = self._parameters_of(context)
-        # Twins of the layer share all but the cache. With one cache for all contexts, the latest
-        # sample would push out what is known of the others.
-        linear = self.linear.with_cache(0).with_cache(1)
-        parts: list[Transform] = [linear, ScaleAndShift(bias, log_scale)]
+        # With one cache for all contexts, the latest sample would push out what is known of others.
+        parts: list[Transform] = [self.linear.twin(), ScaleAndShift(bias, log_scale)]
         if factors:
             u, v = (factor.unflatten(-1, (self.rank, self.input_dim)) for factor in factors)
             parts.insert(0, LowRankUpdate(u, v))
@@ -189,10 +187,7 @@ class _BatchOfMaps(InvertibleTransformModule):
     inverse_shape = forward_shape
 
     def _check(self, x: Tensor) -> None:
-        check_input(self, x, (self.input_dim,))
-        dtype = self._tensors[0].dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self}: expected dtype {dtype}; got {x.dtype}")
+        check_input(self, x, (self.input_dim,), self._tensors[0].dtype)
         self.forward_shape(x.shape)
 
     def _map_parameters(self) -> list[Tensor]:

@@ -355,9 +355,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
 
     def _as_rows(self, x: Tensor) -> Tensor:
         """Check an input of shape ``(..., D)`` and flatten it to ``(B, D)``."""
-        check_input(self, x, (self.input_dim,))
-        if x.dtype != self.theta.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self}: expected dtype {self.theta.dtype}; got {x.dtype}")
+        check_input(self, x, (self.input_dim,), self.theta.dtype)
         return x.reshape(-1, self.input_dim)
 
     @contextmanager
