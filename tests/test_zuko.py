@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zuko
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.diagnostics import psis, report
 from tests.registry import LOG_DETS, linear, nudge_inverses
 from tests.test_pyro import Conjugate
-
-zuko = pytest.importorskip("zuko")
 
 # Float64: the same operations in another order.
 EXACT = 1e-9
