@@ -1,4 +1,4 @@
-"""Numbers that need more digits than a half-precision layer has."""
+"""Numbers that need more digits than a half-precision layer has, and those that are none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "keep_float32", "without_autocast"]
+__all__ = ["at_least_float32", "check_finite", "keep_float32", "without_autocast"]
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
@@ -40,3 +40,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NO_CONTEXT
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise unless all entries are finite.
+
+    :raises torch.linalg.LinAlgError: if one is NaN or infinite.
+    """
+    if not torch.isfinite(weight).all():
+        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")

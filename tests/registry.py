@@ -33,7 +33,7 @@ from pyro_snf import (
     smooth_leaky_relu,
 )
 from pyro_snf.dense import near_identity
-from pyro_snf.dense.learned import LearnedInverse
+from pyro_snf.learned import LearnedInverse
 
 LOG_DETS = ["refined", "learned", "exact"]
 INVERSES = ["refined", "learned", "exact"]

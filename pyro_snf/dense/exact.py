@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pyro_snf.precision import at_least_float32
+from pyro_snf.precision import at_least_float32, check_finite
 from pyro_snf.surrogate import implicit_solve
 
-__all__ = ["ExactFactors", "check_finite"]
+__all__ = ["ExactFactors"]
 
 # Of inverse iteration, to estimate ‖A⁻¹‖: where it matters, it is huge and seen at once.
 _CONDITION_STEPS = 3
@@ -91,15 +91,6 @@ class ExactFactors:
         :param Tensor matrix: the A that was factorized, with its autograd graph.
         """
         return _FactorizedLogDet.apply(matrix, self)
-
-
-def check_finite(weight: Tensor) -> None:
-    """Raise unless all entries are finite.
-
-    :raises torch.linalg.LinAlgError: if one is NaN or infinite.
-    """
-    if not torch.isfinite(weight).all():
-        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
 
 
 def _estimate_condition(matrix: Tensor, lu: Tensor, pivots: Tensor) -> float:

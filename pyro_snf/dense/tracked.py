@@ -38,7 +38,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +47,7 @@ from pyro_snf.dense.exact import ExactFactors
 from pyro_snf.dense.lookout import Error, Lookout, measure
 from pyro_snf.dense.schedule import RefreshSchedule
 from pyro_snf.precision import at_least_float32, keep_float32
+from pyro_snf.probes import probe_generator
 from pyro_snf.surrogate import with_gradient
 
 __all__ = ["TrackedInverse"]
@@ -278,10 +278,7 @@ class TrackedInverse(nn.Module):
     def _draw_probes(self, num_probes: int) -> Tensor:
         """Fresh Gaussian probes as rows, a function of the seed and the number of rounds."""
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
-        generator = torch.Generator(device)
-        # Hashed, for torch's generator takes 32 bits on the CPU, and must not repeat the user's.
-        words = np.random.SeedSequence([self.seed, self.num_rounds]).generate_state(1)
-        generator.manual_seed(int(words[0]))
+        generator = probe_generator(self.seed, self.num_rounds, device)
         self.num_rounds += 1
         dim = self.inverse_t.shape[-1]
         shape = (min(num_probes, dim), dim)

@@ -15,7 +15,7 @@ from pyro_snf.caching import ParameterCache, ParameterState, version
 from pyro_snf.dense import near_identity
 from pyro_snf.dense.affine import DeferredLogDet, affine, can_defer, scale_and_shift
 from pyro_snf.dense.exact import ExactFactors
-from pyro_snf.dense.learned import LearnedInverse
+from pyro_snf.dense.learned import LearnedMatrix
 from pyro_snf.dense.solve import OnePassSolver, RefinedSolver
 from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.geco import GECO
@@ -56,7 +56,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     ``"refined"`` keeps its error measured: :attr:`certificate`. Where the gradient is off by more
     than ``tolerance``, R is corrected, or made exact (:attr:`num_refreshes`); see
     :mod:`pyro_snf.dense.tracked`. ``"learned"`` is the paper's objective with all its parts; see
-    :mod:`pyro_snf.dense.learned`.
+    :mod:`pyro_snf.learned`.
 
     ``T.inv(y)`` solves by LU factors, O(D³) for every new W, kept until a parameter changes. In
     training, where W is new in each step, ``inverse="refined"`` starts from R and refines to
@@ -161,7 +161,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         for name, value, options in [
             ("log_det", log_det, tuple(self.TRAINING_VALUES)),
             ("inverse", inverse, self.INVERSES),
-            ("reconstruction", reconstruction, LearnedInverse.RECONSTRUCTIONS),
+            ("reconstruction", reconstruction, LearnedMatrix.RECONSTRUCTIONS),
         ]:
             if value not in options:
                 raise ValueError(f"expected {name} to be one of {options}; got {value!r}")
@@ -180,13 +180,13 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             self.register_parameter("bias", None)
 
         #: What stands in for the exact inverse in training.
-        self.estimator: TrackedInverse | LearnedInverse | None = None
+        self.estimator: TrackedInverse | LearnedMatrix | None = None
         if log_det == "refined":
             self.estimator = TrackedInverse(
                 input_dim, num_probes=num_probes, tolerance=tolerance, seed=seed, **factory
             )
         elif log_det == "learned":
-            self.estimator = LearnedInverse(
+            self.estimator = LearnedMatrix(
                 input_dim,
                 mixture=mixture,
                 reconstruction_weight=reconstruction_weight,
@@ -203,7 +203,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
 
     def _call(self, x: Tensor) -> Tensor:
         rows = self._as_rows(x)
-        if isinstance(self.estimator, LearnedInverse):
+        if isinstance(self.estimator, LearnedMatrix):
             product = self.estimator.multiply(self.theta, rows)
         else:
             product = near_identity.multiply(self.theta, rows)
@@ -215,7 +215,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             rows = rows - self.bias
         rows = rows * torch.exp(-self.log_scale)
         with without_autocast(y.device), self._named_errors():
-            if self.inverse == "learned" and isinstance(self.estimator, LearnedInverse):
+            if self.inverse == "learned" and isinstance(self.estimator, LearnedMatrix):
                 # R is a map of its own here: gradients go to its parameter.
                 return self.estimator.apply_inverse(rows).reshape(y.shape)
             if torch.jit.is_tracing():
@@ -225,13 +225,13 @@ class SelfNormalizingLinear(InvertibleTransformModule):
                 x = implicit_solve(matrix, rows, self._solver(matrix, len(rows)))
             else:
                 x = self._solver(None, len(rows))(rows, False)
-            if isinstance(self.estimator, LearnedInverse):
+            if isinstance(self.estimator, LearnedMatrix):
                 x = self.estimator.mixture_solution(x, rows)
             return x.reshape(y.shape)
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, DeferredLogDet | None]:
         recorded = torch.is_grad_enabled() and self.theta.requires_grad
-        is_learned = isinstance(self._training_estimator(), LearnedInverse)
+        is_learned = isinstance(self._training_estimator(), LearnedMatrix)
         if is_learned or not recorded or not can_defer():
             return self._call(x), None
         y, log_det = affine(self._as_rows(x), self.theta, self.log_scale, self.bias)
@@ -242,7 +242,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         shape = x.shape[:-1]
         with without_autocast(x.device), self._named_errors():
             estimator = self._training_estimator()
-            if isinstance(estimator, LearnedInverse):
+            if isinstance(estimator, LearnedMatrix):
                 return self._learned_log_det(estimator, rows).view(shape)
             found: Any = self._pair.memo_of(x, y, self._map_parameters())
             if isinstance(estimator, TrackedInverse):
@@ -293,7 +293,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
             with self._named_errors():
                 self.estimator.refresh(self.theta)
 
-    def _training_estimator(self) -> TrackedInverse | LearnedInverse | None:
+    def _training_estimator(self) -> TrackedInverse | LearnedMatrix | None:
         """What stands in for the exact log-determinant now; None where nothing does."""
         estimator = self.estimator
         if (
@@ -333,7 +333,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         total = self._sum_of_log_scale(self.log_scale.detach())
         return log_det.evaluate(value + total, tracked.inverse_t, exact=False)
 
-    def _learned_log_det(self, learned: LearnedInverse, rows: Tensor) -> Tensor:
+    def _learned_log_det(self, learned: LearnedMatrix, rows: Tensor) -> Tensor:
         scale = self._sum_of_log_scale(self.log_scale)
         # The whole term adds exactly 0 to the value.
         return learned.training_log_abs_det(self.theta, rows) + (scale - scale.detach())
@@ -380,7 +380,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         """``Rᵀ ≈ A⁻ᵀ``, shape ``(D, D)``, a constant to autograd."""
         if isinstance(self.estimator, TrackedInverse):
             return self.estimator.inverse_t
-        if isinstance(self.estimator, LearnedInverse):
+        if isinstance(self.estimator, LearnedMatrix):
             return self.estimator.inverse_t()
         return self._exact_factors().inverse_t
 
