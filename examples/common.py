@@ -1,4 +1,4 @@
-"""What the examples need around their subject: options, data files, a table, a result file."""
+"""What the examples need around their subject: options, data, checkpoints, a table, a result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import argparse
 import gzip
 import json
 import math
+import os
+import signal
 import struct
+import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,6 +22,10 @@ from torch import Tensor
 
 #: MNIST's images, as they are named where they are published; there with ".gz" at the end.
 MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
+#: What stands in the names of IDX files of images, and what else for training and for testing.
+IDX_WORDS = {"train": ("train",), "test": ("t10k", "test")}
+#: The names of the arrays in NPZ files, for training and for testing.
+NPZ_NAMES = [("train", "test"), ("x_train", "x_test")]
 #: The first four bytes of an IDX file: two zeros, the code of bytes, the number of dimensions.
 IDX_IMAGES = 0x0803
 
@@ -65,6 +73,16 @@ def mnist_folder(text: str) -> Path:
     return folder
 
 
+def image_folder(text: str) -> Path:
+    """An option's value that is a folder with images; see :func:`load_images`."""
+    folder = Path(text)
+    try:
+        load_images(folder)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return folder
+
+
 def make_parser(docstring: str | None, *, output_dir: str) -> argparse.ArgumentParser:
     """A parser with the options of all examples, the docstring as its help.
 
@@ -92,8 +110,83 @@ def load_mnist(folder: Path) -> tuple[Tensor, Tensor]:
     :param Path folder: has the IDX files, gzipped or not.
     :raises ValueError: if one is not there, or is not an IDX file of images.
     """
-    train, test = (_read_images(_find_file(folder, name)) for name in (MNIST_TRAIN, MNIST_TEST))
+    paths = [_find_file(folder, name) for name in (MNIST_TRAIN, MNIST_TEST)]
+    train, test = (_read_images(path).flatten(1) for path in paths)
     return train, test
+
+
+def load_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images for training and for testing, bytes of shape ``(N, C, H, W)``.
+
+    :param Path folder: has two IDX files, gzipped or not, named as those of MNIST and of what
+        follows it are, ``…train…images…idx3…`` and ``…t10k…`` or ``…test…images…idx3…``; or one NPZ
+        file with the arrays ``train`` and ``test``, or ``x_train`` and ``x_test``: bytes of shape
+        ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)``, where C is 1 or 3.
+    :raises ValueError: for anything else.
+    """
+    archives = sorted(folder.glob("*.npz"))
+    if len(archives) > 1:
+        names = ", ".join(path.name for path in archives)
+        raise ValueError(f"expected one NPZ file in {folder}; got {names}")
+    if archives:
+        train, test = _read_archive(archives[0])
+    else:
+        paths = [_find_idx(folder, part) for part in IDX_WORDS]
+        train, test = (_read_images(path).unsqueeze(1) for path in paths)
+    if train.shape[1:] != test.shape[1:] or 0 in train.shape or 0 in test.shape:
+        raise ValueError(
+            f"{folder}: expected images of one size for training and testing; got "
+            f"{tuple(train.shape)} and {tuple(test.shape)}"
+        )
+    return train, test
+
+
+def _find_idx(folder: Path, part: str) -> Path:
+    words = IDX_WORDS[part]
+    found = {
+        path.name.removesuffix(".gz"): path
+        for path in sorted(folder.glob("*images*idx3*"), reverse=True)  # gzipped ones first
+        if any(word in path.name for word in words)
+    }
+    if len(found) != 1:
+        pattern = " or ".join(f"*{word}*images*idx3*" for word in words)
+        got = ", ".join(sorted(found)) or "none"
+        raise ValueError(
+            f"expected an NPZ file, or one IDX file named {pattern}, in {folder}; got {got}"
+        )
+    return next(iter(found.values()))
+
+
+def _read_archive(path: Path) -> tuple[Tensor, Tensor]:
+    got = "none"
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
+            got = ", ".join(archive.files) or got
+            names = next((pair for pair in NPZ_NAMES if set(pair) <= set(archive.files)), ())
+            arrays = {name: archive[name] for name in names}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: expected an NPZ file; got {error}") from error
+    if not arrays:
+        expected = " or ".join(" and ".join(names) for names in NPZ_NAMES)
+        raise ValueError(f"{path}: expected arrays {expected}; got {got}")
+    train, test = (_as_images(array, f"{path}: {name}") for name, array in arrays.items())
+    return train, test
+
+
+def _as_images(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name}: expected bytes, dtype uint8; got {array.dtype}")
+    images = torch.from_numpy(array)
+    if images.dim() == 3:
+        return images.unsqueeze(1)
+    if images.dim() == 4 and images.shape[1] in (1, 3):
+        return images
+    if images.dim() == 4 and images.shape[-1] in (1, 3):
+        return images.movedim(-1, 1).contiguous()
+    raise ValueError(
+        f"{name}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), with C 1 or 3; "
+        f"got {array.shape}"
+    )
 
 
 def _find_file(folder: Path, name: str) -> Path:
@@ -104,7 +197,7 @@ def _find_file(folder: Path, name: str) -> Path:
 
 
 def _read_images(path: Path) -> Tensor:
-    """Images of an IDX file as rows: a header of four big-endian integers, and the bytes."""
+    """Images of an IDX file, ``(N, H, W)``: a header of four big-endian integers, and the bytes."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -116,7 +209,7 @@ def _read_images(path: Path) -> Tensor:
             f"the first of them {content[:16].hex()}"
         )
     pixels = np.frombuffer(content, dtype=np.uint8, offset=16)
-    return torch.from_numpy(pixels.reshape(count, height * width).copy())
+    return torch.from_numpy(pixels.reshape(count, height, width).copy())
 
 
 def format_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -155,6 +248,33 @@ def late_limits(
         return None
     margin = 0.05 * (max(late) - min(late)) or 1.0
     return min(late) - margin, max(late) + margin
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C does not break off what is being done: the function yielded tells if it was pressed.
+
+    Pressed again, it does.
+    """
+    is_pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def save_whole(state: Mapping[str, object], path: Path) -> None:
+    """``torch.save`` to a file that is never seen half written."""
+    part = path.with_name(f"{path.name}.part")
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 def write_result(args: argparse.Namespace, table: Sequence[Mapping[str, object]]) -> dict:

@@ -39,17 +39,22 @@ from common import (
     write_result,
 )
 from matplotlib.figure import Figure
-from pyro.distributions.transforms import AffineTransform, SigmoidTransform
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU, diagnostics, plotting
+from pyro_snf import (
+    Compose,
+    SelfNormalizingLinear,
+    SmoothLeakyReLU,
+    diagnostics,
+    images,
+    plotting,
+)
 
 LOG_DETS = ("exact", "refined", "learned")
 DIM = 64
 LEVELS = 17
-SQUEEZE = 1e-6
 
 #: Of the 1797 images; the rest is for training.
 NUM_VALIDATION = NUM_TEST = 250
@@ -71,24 +76,23 @@ class Digits(NamedTuple):
 
 def load_data() -> Digits:
     """The three parts, shuffled once and for all."""
-    images = torch.as_tensor(load_digits().data, dtype=torch.get_default_dtype())
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    sizes = [len(images) - NUM_VALIDATION - NUM_TEST, NUM_VALIDATION, NUM_TEST]
-    return Digits(*images[order].split(sizes))
+    pixels = torch.as_tensor(load_digits().data, dtype=torch.get_default_dtype())
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    sizes = [len(pixels) - NUM_VALIDATION - NUM_TEST, NUM_VALIDATION, NUM_TEST]
+    return Digits(*pixels[order].split(sizes))
 
 
-def dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
+def dequantize(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """``x + U[0, 1)``; the noise is drawn on the CPU, so that it is the same on every device."""
-    return images + torch.rand(images.shape, generator=generator).to(images)
+    return images.dequantize(pixels, num_levels=LEVELS, generator=generator)
 
 
 def make_density(flow: Compose) -> dist.TransformedDistribution:
     """The density of dequantized images that the flow, from logits to latents, defines."""
-    scale = (1 - 2 * SQUEEZE) / LEVELS
-    to_unit = AffineTransform(loc=SQUEEZE * (1 - 2 * SQUEEZE), scale=scale)
+    to_logits = images.LogitTransform(LEVELS, event_dim=1)
     bias = flow.parts[-1].bias
     base = dist.Normal(torch.zeros_like(bias), torch.ones_like(bias))
-    return dist.TransformedDistribution(base, [flow.inv, SigmoidTransform(), to_unit.inv])
+    return dist.TransformedDistribution(base, [flow.inv, to_logits.inv])
 
 
 def make_flow(log_det: str, device: torch.device | str = "cpu") -> Compose:
@@ -142,10 +146,10 @@ class Run:
         )
 
     @torch.no_grad()
-    def negative_log_likelihood(self, images: Tensor) -> float:
+    def negative_log_likelihood(self, pixels: Tensor) -> float:
         """The mean over dequantized images, in nats; exact, as always in ``eval()`` mode."""
         self.flow.eval()
-        value = -self.density.log_prob(images).mean().item()
+        value = -self.density.log_prob(pixels).mean().item()
         self.flow.train()
         return value
 
@@ -200,7 +204,7 @@ def sample_images(flow: Compose, count: int, seed: int) -> Tensor:
     pixels = latents.to(flow.parts[-1].bias)
     for transform in make_density(flow).transforms:
         pixels = transform(pixels)
-    return pixels.floor().clamp(0, LEVELS - 1).reshape(count, 8, 8).cpu()
+    return images.quantize(pixels, num_levels=LEVELS).reshape(count, 8, 8).cpu()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -238,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             {
                 "log_det": log_det,
                 "test NLL (nats)": best.test,
-                "bits/dim": best.test / (DIM * math.log(2)),
+                "bits/dim": images.bits_per_dim(torch.tensor(-best.test), [DIM]).item(),
                 "at step": best.step,
                 "test NLL at the end": run.evaluations[-1].test,
                 "ms/step": 1e3 * run.seconds / run.num_steps if run.num_steps else math.nan,

@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "PairCache",
     "ParameterCache",
     "ParameterState",
+    "TensorMemo",
     "TensorState",
     "fixed_directions",
     "state_of",
@@ -134,6 +135,12 @@ class Memo(Protocol):
     @property
     def handle(self) -> Tensor:
         """A tensor that is a part of the pair's graph, and dies with it."""
+
+
+class TensorMemo(NamedTuple):
+    """One tensor of the pair's graph, such as the logarithms that the log-determinant sums."""
+
+    handle: Tensor
 
 
 class PairCache:

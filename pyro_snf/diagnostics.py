@@ -6,6 +6,7 @@ in the layer, the guide or the model.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, TransformedDistribution
 
+from pyro_snf.conv.exact import ConvFactors
+from pyro_snf.conv.kernels import convolve, near_identity, theta_scale
 from pyro_snf.importance import PSIS, psis
+from pyro_snf.transforms.conv import SelfNormalizingConv2d
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
 __all__ = [
@@ -30,6 +34,10 @@ __all__ = [
 ]
 
 
+# Columns of a convolution's matrix that are in memory at a time.
+_CHUNK = 256
+
+
 class GradientError(NamedTuple):
     """How far the surrogate gradient of a log-determinant is from the exact one."""
 
@@ -39,50 +47,99 @@ class GradientError(NamedTuple):
     """The cosine of the angle between the two."""
 
 
-def _layer(transform: Transform) -> SelfNormalizingLinear:
+Layer = SelfNormalizingLinear | SelfNormalizingConv2d
+
+
+def _layer(transform: Transform) -> Layer:
     inner = getattr(transform, "transform", transform)  # T.inv holds T
-    if not isinstance(inner, SelfNormalizingLinear):
-        raise ValueError(f"expected a SelfNormalizingLinear or its inverse; got {transform!r}")
+    if not isinstance(inner, Layer):
+        raise ValueError(f"expected a self-normalizing layer or its inverse; got {transform!r}")
     return inner
 
 
+def _size_of(layer: SelfNormalizingConv2d, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    size = layer.image_size if image_size is None else image_size
+    if size is None:
+        raise ValueError(f"expected image_size, for {layer} has not seen an image yet; got None")
+    return size
+
+
 @torch.no_grad()
-def inverse_error(transform: Transform) -> float:
+def inverse_error(transform: Transform, image_size: tuple[int, int] | None = None) -> float:
     """``‖I − RW‖_F/√D`` of a layer, with R as it stands. 0 is exact, 1 is as good as no inverse.
+
+    Of a convolution, R is the one pass of ``inverse="learned"``: a learned kernel, or the window of
+    an exact inverse on a torus. It costs D² operations, times the size of the kernel.
 
     >>> inverse_error(SelfNormalizingLinear(3))
     0.0
 
     :param Transform transform: a self-normalizing layer, or the inverse of one.
-    :raises ValueError: for other transforms.
+    :param image_size: ``(H, W)``, of a convolution's images; by default that of the latest.
+    :raises ValueError: for other transforms, and for a convolution without an image size.
     """
     layer = _layer(transform)
+    if isinstance(layer, SelfNormalizingConv2d):
+        return _kernel_error(layer, _size_of(layer, image_size))
     product = layer.inverse_weight.double() @ layer.weight.double()
     eye = torch.eye(layer.input_dim, dtype=product.dtype, device=product.device)
     return (torch.linalg.norm(eye - product) / math.sqrt(layer.input_dim)).item()
 
 
-@torch.no_grad()
-def gradient_error(transform: Transform) -> GradientError:
-    """The surrogate gradient of ``log|det W|`` in W, ``Rᵀ``, against the exact one, ``W⁻ᵀ``.
+def _kernel_error(layer: SelfNormalizingConv2d, size: tuple[int, int]) -> float:
+    kernel, inverse = layer.weight.double(), layer.inverse_weight(size).double()
+    dim = layer.channels * size[0] * size[1]
+    total = 0.0
+    for indices in torch.arange(dim, device=kernel.device).split(_CHUNK):
+        units = nn.functional.one_hot(indices, dim).double().view(-1, layer.channels, *size)
+        back = convolve(convolve(units, kernel, layer.padding_mode), inverse, layer.padding_mode)
+        total += (back - units).square().sum().item()
+    return math.sqrt(total / dim)
 
-    R is taken as it stands; the next training step of a ``"refined"`` layer brings it up to date
-    first.
+
+@torch.no_grad()
+def gradient_error(
+    transform: Transform, image_size: tuple[int, int] | None = None
+) -> GradientError:
+    """The surrogate gradient of a layer's log-determinant in its weight, against the exact one.
+
+    For a dense layer, ``Rᵀ`` against ``W⁻ᵀ``, with R as it stands; the next training step of a
+    ``"refined"`` layer brings it up to date first. For a convolution, what the next training step
+    would take.
 
     >>> gradient_error(SelfNormalizingLinear(3)).relative
     0.0
+    >>> gradient_error(SelfNormalizingConv2d(3), (8, 8)).relative < 1e-6
+    True
 
     :param Transform transform: a self-normalizing layer, or the inverse of one.
-    :raises ValueError: for other transforms.
-    :raises torch.linalg.LinAlgError: if W is singular.
+    :param image_size: ``(H, W)``, of a convolution's images; by default that of the latest.
+    :raises ValueError: for other transforms, and for a convolution without an image size.
+    :raises torch.linalg.LinAlgError: if the layer is singular.
     """
     layer = _layer(transform)
-    surrogate = layer.inverse_weight.double()
-    exact = torch.linalg.inv(layer.weight.double())
-    size = torch.linalg.norm(exact)
-    relative = torch.linalg.norm(surrogate - exact) / size
-    cosine = (surrogate * exact).sum() / (torch.linalg.norm(surrogate) * size)
+    if isinstance(layer, SelfNormalizingConv2d):
+        size = _size_of(layer, image_size)
+        kernel = near_identity(layer.theta.double())
+        exact = ConvFactors(kernel, size, layer.padding_mode).kernel_gradient
+        surrogate = _kernel_gradient(layer, size).double()
+    else:
+        surrogate = layer.inverse_weight.double()
+        exact = torch.linalg.inv(layer.weight.double())
+    length = torch.linalg.vector_norm(exact)
+    relative = torch.linalg.vector_norm(surrogate - exact) / length
+    cosine = (surrogate * exact).sum() / (torch.linalg.vector_norm(surrogate) * length)
     return GradientError(relative.item(), cosine.item())
+
+
+def _kernel_gradient(layer: SelfNormalizingConv2d, size: tuple[int, int]) -> Tensor:
+    """In a, the kernel without the scale, as the layer would have it in training."""
+    twin = copy.deepcopy(layer).train()  # the layer itself is to draw its own probes
+    twin.theta.requires_grad_()
+    with torch.enable_grad():
+        x = twin.theta.new_zeros(1, layer.channels, *size)
+        (gradient,) = torch.autograd.grad(twin.log_abs_det_jacobian(x, x).sum(), twin.theta)
+    return gradient / theta_scale(layer.theta)
 
 
 @dataclass(frozen=True)
@@ -92,13 +149,14 @@ class LayerReport:
     name: str
     """The layer's name within the flow."""
     dim: int
-    """D."""
+    """D; for a convolution C·H·W, of the latest images, or C if there were none."""
     log_det: str
     """The layer's ``log_det``."""
     condition: float
-    """An estimate of the condition number of W in the 1-norm, ``‖W‖₁‖R‖₁``."""
+    """Of a dense layer, an estimate of the condition number of W in the 1-norm, ``‖W‖₁‖R‖₁``; of a
+    convolution, one in the 2-norm, from the exact factors. NaN for one that has seen no images."""
     inverse_error: float
-    """See :func:`inverse_error`."""
+    """See :func:`inverse_error`. NaN for a convolution that has seen no images."""
     certificate: float | None
     """The layer's own latest estimate of the same; None where it keeps none."""
     refreshes: int | None
@@ -120,8 +178,8 @@ class Report:
                     row.name,
                     str(row.dim),
                     row.log_det,
-                    f"{row.condition:.3g}",
-                    f"{row.inverse_error:.2e}",
+                    "–" if math.isnan(row.condition) else f"{row.condition:.3g}",
+                    "–" if math.isnan(row.inverse_error) else f"{row.inverse_error:.2e}",
                     "–" if row.certificate is None else f"{row.certificate:.2e}",
                     "–" if row.refreshes is None else str(row.refreshes),
                 ]
@@ -154,10 +212,10 @@ def report(flow: Any) -> Report:
     return Report(rows)
 
 
-def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, SelfNormalizingLinear]]:
+def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer]]:
     if isinstance(flow, nn.Module):
         for name, module in flow.named_modules(prefix=prefix):
-            if isinstance(module, SelfNormalizingLinear):
+            if isinstance(module, Layer):
                 yield name or type(module).__name__, module
     elif isinstance(flow, TransformedDistribution):
         yield from _named_layers(flow.transforms, prefix)
@@ -172,15 +230,27 @@ def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, SelfNormal
                 return
 
 
-def _row(name: str, layer: SelfNormalizingLinear) -> LayerReport:
-    weight, inverse = layer.weight.double(), layer.inverse_weight.double()
-    condition = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)
+def _row(name: str, layer: Layer) -> LayerReport:
+    if isinstance(layer, SelfNormalizingConv2d):
+        dim, condition, error = layer.channels, math.nan, math.nan
+        if layer.image_size is not None:
+            dim *= layer.image_size[0] * layer.image_size[1]
+            kernel = near_identity(layer.theta.double())
+            try:
+                condition = ConvFactors(kernel, layer.image_size, layer.padding_mode).condition
+                error = inverse_error(layer)
+            except torch.linalg.LinAlgError:  # of a singular one, there is a report all the same
+                condition = math.inf
+    else:
+        weight, inverse = layer.weight.double(), layer.inverse_weight.double()
+        norms = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)
+        dim, condition, error = layer.input_dim, norms.item(), inverse_error(layer)
     return LayerReport(
         name=name,
-        dim=layer.input_dim,
+        dim=dim,
         log_det=layer.log_det,
-        condition=condition.item(),
-        inverse_error=inverse_error(layer),
+        condition=condition,
+        inverse_error=error,
         certificate=layer.certificate,
         refreshes=layer.num_refreshes,
     )

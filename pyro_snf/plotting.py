@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["plot_curves", "plot_fields", "plot_image_grid", "plot_intensity"]
+__all__ = ["plot_curves", "plot_fields", "plot_image_grid", "plot_intensity", "plot_kernels"]
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
@@ -70,21 +70,25 @@ def plot_curves(
 def plot_image_grid(
     images: Tensor, *, columns: int, row_labels: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Grey images in rows, all on the grey scale from the lowest to the highest value of all.
+    """Images in rows, all on one scale, from the lowest to the highest value of all.
 
     >>> figure = plot_image_grid(torch.rand(12, 8, 8), columns=6, row_labels=["data", "samples"])
 
-    :param Tensor images: shape ``(N, H, W)``, row after row.
+    :param Tensor images: grey, of shape ``(N, H, W)`` or ``(N, 1, H, W)``, or coloured, of shape
+        ``(N, 3, H, W)``; row after row.
     :param int columns: the number of images in a row; the last row may have fewer.
     :param row_labels: a label for every row, to its left; or none.
     :param str title: above the images.
     :raises ValueError: for images that are not of this shape, and where the labels are not as
         many as the rows.
     """
-    values = _values(images, "images", ("N", "H", "W"))
+    if images.dim() == 4 and images.shape[1] == 1:
+        images = images.squeeze(1)
+    is_grey = images.dim() != 4
+    values = _values(images, "images", ("N", "H", "W") if is_grey else ("N", 3, "H", "W"))
     if columns < 1:
         raise ValueError(f"expected columns >= 1; got {columns}")
-    count, height, width = values.shape
+    count, *_, height, width = values.shape
     rows = math.ceil(count / columns)
     if row_labels and len(row_labels) != rows:
         raise ValueError(f"expected {rows} row_labels, one a row; got {len(row_labels)}")
@@ -95,6 +99,8 @@ def plot_image_grid(
     )
     grid = figure.subplots(rows, columns, squeeze=False)
     low, high = values.min(), values.max()
+    if not is_grey:  # matplotlib scales no colours
+        values = np.moveaxis((values - low) / (high - low or 1.0), 1, -1)
     for index, axes in enumerate(grid.flat):
         if index < count:
             axes.imshow(values[index], cmap="gray", vmin=low, vmax=high)
@@ -103,6 +109,49 @@ def plot_image_grid(
             axes.set_axis_off()
     for label, axes in zip(row_labels, grid[:, 0], strict=False):
         axes.set_ylabel(label, rotation="horizontal", ha="right", va="center")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def plot_kernels(kernels: Mapping[str, Tensor], *, title: str = "") -> Figure:
+    """Kernels or matrices in rows: red above 0, blue below it, every row on a scale of its own.
+
+    >>> rows = {"w": torch.randn(4, 3, 3), "inverse": torch.randn(4, 7, 7)}
+    >>> figure = plot_kernels(rows, title="A convolution")
+
+    :param kernels: for every label, a row of N kernels, shape ``(N, H, W)``. The label stands to
+        its left, with the absolute value of the deepest colours.
+    :param str title: above the rows.
+    :raises ValueError: if there are no kernels, and for tensors that are not of this shape.
+    """
+    if not kernels:
+        raise ValueError("expected kernels for at least one label; got none")
+    rows = {
+        label: _values(tensor, f"kernels of {label!r}", ("N", "H", "W"))
+        for label, tensor in kernels.items()
+    }
+    columns = max(len(row) for row in rows.values())
+    inches = 0.7  # of one kernel
+    figure = Figure(
+        figsize=(inches * columns + 1.8, inches * len(rows) + 0.4), layout="constrained"
+    )
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, row) in zip(grid, rows.items(), strict=True):
+        largest = np.abs(row).max()
+        for index, axes in enumerate(line):
+            if index < len(row):
+                axes.imshow(row[index], cmap="RdBu_r", vmin=-largest, vmax=largest)
+                axes.set(xticks=[], yticks=[])
+            else:
+                axes.set_axis_off()
+        line[0].set_ylabel(
+            f"{label}\n± {largest:.3g}",
+            rotation="horizontal",
+            ha="right",
+            va="center",
+            fontsize="small",
+        )
     if title:
         figure.suptitle(title)
     return figure

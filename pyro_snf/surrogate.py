@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 __all__ = [
+    "Outer",
     "Solver",
     "attach_penalty",
     "first_order_only",
@@ -25,8 +26,11 @@ __all__ = [
     "with_gradient",
 ]
 
-#: ``solver(rows, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every row ``h``.
+#: ``solver(h, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every h of a batch.
 Solver = Callable[[Tensor, bool], Tensor]
+
+#: ``outer(l, r)`` is the gradient of ``Σ ⟨l, A r⟩``, summed over a batch, in A's parameter.
+Outer = Callable[[Tensor, Tensor], Tensor]
 
 
 class _FirstOrderOnly(Function):
@@ -127,42 +131,56 @@ def attach_penalty(value: Tensor, penalty: Tensor) -> Tensor:
     return _AttachPenalty.apply(value, penalty)
 
 
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ ∂⟨l, A r⟩/∂A`` over rows l and r."""
+    return left.mT @ right
+
+
 class _ImplicitSolve(Function):
     @staticmethod
-    def forward(matrix: Tensor, rows: Tensor, solver: Solver, transposed: bool) -> Tensor:
-        return solver(rows, transposed)
+    def forward(
+        parameter: Tensor, right_side: Tensor, solver: Solver, outer: Outer, transposed: bool
+    ) -> Tensor:
+        return solver(right_side, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        matrix, _, solver, transposed = inputs
-        ctx.save_for_backward(matrix, output)
-        ctx.solver, ctx.transposed = solver, transposed
+        parameter, _, ctx.solver, ctx.outer, ctx.transposed = inputs
+        ctx.save_for_backward(parameter, output)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         # A u = h  ⇒  du = A⁻¹(dh − dA u)  ⇒  ∂h = v, ∂A = −v uᵀ  with  Aᵀ v = ∂u.
         # The solve for v is itself differentiable, so higher derivatives are right too.
-        matrix, solution = ctx.saved_tensors
-        adjoint = _ImplicitSolve.apply(matrix, cotangent, ctx.solver, not ctx.transposed)
-        grad_matrix = None
+        parameter, solution = ctx.saved_tensors
+        adjoint = _ImplicitSolve.apply(
+            parameter, cotangent, ctx.solver, ctx.outer, not ctx.transposed
+        )
+        grad_parameter = None
         if ctx.needs_input_grad[0]:
             left, right = (solution, adjoint) if ctx.transposed else (adjoint, solution)
-            grad_matrix = -left.mT @ right
-        return grad_matrix, adjoint, None, None
+            grad_parameter = -ctx.outer(left, right)
+        return grad_parameter, adjoint, None, None, None
 
 
 def implicit_solve(
-    matrix: Tensor, rows: Tensor, solver: Solver, *, transposed: bool = False
+    parameter: Tensor,
+    right_side: Tensor,
+    solver: Solver,
+    *,
+    outer: Outer = _outer,
+    transposed: bool = False,
 ) -> Tensor:
-    """Solve ``A u = h`` for every row ``h``, differentiably in ``A`` and ``h``.
+    """Solve ``A u = h`` for every h of a batch, differentiably in h and in what A is linear in.
 
     The solver is used as it is, forward and (transposed) backward; no gradient passes through
     its iterations. The gradient is as exact as the solves are.
 
-    :param Tensor matrix: ``A``, shape ``(D, D)``.
-    :param Tensor rows: the right-hand sides as rows, shape ``(B, D)``.
-    :param Solver solver: ``solver(rows, transposed)`` returns the solutions as rows.
+    :param Tensor parameter: ``A`` itself, shape ``(D, D)``, or another parameter of it.
+    :param Tensor right_side: the right-hand sides, as rows of shape ``(B, D)`` for a matrix.
+    :param Solver solver: ``solver(right_side, transposed)`` returns the solutions.
+    :param Outer outer: ``outer(l, r)`` is ``Σ ∂⟨l, A r⟩/∂parameter``, differentiably.
     :param bool transposed: solve with ``Aᵀ`` instead.
-    :return: the solutions as rows, shape ``(B, D)``.
+    :return: the solutions, of the shape of ``right_side``.
     """
-    return _ImplicitSolve.apply(matrix, rows, solver, transposed)
+    return _ImplicitSolve.apply(parameter, right_side, solver, outer, transposed)

@@ -21,17 +21,32 @@ from torch.distributions import Transform
 
 from pyro_snf import (
     GECO,
+    ActNorm,
     Compose,
     ConditionalSelfNormalizingLinear,
+    CouplingNet,
+    ImageCoupling,
     InverseTransformModule,
     LowRankAutoregressive,
+    MultiScale,
+    RationalQuadraticSpline,
+    SelfNormalizingConv2d,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
+    Squeeze2d,
+    actnorm,
     conditional_self_normalizing_linear,
+    image_coupling,
     low_rank_autoregressive,
+    rational_quadratic_spline,
+    self_normalizing_conv2d,
     self_normalizing_linear,
     smooth_leaky_relu,
+    squeeze2d,
 )
+from pyro_snf.conv import kernels
+from pyro_snf.conv.exact import ConvFactors
+from pyro_snf.conv.pointwise import PointwiseInverse
 from pyro_snf.dense import near_identity
 from pyro_snf.learned import LearnedInverse
 
@@ -42,8 +57,17 @@ INVERSES = ["refined", "learned", "exact"]
 SPREAD = 0.5
 
 
+def norm_bound(kernel: Tensor) -> Tensor:
+    """A bound of ``‖J‖₂`` of a convolution, on images of any size: ``(‖J‖₁ ‖J‖_∞)^½``."""
+    size = kernel.abs()
+    return (size.sum((0, 2, 3)).max() * size.sum((1, 2, 3)).max()).sqrt()
+
+
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a random value, well conditioned, and every layer an exact R."""
+    """Give every parameter a random value, well conditioned, and every layer an exact R.
+
+    For the exceptions with convolutions, see :func:`make_inverse_exact`.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor) -> Tensor:
@@ -51,32 +75,59 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
     with torch.no_grad():
         for part in module.modules():
-            if isinstance(part, SelfNormalizingLinear):
+            if isinstance(part, SelfNormalizingLinear | SelfNormalizingConv2d):
                 noise = normal(part.theta)
-                scale = SPREAD * math.sqrt(part.input_dim) / torch.linalg.matrix_norm(noise, 2)
-                part.theta.copy_(scale * noise)
+                if isinstance(part, SelfNormalizingLinear):
+                    size = torch.linalg.matrix_norm(noise, 2) / math.sqrt(part.input_dim)
+                else:
+                    size = kernels.theta_scale(noise) * norm_bound(noise)
+                part.theta.copy_(SPREAD / size * noise)
                 part.log_scale.copy_(0.3 * normal(part.log_scale))
                 if part.bias is not None:
                     part.bias.copy_(normal(part.bias))
                 make_inverse_exact(part)
             elif isinstance(part, SmoothLeakyReLU):
                 part.logit_alpha.add_(0.3 * normal(part.logit_alpha))
-            elif isinstance(part, LowRankAutoregressive):
+            elif isinstance(part, LowRankAutoregressive | RationalQuadraticSpline):
                 for parameter in part.parameters():
                     parameter.copy_(0.5 * normal(parameter))
+            elif isinstance(part, ActNorm):
+                for parameter in part.parameters():
+                    parameter.copy_(0.3 * normal(parameter))
+                part.initialized.fill_(True)
+            elif isinstance(part, CouplingNet):
+                for parameter in part.parameters():
+                    parameter.copy_(0.3 * normal(parameter))
             elif isinstance(part, dist.transforms.Spline):
                 for parameter in part.parameters():
                     parameter.copy_(normal(parameter).sigmoid())
 
 
 @torch.no_grad()
-def make_inverse_exact(layer: SelfNormalizingLinear) -> None:
-    """Set R to A⁻¹, where it is learned or tracked."""
+def make_inverse_exact(layer: SelfNormalizingLinear | SelfNormalizingConv2d) -> None:
+    """Set R to A⁻¹, where it is learned or tracked.
+
+    A learned kernel has the inverse on a torus that it just covers: the exact one for circular
+    images of that size, and for 1 × 1 kernels. A refined convolution is exact at its first use.
+    """
     layer.refresh()
     if isinstance(layer.estimator, LearnedInverse):
-        inverse = torch.linalg.inv(near_identity.matrix(layer.theta))
-        eye = torch.eye(layer.input_dim, dtype=inverse.dtype, device=inverse.device)
-        layer.estimator.theta.copy_(math.sqrt(layer.input_dim) * (inverse - eye))
+        if isinstance(layer, SelfNormalizingLinear):
+            inverse = torch.linalg.inv(near_identity.matrix(layer.theta))
+            eye = torch.eye(layer.input_dim, dtype=inverse.dtype, device=inverse.device)
+            layer.estimator.theta.copy_(math.sqrt(layer.input_dim) * (inverse - eye))
+        else:
+            size = layer.inverse_kernel_size
+            kernel = kernels.near_identity(layer.theta)
+            inverse = ConvFactors(kernel, size, "circular").inverse_kernel(size)
+            set_kernel(layer.estimator.theta, inverse)
+
+
+@torch.no_grad()
+def set_kernel(theta: Tensor, kernel: Tensor) -> None:
+    """Set θ such that ``δ + θ/√(C kh kw)`` is the kernel."""
+    identity = kernels.near_identity(torch.zeros_like(theta))
+    theta.copy_((kernel - identity) / kernels.theta_scale(theta))
 
 
 @torch.no_grad()
@@ -84,17 +135,31 @@ def nudge_inverses(module: nn.Module, size: float, seed: int = 1) -> None:
     """Add noise of norm ``size`` per row to every R that is learned or tracked."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
-        if isinstance(layer, SelfNormalizingLinear) and layer.log_det != "exact":
-            learned = isinstance(layer.estimator, LearnedInverse)
-            target = layer.estimator.theta if learned else layer.estimator.inverse_t
-            scale = size if learned else size / math.sqrt(layer.input_dim)
-            noise = torch.randn(target.shape, generator=generator, dtype=target.dtype)
-            target.add_(noise, alpha=scale)
+        if not isinstance(layer, SelfNormalizingLinear | SelfNormalizingConv2d):
+            continue
+        estimator, scale = layer.estimator, size
+        if isinstance(estimator, LearnedInverse):
+            target = estimator.theta
+        elif layer.log_det == "refined" and isinstance(layer, SelfNormalizingLinear):
+            target, scale = estimator.inverse_t, size / math.sqrt(layer.input_dim)
+        elif isinstance(estimator, PointwiseInverse):
+            target, scale = estimator.tracked.inverse_t, size / math.sqrt(layer.channels)
+        else:
+            continue
+        noise = torch.randn(target.shape, generator=generator, dtype=target.dtype)
+        target.add_(noise, alpha=scale)
 
 
 def linear(dim: int = 5, *, seed: int = 0, **options: object) -> SelfNormalizingLinear:
     """A random linear layer in float64 with an exact R."""
     layer = SelfNormalizingLinear(dim, dtype=torch.float64, **options)
+    randomize(layer, seed)
+    return layer
+
+
+def conv(channels: int = 2, *, seed: int = 0, **options: object) -> SelfNormalizingConv2d:
+    """A random convolution in float64; R is as :func:`make_inverse_exact` says."""
+    layer = SelfNormalizingConv2d(channels, dtype=torch.float64, **options)
     randomize(layer, seed)
     return layer
 
@@ -116,7 +181,7 @@ class Case(NamedTuple):
     make: Callable[..., Transform]
     """``make(seed)`` returns a random transform in float64, R being exact."""
     shape: tuple[int, ...]
-    """The trailing shape of inputs and outputs."""
+    """The trailing shape of inputs, and of outputs if ``output_shape`` does not say otherwise."""
     api: str
     """The name in ``pyro_snf.__all__`` that it is built by."""
     remembers_inverse: bool = True
@@ -124,16 +189,26 @@ class Case(NamedTuple):
     foreign: bool = False
     """Whether Pyro's Spline is in it. It has no ``with_cache``, and keeps a tensor with a graph
     once it was used, which ``deepcopy`` refuses."""
+    output_shape: tuple[int, ...] | None = None
+    """The trailing shape of outputs, where it is not that of inputs."""
+
+
+def _fresh(options: dict[str, object]) -> dict[str, object]:
+    """The options with a controller of their own where there is to be one: it has a state."""
+    kept = {key: value for key, value in options.items() if key != "geco"}
+    return {**kept, "reconstruction_weight": GECO(0.02)} if options.get("geco") else kept
 
 
 def _linear_case(dim: int = 5, *, remembers_inverse: bool = True, **options: object) -> Case:
-    def make() -> nn.Module:
-        # Anew for each layer: a controller has a state.
-        fresh = {"reconstruction_weight": GECO(0.02)} if options.get("geco") else {}
-        kept = {key: value for key, value in options.items() if key != "geco"}
-        return SelfNormalizingLinear(dim, **kept, **fresh)
+    make = _randomized(lambda: SelfNormalizingLinear(dim, **_fresh(options)))
+    return Case(make, (dim,), "SelfNormalizingLinear", remembers_inverse)
 
-    return Case(_randomized(make), (dim,), "SelfNormalizingLinear", remembers_inverse)
+
+def _conv_case(
+    shape: tuple[int, ...] = (2, 4, 4), *, remembers_inverse: bool = True, **options: object
+) -> Case:
+    make = _randomized(lambda: SelfNormalizingConv2d(shape[0], **_fresh(options)))
+    return Case(make, shape, "SelfNormalizingConv2d", remembers_inverse)
 
 
 def _autoregressive_case(dim: int, hidden_dim: int = 64, **options: float) -> Case:
@@ -145,6 +220,33 @@ def _autoregressive_case(dim: int, hidden_dim: int = 64, **options: float) -> Ca
 
 def _stack() -> Compose:
     return Compose([SelfNormalizingLinear(3), SmoothLeakyReLU(), SelfNormalizingLinear(3)])
+
+
+def _image_stack() -> Compose:
+    return Compose(
+        [
+            SelfNormalizingConv2d(2, (3, 1)),
+            SmoothLeakyReLU(),
+            SelfNormalizingConv2d(2, 1, log_det="exact").inv,
+        ]
+    )
+
+
+def _coupling(channels: int) -> ImageCoupling:
+    return image_coupling(channels, hidden_channels=4)
+
+
+def _glow() -> MultiScale:
+    # An inverse, an elementwise transform and a level of one transform are among the parts.
+    levels = [
+        Compose([Squeeze2d(), ActNorm(4), _coupling(4)]),
+        Compose([_coupling(2).inv, SmoothLeakyReLU()]),
+    ]
+    return MultiScale(levels, (1, 4, 6))
+
+
+def _image_flow() -> Compose:
+    return Compose([ActNorm(1), _glow(), SelfNormalizingLinear(24)])
 
 
 CASES: dict[str, Case] = {
@@ -174,6 +276,40 @@ CASES: dict[str, Case] = {
         (4,),
         "self_normalizing_linear",
     ),
+    "conv refined": _conv_case(),
+    "conv refined circular": _conv_case((2, 3, 4), padding_mode="circular", num_probes=2),
+    "conv refined 1×1": _conv_case((3, 2, 3), kernel_size=1),
+    "conv refined 3×5 no bias": _conv_case((1, 5, 6), kernel_size=(3, 5), bias=False),
+    "conv refined inverse=exact": _conv_case((1, 3, 4), inverse="exact"),
+    "conv refined inverse=learned (approximate)": _conv_case(
+        (2, 3, 5), padding_mode="circular", inverse="learned", remembers_inverse=False
+    ),
+    "conv learned": _conv_case(log_det="learned"),
+    "conv learned circular 5×3 of 3×3": _conv_case(
+        (1, 5, 4), log_det="learned", padding_mode="circular", inverse_kernel_size=(5, 3)
+    ),
+    "conv learned 1×1 GECO": _conv_case((3, 2, 3), kernel_size=1, log_det="learned", geco=True),
+    "conv learned symmetric mixture=0": _conv_case(
+        (1, 4, 5), log_det="learned", mixture=0.0, reconstruction="symmetric"
+    ),
+    "conv learned R only": _conv_case((1, 3, 4), log_det="learned", reconstruction="inverse"),
+    "conv learned inverse=learned (approximate)": _conv_case(
+        (2, 3, 3),
+        padding_mode="circular",
+        log_det="learned",
+        inverse="learned",
+        remembers_inverse=False,
+    ),
+    "conv exact": _conv_case((2, 4, 3), log_det="exact"),
+    "conv exact circular 3×5": _conv_case(
+        (1, 4, 5), kernel_size=(3, 5), log_det="exact", padding_mode="circular"
+    ),
+    "conv exact 1×1": _conv_case((2, 2, 2), kernel_size=1, log_det="exact", inverse="exact"),
+    "conv by the factory": Case(
+        _randomized(lambda: self_normalizing_conv2d(1, init_scale=0.5)),
+        (1, 3, 4),
+        "self_normalizing_conv2d",
+    ),
     "smooth leaky relu": Case(_randomized(SmoothLeakyReLU), (), "SmoothLeakyReLU"),
     "smooth leaky relu on vectors": Case(_randomized(SmoothLeakyReLU), (3,), "SmoothLeakyReLU"),
     "smooth leaky relu alpha=0.02": Case(
@@ -185,6 +321,14 @@ CASES: dict[str, Case] = {
     "smooth leaky relu by the factory": Case(
         _randomized(lambda: smooth_leaky_relu(0.5, learnable=True)), (3,), "smooth_leaky_relu"
     ),
+    "rational-quadratic bins": Case(
+        _randomized(lambda: RationalQuadraticSpline(3, bound=2.0)), (3,), "RationalQuadraticSpline"
+    ),
+    "rational-quadratic bins on images": Case(
+        _randomized(lambda: rational_quadratic_spline((1, 2, 3), num_bins=3)),
+        (1, 2, 3),
+        "rational_quadratic_spline",
+    ),
     "autoregressive": _autoregressive_case(5),
     "autoregressive D=2": _autoregressive_case(2),
     "autoregressive D=4 H=1": _autoregressive_case(4, 1),
@@ -193,6 +337,28 @@ CASES: dict[str, Case] = {
     "autoregressive sigma=0.5": _autoregressive_case(5, 4, max_log_scale=0.5),
     "autoregressive by the factory": Case(
         _randomized(lambda: low_rank_autoregressive(4, 6)), (4,), "low_rank_autoregressive"
+    ),
+    "actnorm of images": Case(_randomized(lambda: ActNorm(3)), (3, 2, 4), "ActNorm"),
+    "actnorm of features": Case(_randomized(lambda: ActNorm(5, event_dim=1)), (5,), "ActNorm"),
+    "actnorm by the factory": Case(_randomized(lambda: actnorm(2)), (2, 3, 1), "actnorm"),
+    "squeeze": Case(_randomized(Squeeze2d), (2, 4, 6), "Squeeze2d", output_shape=(8, 2, 3)),
+    "squeeze by the factory": Case(
+        _randomized(lambda: squeeze2d(3)), (1, 3, 6), "squeeze2d", output_shape=(9, 1, 2)
+    ),
+    "image coupling": Case(
+        _randomized(lambda: ImageCoupling(3, CouplingNet(1, 4, hidden_channels=4))),
+        (3, 2, 4),
+        "ImageCoupling",
+    ),
+    "image coupling by the factory": Case(
+        _randomized(lambda: _coupling(4)), (4, 3, 3), "image_coupling"
+    ),
+    "multi-scale": Case(_randomized(_glow), (1, 4, 6), "MultiScale", output_shape=(24,)),
+    "inverse of multi-scale": Case(
+        _randomized(lambda: _glow().inv), (24,), "InverseTransformModule", output_shape=(1, 4, 6)
+    ),
+    "Compose with multi-scale": Case(
+        _randomized(_image_flow), (1, 4, 6), "Compose", output_shape=(24,)
     ),
     "Compose with autoregressive": Case(
         _randomized(lambda: Compose([LowRankAutoregressive(3, 4), SelfNormalizingLinear(3)])),
@@ -223,6 +389,10 @@ CASES: dict[str, Case] = {
         ),
         (3,),
         "Compose",
+    ),
+    "Compose conv-activation-inverse conv": Case(_randomized(_image_stack), (2, 3, 2), "Compose"),
+    "inverse of conv": Case(
+        _randomized(lambda: SelfNormalizingConv2d(1).inv), (1, 4, 3), "InverseTransformModule"
     ),
     "inverse of linear": Case(
         _randomized(lambda: SelfNormalizingLinear(4).inv), (4,), "InverseTransformModule"
@@ -289,8 +459,18 @@ CONDITIONAL_CASES: dict[str, ConditionalCase] = {
 
 def batch(case: Case, shape: tuple[int, ...] = (6,), seed: int = 0) -> Tensor:
     """Standard normal inputs of a case, float64, shape ``(*shape, *case.shape)``."""
+    return _standard_normal((*shape, *case.shape), seed)
+
+
+def output_batch(case: Case, shape: tuple[int, ...] = (6,), seed: int = 0) -> Tensor:
+    """The same for outputs, from the same numbers."""
+    output_shape = case.shape if case.output_shape is None else case.output_shape
+    return _standard_normal((*shape, *output_shape), seed)
+
+
+def _standard_normal(shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + seed)
-    return torch.randn((*shape, *case.shape), generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def by_pickle(module: nn.Module) -> nn.Module:
@@ -326,7 +506,8 @@ def density_by_transform(transform: Transform, x: Tensor) -> Tensor:
 def entropy_of_guide(transform: Transform, x: Tensor) -> Tensor:
     """``log q(z) − log p(z)`` at a reparametrized sample ``z = T(x)`` of the guide ``[T]``."""
     sample = transform(x)
-    return _flow(x, transform).log_prob(sample) + 0.5 * (sample - 1).square().sum(-1)
+    events = tuple(range(-transform.domain.event_dim, 0))
+    return _flow(x, transform).log_prob(sample) + 0.5 * (sample - 1).square().sum(events)
 
 
 def entropy_of_inverse_guide(transform: Transform, x: Tensor) -> Tensor:
@@ -342,18 +523,32 @@ LOSSES = [
 ]
 
 
+Reduction = Callable[[Tensor], Tensor]
+
+#: What becomes of the samples' losses.
+REDUCTIONS: dict[str, Reduction] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "times 0.1": lambda value: 0.1 * value.sum(),
+    "negated": lambda value: -value.mean(),
+    # What importance weights and score functions do: another factor, and sign, for each sample.
+    "weighted": lambda value: (torch.linspace(-1, 2, value.numel()) * value.flatten()).sum(),
+}
+
+
 def _flow(x: Tensor, transform: Transform) -> dist.TransformedDistribution:
-    return dist.TransformedDistribution(standard_normal(x.shape[-1]), [transform])
+    event_shape = x.shape[x.dim() - transform.domain.event_dim :]
+    return dist.TransformedDistribution(standard_normal(*event_shape), [transform])
 
 
-def standard_normal(dim: int) -> dist.Distribution:
+def standard_normal(*event_shape: int) -> dist.Distribution:
     """The base of a flow, ``N(0, I)``."""
-    return dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    return dist.Normal(torch.zeros(event_shape), 1.0).to_event(len(event_shape))
 
 
 def density_loss(transform: Transform, data: Tensor) -> Tensor:
     """``−mean log p(data)`` of the density model ``[T.inv]``, the data going through T."""
-    base = dist.Normal(torch.zeros_like(data[0]), 1.0)
+    base = dist.Normal(data.new_zeros(transform.forward_shape(data.shape[1:])), 1.0)
     return -dist.TransformedDistribution(base, [transform.inv]).log_prob(data).mean()
 
 
@@ -363,6 +558,27 @@ def guide_loss(transform: Transform, noise: Tensor) -> Tensor:
     sample = transform(noise)
     entropy = -dist.TransformedDistribution(base, [transform]).log_prob(sample).mean()
     return 0.5 * (sample - 1).square().sum() / len(noise) - entropy
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
+    """The gradients of all parameters but those of R."""
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in layer.named_parameters()
+        if "estimator" not in name
+    }
+
+
+def assert_gradients_equal(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
+) -> None:
+    """The tolerance is one for float64 and condition numbers below 10."""
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < tolerance, name
 
 
 def train(transform: nn.Module, case: Case, steps: int = 4, seed: int = 0) -> list[float]:

@@ -1,21 +1,30 @@
-"""SmoothLeakyReLU: formula, inverse, gradients, extremes."""
+"""The activations: formula, inverse, gradients, extremes."""
 
 from __future__ import annotations
 
 import math
+import re
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyro_snf import SmoothLeakyReLU, smooth_leaky_relu
+from pyro_snf import (
+    RationalQuadraticSpline,
+    SmoothLeakyReLU,
+    rational_quadratic_spline,
+    smooth_leaky_relu,
+)
 
 ALPHAS = [0.01, 0.1, 0.3, 0.5, 0.9, 0.999]
 
 # x is found to a few units in the last place of y, and y is as flat as α.
 INVERSE = {torch.float32: 4e-7, torch.float64: 1e-15}
 EXACT = 1e-12
+# A spline's knots are sums of lengths; and Pyro moves the bounds of its bins by 1e-6.
+SPLINE = 1e-9
 
 POSITIVE = torch.logspace(-6, 4, 200, dtype=torch.float64)
 GRID = torch.cat([-POSITIVE.flip(0), torch.zeros(1, dtype=torch.float64), POSITIVE])
@@ -180,3 +189,200 @@ def test_sign_is_positive() -> None:
 
 def test_repr_tells_alpha() -> None:
     assert repr(SmoothLeakyReLU(0.25)) == "SmoothLeakyReLU(alpha=0.25, learnable=False)"
+
+
+# --- Splines ------------------------------------------------------------------------------------
+
+
+def spline(
+    event_shape: int | tuple[int, ...] = 3, *, size: float = 1.0, **options: object
+) -> RationalQuadraticSpline:
+    """A random spline; slopes are further from 1 the larger the size."""
+    made = RationalQuadraticSpline(event_shape, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape))
+    return made
+
+
+def test_spline_starts_as_the_identity() -> None:
+    made = RationalQuadraticSpline((2, 3, 4))
+    x = 8 * torch.randn(50, 2, 3, 4)
+    y = made(x)
+    assert torch.allclose(y, x, rtol=EXACT, atol=EXACT)
+    assert made.log_abs_det_jacobian(x, y).abs().max() < EXACT
+
+
+def test_spline_is_increasing_and_smooth() -> None:
+    made = spline(1, size=0.5)
+    x = torch.linspace(-12, 12, 200_001).unsqueeze(-1).requires_grad_()
+    y = made(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert (y.diff(dim=0) > 0).all()
+    assert (slope > 0).all()
+    # At the knots and the bounds too: 1.2e-4 further on it is nearly the same.
+    assert (slope[1:] / slope[:-1]).log().abs().max() < 1e-2
+    outside = x.abs() >= 10
+    assert torch.equal(y[outside], x[outside])
+    assert torch.equal(slope[outside], torch.ones_like(slope[outside]))
+
+
+def test_spline_goes_through_its_knots() -> None:
+    made = spline(2, num_bins=4, bound=3.0)
+    knots = []
+    for unnormalized in (made.unnormalized_widths, made.unnormalized_heights):
+        shares = 1e-3 + (1 - 4e-3) * unnormalized.softmax(-1)
+        knots.append((6 * shares.cumsum(-1) - 3)[:, :-1].detach())
+    inner = made.unnormalized_slopes + math.log(math.expm1(1 - 1e-3))
+    slopes = 1e-3 + torch.nn.functional.softplus(inner).detach()
+    for k in range(3):
+        x = knots[0][:, k].clone().requires_grad_()
+        y = made(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert torch.allclose(y, knots[1][:, k], rtol=SPLINE, atol=SPLINE)
+        assert torch.allclose(slope, slopes[:, k], rtol=1e-6)
+
+
+def test_spline_is_that_of_pyro_between_the_outer_knots() -> None:
+    # At the bounds, Pyro's slopes are 0.999; its other parameters are ours, but for an offset.
+    ours = spline(3, num_bins=5, bound=4.0)
+    theirs = dist.transforms.Spline(3, count_bins=5, bound=4.0, order="quadratic")
+    with torch.no_grad():
+        theirs.unnormalized_widths.copy_(ours.unnormalized_widths)
+        theirs.unnormalized_heights.copy_(ours.unnormalized_heights)
+        offset = math.log(math.expm1(1 - 1e-3))
+        theirs.unnormalized_derivatives.copy_(ours.unnormalized_slopes + offset)
+    x = torch.linspace(-6, 6, 1000).unsqueeze(-1).expand(-1, 3).clone()
+    widths = (1e-3 + (1 - 5e-3) * ours.unnormalized_widths.softmax(-1)).detach()
+    lower, upper = 8 * widths[:, 0] - 4, 4 - 8 * widths[:, -1]
+    inner = ((x > lower + 1e-5) & (x < upper - 1e-5)) | (x.abs() > 4)
+    y, expected = ours(x), theirs(x)
+    assert torch.allclose(y[inner], expected[inner], rtol=SPLINE, atol=SPLINE)
+    log_slopes = theirs.log_abs_det_jacobian(x, expected)
+    for index in range(len(x)):
+        if inner[index].all():
+            actual = ours.log_abs_det_jacobian(x[index], y[index])
+            assert torch.allclose(actual, log_slopes[index].sum(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("event_shape", [(), (5,), (1, 3)])
+def test_spline_log_det_is_the_sum_of_log_slopes(event_shape: tuple[int, ...]) -> None:
+    made = spline((2, 3, 4), size=2.0)
+    x = (8 * torch.randn(*event_shape, 2, 3, 4)).requires_grad_()
+    y = made(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    log_det = made.log_abs_det_jacobian(x, y)
+    assert log_det.shape == event_shape
+    assert torch.allclose(log_det, slope.log().sum((-3, -2, -1)), rtol=EXACT, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", INVERSE, ids=str)
+@pytest.mark.parametrize("size", [0.5, 2.0, 6.0])
+def test_spline_round_trip(size: float, dtype: torch.dtype) -> None:
+    made = spline(100, size=size).to(dtype)
+    x = (torch.rand(500, 100) * 24 - 12).to(dtype)
+    y = made(x).detach()
+    again = made.inv(y.clone()).detach().requires_grad_()
+    assert again.dtype == dtype
+    # Backward stable: T makes y of it again, to the rounding of numbers as large as the bound,
+    # which slopes, of up to 2000 here, enlarge.
+    y_again = made(again)
+    (slope,) = torch.autograd.grad(y_again.sum(), again)
+    allowed = 20 * torch.finfo(dtype).eps * made.bound * (1 + slope)
+    assert ((y_again - y).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("direction", ["T", "T.inv", "log-det", "inverse log-det"])
+def test_spline_derivatives(direction: str) -> None:
+    made = spline(4, num_bins=3, bound=2.0).with_cache(0)
+    x = torch.tensor([[-5.0, -0.3, 0.1, 1.9], [-1.4, 0.5, -1.9, 2.5]], requires_grad=True)
+
+    def function(x: Tensor, *_: Tensor) -> Tensor:
+        part = made.inv if "inv" in direction else made
+        y = part(x)
+        return part.log_abs_det_jacobian(x, y) if "log-det" in direction else y
+
+    assert gradcheck(function, (x, *made.parameters()))
+    assert gradgradcheck(function, (x, *made.parameters()))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_spline_passes_on_what_is_not_finite(value: float) -> None:
+    made = spline(3)
+    x = torch.tensor([[1.0, value, -2.0], [1.0, 0.0, -2.0]])
+    for part in (made, made.inv):
+        y = part(x)
+        assert torch.equal(y[0, 1].nan_to_num(7), x[0, 1].nan_to_num(7))
+        assert torch.equal(y[0, [0, 2]], y[1, [0, 2]])
+    log_det = made.log_abs_det_jacobian(x, made(x))
+    assert log_det[0].isnan() == math.isnan(value)
+    assert log_det[1].isfinite()
+
+
+def test_spline_parameters_may_be_of_any_size() -> None:
+    made = spline(20, size=1e3)
+    x = (torch.rand(200, 20) * 24 - 12).requires_grad_()
+    y = made(x)
+    log_det = made.log_abs_det_jacobian(x, y)
+    (y.sum() + log_det.sum()).backward()
+    assert torch.isfinite(log_det).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in made.parameters())
+    assert torch.isfinite(made.inv(y.detach().clone())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_spline_in_half_precision(dtype: torch.dtype) -> None:
+    made = spline(3, dtype=dtype)
+    x = (4 * torch.randn(50, 3)).to(dtype)
+    y = made(x)
+    assert y.dtype == dtype
+    assert made.log_abs_det_jacobian(x, y).dtype == torch.float32
+    expected = made.double()(x.double())
+    assert torch.allclose(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_spline_can_be_fitted() -> None:
+    # Data of two bumps, a density model of one number: −log p comes down to their entropy.
+    made = rational_quadratic_spline(1, num_bins=8, bound=6.0)
+    base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    density = dist.TransformedDistribution(base, [made.inv])
+    signs = torch.randint(2, (2000, 1)) * 2.0 - 1
+    data = 2 * signs + 0.5 * torch.randn(2000, 1)
+    entropy = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * 0.25)
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = -density.log_prob(data).mean()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx(entropy, abs=0.05)
+
+
+def test_spline_repr_and_sign() -> None:
+    made = RationalQuadraticSpline((2, 3), bound=4.0)
+    assert repr(made) == "RationalQuadraticSpline((2, 3), num_bins=5, bound=4)"
+    assert made.sign == made.inv.sign == 1
+    assert made.domain.event_dim == made.codomain.event_dim == 2
+
+
+@pytest.mark.parametrize("shape", [0, -1, (), (2, 0), (2.0,), "23", None, (True,)])
+def test_spline_shape_is_checked(shape: object) -> None:
+    message = re.escape(f"expected event_shape, integers >= 1; got {shape!r}")
+    with pytest.raises(ValueError, match=message):
+        RationalQuadraticSpline(shape)
+
+
+def test_spline_options_and_inputs_are_checked() -> None:
+    for num_bins in [1, 1001, 2.0, "3"]:
+        with pytest.raises(ValueError, match=f"num_bins, an integer from 2.*; got {num_bins!r}"):
+            RationalQuadraticSpline(3, num_bins=num_bins)
+    for bound in [0, -1.0, math.inf, math.nan]:
+        with pytest.raises(ValueError, match=f"expected bound > 0; got {bound!r}"):
+            RationalQuadraticSpline(3, bound=bound)
+    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+        RationalQuadraticSpline(3, dtype=torch.int64)
+    for part in (spline(3), spline(3).inv):
+        with pytest.raises(ValueError, match=r"expected .* of shape \(\.\.\., 3\); got \(4,\)"):
+            part(torch.zeros(4))
+        with pytest.raises(ValueError, match=r"expected dtype torch.float64; got torch.float32"):
+            part(torch.zeros(3, dtype=torch.float32))

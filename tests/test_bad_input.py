@@ -14,12 +14,16 @@ from torch.distributions import Transform
 from pyro_snf import (
     GECO,
     Compose,
+    SelfNormalizingConv2d,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
+    self_normalizing_conv2d,
     self_normalizing_linear,
     smooth_leaky_relu,
 )
-from tests.registry import CASES, LOG_DETS, Case, batch, linear
+from pyro_snf.conv.kernels import PADDING_MODES
+from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
+from tests.registry import CASES, LOG_DETS, Case, batch, conv, linear, output_batch
 
 # --- Options ------------------------------------------------------------------------------------
 
@@ -49,14 +53,44 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("layer", [SelfNormalizingLinear, SelfNormalizingConv2d])
 @pytest.mark.parametrize("log_det", LOG_DETS)
 @pytest.mark.parametrize(("option", "value", "message"), OPTIONS)
 def test_option_is_checked_at_construction(
-    option: str, value: object, message: str, log_det: str
+    option: str, value: object, message: str, log_det: str, layer: type[SelfNormalizingTransform]
 ) -> None:
     # Also where the method chosen has no use for it: a slip is a slip.
     with pytest.raises(ValueError, match=message):
-        SelfNormalizingLinear(3, **{"log_det": log_det, option: value})
+        layer(3, **{"log_det": log_det, option: value})
+
+
+CONV_OPTIONS = [
+    ("channels", 0, "expected channels, an integer >= 1; got 0"),
+    ("channels", 2.0, r"expected channels, an integer >= 1; got 2\.0"),
+    ("channels", True, "expected channels, an integer >= 1; got True"),
+    ("kernel_size", 2, "expected kernel_size, one or two odd integers >= 1; got 2"),
+    ("kernel_size", (3, 4), r"expected kernel_size, .* odd .*; got \(3, 4\)"),
+    ("kernel_size", 0, "expected kernel_size, .*; got 0"),
+    ("kernel_size", -3, "expected kernel_size, .*; got -3"),
+    ("kernel_size", (3, 3, 3), r"expected kernel_size, .*; got \(3, 3, 3\)"),
+    ("kernel_size", 3.0, r"expected kernel_size, .*; got 3\.0"),
+    ("kernel_size", "33", "expected kernel_size, .*; got '33'"),
+    ("inverse_kernel_size", 4, "expected inverse_kernel_size, .* odd .*; got 4"),
+    ("inverse_kernel_size", (7, 6), r"expected inverse_kernel_size, .* odd .*; got \(7, 6\)"),
+    ("padding_mode", "reflect", r"expected padding_mode to be one of .*'zeros'.*; got 'reflect'"),
+    ("padding_mode", None, "expected padding_mode to be one of .*; got None"),
+    ("max_iterations", 0, "expected max_iterations, an integer >= 1; got 0"),
+    ("max_iterations", 1.5, r"expected max_iterations, an integer >= 1; got 1\.5"),
+]
+
+
+@pytest.mark.parametrize("log_det", LOG_DETS)
+@pytest.mark.parametrize(("option", "value", "message"), CONV_OPTIONS)
+def test_option_of_a_convolution_is_checked_at_construction(
+    option: str, value: object, message: str, log_det: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        self_normalizing_conv2d(**{"channels": 3, "log_det": log_det, option: value})
 
 
 @pytest.mark.parametrize("input_dim", [0, -1, 2.0, "3", None, (3,)])
@@ -109,7 +143,9 @@ def test_stack_of_nothing_is_refused() -> None:
 # --- Inputs -------------------------------------------------------------------------------------
 
 
-def uses(transform: SelfNormalizingLinear | SmoothLeakyReLU) -> list[Callable[[Tensor], Tensor]]:
+def uses(
+    transform: SelfNormalizingTransform | SmoothLeakyReLU,
+) -> list[Callable[[Tensor], Tensor]]:
     return [transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)]
 
 
@@ -118,6 +154,43 @@ def test_wrong_shape_names_layer_expected_and_got(shape: tuple[int, ...]) -> Non
     message = r"SelfNormalizingLinear\(3, .*expected .*shape \(\.\.\., 3\); got "
     for use in uses(linear(3)):
         with pytest.raises(ValueError, match=message + re.escape(str(shape))):
+            use(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 1, 4, 4), (4, 4), (2,), (), (2, 4, 4, 3)])
+def test_wrong_channels_name_layer_expected_and_got(shape: tuple[int, ...]) -> None:
+    message = r"SelfNormalizingConv2d\(2, .*expected .*shape \(\.\.\., 2, H, W\); got "
+    for use in uses(conv(2)):
+        with pytest.raises(ValueError, match=message + re.escape(str(shape))):
+            use(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("log_det", LOG_DETS)
+@pytest.mark.parametrize("shape", [(2, 2, 4), (2, 3, 4), (5, 2, 5, 4), (2, 1, 1)])
+def test_image_that_is_smaller_than_the_kernel_is_refused(
+    shape: tuple[int, ...], log_det: str
+) -> None:
+    message = r"SelfNormalizingConv2d.*images no smaller than the kernel; got "
+    for padding_mode in PADDING_MODES:
+        for use in uses(conv(2, kernel_size=(3, 5), log_det=log_det, padding_mode=padding_mode)):
+            with pytest.raises(ValueError, match=message + re.escape(str(shape))):
+                use(torch.zeros(shape))
+
+
+def test_torus_that_is_smaller_than_the_learned_inverse_is_refused() -> None:
+    # Its kernel would meet itself, and be another one.
+    options = {"log_det": "learned", "inverse_kernel_size": 5}
+    for use in uses(conv(2, padding_mode="circular", **options)):
+        with pytest.raises(ValueError, match="images no smaller than the kernel"):
+            use(torch.zeros(3, 2, 4, 5))
+    for use in uses(conv(2, padding_mode="zeros", **options)):
+        use(torch.zeros(3, 2, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 0, 4), (3, 2, 4, 0)])
+def test_empty_image_is_refused(shape: tuple[int, ...]) -> None:
+    for use in uses(conv(2)):
+        with pytest.raises(ValueError, match=r"expected .*; got " + re.escape(str(shape))):
             use(torch.zeros(shape))
 
 
@@ -130,25 +203,26 @@ def test_empty_input_is_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_input_that_is_not_floating_is_refused(dtype: torch.dtype) -> None:
-    for use in [*uses(linear(3)), *uses(SmoothLeakyReLU())]:
+    for use in [*uses(linear(3)), *uses(SmoothLeakyReLU()), *uses(conv(2))]:
         with pytest.raises(ValueError, match=f"expected a floating-point tensor; got {dtype}"):
-            use(torch.ones(2, 3, dtype=dtype))
+            use(torch.ones(2, 3, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("value", [[1.0, 2.0, 3.0], 1.0, None])
 def test_input_that_is_no_tensor_is_refused(value: object) -> None:
     name = type(value).__name__
-    for use in [*uses(linear(3)), *uses(SmoothLeakyReLU())]:
+    for use in [*uses(linear(3)), *uses(SmoothLeakyReLU()), *uses(conv(2))]:
         with pytest.raises(ValueError, match=f"expected a floating-point tensor; got {name}"):
             use(value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
-    message = f"SelfNormalizingLinear.*expected dtype torch.float64; got {dtype}"
-    for use in uses(linear(3)):
-        with pytest.raises(ValueError, match=message):
-            use(torch.ones(2, 3, dtype=dtype))
+    for layer in (linear(3), conv(2)):
+        message = f"{type(layer).__name__}.*expected dtype torch.float64; got {dtype}"
+        for use in uses(layer):
+            with pytest.raises(ValueError, match=message):
+                use(torch.ones(2, 3, 3, dtype=dtype))
 
 
 def test_half_precision_layer_refuses_double_input() -> None:
@@ -185,7 +259,9 @@ def test_bad_data_surface_in_the_loss(name: str, value: float) -> None:
     y = transform(x)
     assert not torch.isfinite(y).all()
     transform.clear_cache()
-    assert not torch.isfinite(transform.inv(x)).all()
+    y = output_batch(case)
+    y.view(-1)[0] = value
+    assert not torch.isfinite(transform.inv(y)).all()
 
 
 @pytest.mark.parametrize("inverse", ["refined", "learned", "exact"])
@@ -224,11 +300,13 @@ def test_log_det_is_no_function_of_the_data(log_det: str) -> None:
     assert torch.equal(layer.log_abs_det_jacobian(bad, layer(bad)), good)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("parameter", ["theta", "log_scale", "bias"])
 @pytest.mark.parametrize("log_det", LOG_DETS)
-def test_bad_parameters_surface(log_det: str, parameter: str) -> None:
+def test_bad_parameters_surface(log_det: str, parameter: str, kind: str) -> None:
     # As a number in what depends on them, or as an error; not as a finite density.
-    layer, x = linear(4, log_det=log_det), torch.randn(3, 4)
+    layer = linear(4, log_det=log_det) if kind == "linear" else conv(4, log_det=log_det)
+    x = torch.randn(3, 4, 4, 4)
     with torch.no_grad():
         getattr(layer, parameter).view(-1)[0] = math.nan
     assert torch.isnan(layer(x)).any()
@@ -237,7 +315,7 @@ def test_bad_parameters_surface(log_det: str, parameter: str) -> None:
         try:
             assert not torch.isfinite(loss_of(layer, x))
         except torch.linalg.LinAlgError as error:
-            assert "SelfNormalizingLinear(4, " in str(error)  # noqa: PT017
+            assert f"{type(layer).__name__}(4, " in str(error)  # noqa: PT017
 
 
 # --- Lower precision ----------------------------------------------------------------------------

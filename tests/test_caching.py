@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pyro.distributions as dist
 import pyro.optim
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.caching import PairCache, ParameterCache, TensorState
 from pyro_snf.transforms.base import InvertibleTransformModule
-from tests.registry import LOG_DETS, density_loss, linear, nudge_inverses, randomize
+from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
+from tests.registry import LOG_DETS, conv, density_loss, linear, nudge_inverses, randomize
 
 # A remembered value against one computed anew: the same operations in the same order.
 SAME = 1e-12
 
-X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+# Four vectors, or four images of one channel and one row.
+X = torch.randn(4, 1, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def relu() -> SmoothLeakyReLU:
@@ -40,8 +43,18 @@ TRANSFORMS: dict[str, Callable[[], InvertibleTransformModule | Compose]] = {
     "linear refined": lambda: linear(3),
     "linear learned": lambda: linear(3, log_det="learned"),
     "linear exact": lambda: linear(3, log_det="exact"),
+    "conv refined": lambda: conv(1, kernel_size=(1, 3)),
+    "conv learned": lambda: conv(1, kernel_size=(1, 3), log_det="learned"),
+    "conv exact": lambda: conv(1, kernel_size=(1, 3), log_det="exact"),
     "smooth leaky relu": relu,
     "stack": stack,
+}
+
+
+#: Layers with options, for :data:`X`.
+LAYERS: dict[str, Callable[..., SelfNormalizingTransform]] = {
+    "linear": partial(linear, 3),
+    "conv": partial(conv, 1, kernel_size=(1, 3)),
 }
 
 
@@ -468,15 +481,19 @@ def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:
 # --- inference_mode -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("log_det", LOG_DETS)
-def test_training_after_inference_mode(log_det: str) -> None:
-    layer = linear(3, log_det=log_det)
+def test_training_after_inference_mode(log_det: str, kind: str) -> None:
+    layer = LAYERS[kind](log_det=log_det)
+    layer.log_abs_det_jacobian(X, layer(X))  # now there is something to refresh
     with torch.inference_mode():
         for mode in (False, True):
             layer.train(mode)
             layer.log_abs_det_jacobian(X, layer(X))
             layer.inv(X)
-            _ = layer.inverse_weight, layer.weight
+            _ = layer.inverse_weight((1, 3)) if kind == "conv" else layer.inverse_weight
+            _ = layer.weight
+            layer.refresh()
     for mode in (False, True):
         layer.train(mode).zero_grad()
         loss = layer.log_abs_det_jacobian(X, layer(X)).sum() + layer(X).sum() + layer.inv(X).sum()
@@ -499,9 +516,10 @@ def test_pair_from_inference_mode_is_not_given_out_beyond_it() -> None:
 
 @pytest.mark.parametrize("inverse", ["refined", "exact", "learned"])
 @pytest.mark.parametrize("log_det", LOG_DETS)
-def test_layer_is_freed_with_its_last_reference(log_det: str, inverse: str) -> None:
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layer_is_freed_with_its_last_reference(kind: str, log_det: str, inverse: str) -> None:
     # A remembered pair has a graph, and a graph must not hold the layer that remembers it.
-    layer = linear(3, log_det=log_det, inverse=inverse)
+    layer = LAYERS[kind](log_det=log_det, inverse=inverse)
     loss = density_loss(layer, X) + layer.inv(X).sum()
     loss.backward()
     layer.log_abs_det_jacobian(X, layer.inv(X))
@@ -519,3 +537,12 @@ def test_activation_is_freed_with_its_last_reference() -> None:
     del activation
     gc.collect()
     assert reference() is None
+
+
+def test_cache_of_a_part_of_torch_is_behind_an_honest_one() -> None:
+    # torch's own remembers a tensor by its identity, whatever has been written to it.
+    flow = Compose([dist.transforms.ExpTransform()], cache_size=1)
+    x = torch.ones(3)
+    flow(x)
+    x.zero_()
+    assert torch.equal(flow(x), torch.ones(3))

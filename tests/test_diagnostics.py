@@ -15,8 +15,9 @@ from pyro.distributions.transforms import ComposeTransformModule, iterated
 from pyro.infer.autoguide import AutoNormalizingFlow
 
 from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU, self_normalizing_linear
+from pyro_snf.conv import kernels
 from pyro_snf.diagnostics import gradient_error, inverse_error, report
-from tests.registry import CASES, LOG_DETS, linear, nudge_inverses, train
+from tests.registry import CASES, LOG_DETS, conv, linear, nudge_inverses, train
 
 # Float64: the same definitions, summed in another order.
 EXACT = 1e-9
@@ -194,7 +195,7 @@ def test_report_without_layers_is_an_error(nothing: object) -> None:
 @pytest.mark.parametrize("measure", [inverse_error, gradient_error])
 @pytest.mark.parametrize("other", [SmoothLeakyReLU(), flow(), dist.transforms.Spline(3)])
 def test_other_transforms_are_refused(measure: object, other: object) -> None:
-    with pytest.raises(ValueError, match="expected a SelfNormalizingLinear or its inverse; got"):
+    with pytest.raises(ValueError, match="expected a self-normalizing layer or its inverse; got"):
         measure(other)
 
 
@@ -204,3 +205,74 @@ def test_gradient_error_of_a_singular_weight_is_an_error() -> None:
         layer.theta.copy_(-2 * torch.eye(4))  # A = 0
     with pytest.raises(torch.linalg.LinAlgError):
         gradient_error(layer)
+
+
+# --- Convolutions -------------------------------------------------------------------------------
+
+SIZE = (5, 4)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("log_det", LOG_DETS)
+def test_inverse_error_of_a_convolution_is_its_definition(log_det: str, padding_mode: str) -> None:
+    layer = conv(2, log_det=log_det, padding_mode=padding_mode, inverse_kernel_size=3)
+    forward = kernels.matrix(layer.weight.detach(), SIZE, padding_mode)
+    inverse = kernels.matrix(layer.inverse_weight(SIZE), SIZE, padding_mode)
+    expected = (torch.eye(40) - inverse @ forward).norm() / math.sqrt(40)
+    assert inverse_error(layer, SIZE) == pytest.approx(expected.item(), rel=EXACT)
+    assert inverse_error(layer.inv, SIZE) == inverse_error(layer, SIZE)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("log_det", LOG_DETS)
+def test_gradient_error_of_a_convolution_is_its_definition(log_det: str, kernel_size: int) -> None:
+    layer = conv(2, log_det=log_det, kernel_size=kernel_size)
+    state = copy.deepcopy(layer.state_dict())
+    matrix = kernels.matrix(kernels.near_identity(layer.theta), SIZE, "zeros")
+    (exact,) = torch.autograd.grad(torch.linalg.slogdet(matrix).logabsdet, layer.theta)
+    if log_det == "learned":
+        estimator = layer.estimator
+        x = torch.zeros(1, 2, *SIZE)
+        surrogate = estimator.trace_gradient(layer.theta.detach(), estimator.theta.detach(), x)
+    else:
+        surrogate = exact  # a reference that is made on the spot
+    relative, cosine = gradient_error(layer.eval(), SIZE)
+    expected = ((surrogate - exact).norm() / exact.norm()).item()
+    assert relative == pytest.approx(expected, rel=EXACT, abs=EXACT)
+    assert cosine <= 1 + EXACT
+    assert str(layer.state_dict()) == str(state)
+
+
+def test_size_of_the_latest_images_is_taken() -> None:
+    layer = conv(2)
+    with pytest.raises(ValueError, match="expected image_size"):
+        inverse_error(layer)
+    with pytest.raises(ValueError, match="expected image_size"):
+        gradient_error(layer)
+    layer(torch.zeros(3, 2, *SIZE))
+    assert inverse_error(layer) == inverse_error(layer, SIZE)
+    assert gradient_error(layer) == gradient_error(layer, SIZE)
+
+
+def test_report_of_convolutions() -> None:
+    layers = [conv(2), conv(2, log_det="learned"), conv(2, kernel_size=1, log_det="exact")]
+    assert "–" in str(report(layers[0]))
+    stack = Compose(layers)
+    stack(torch.zeros(1, 2, *SIZE))
+    rows = report(stack).layers
+    assert [row.dim for row in rows] == [40, 40, 40]
+    for row, layer in zip(rows, layers, strict=True):
+        assert row.inverse_error == inverse_error(layer, SIZE)
+        matrix = kernels.matrix(kernels.near_identity(layer.theta.detach()), SIZE, "zeros")
+        # An estimate: the norm from above, that of the inverse from below.
+        assert 0.3 < row.condition / torch.linalg.cond(matrix).item() < 5
+
+
+def test_report_of_a_singular_convolution() -> None:
+    layer = conv(2)
+    layer(torch.zeros(1, 2, *SIZE))
+    torch.nn.init.zeros_(layer.theta)
+    with torch.no_grad():
+        layer.theta[:, :, 1, 1] = -math.sqrt(18) * torch.eye(2)  # a = 0
+    (row,) = report(layer).layers
+    assert row.condition == math.inf

@@ -7,12 +7,15 @@ import gzip
 import importlib
 import json
 import math
+import re
+import signal
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -46,6 +49,14 @@ def vae(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(EXAMPLES)
     with pyro.settings.context(module_local_params=True):
         yield importlib.import_module("vae")
+
+
+@pytest.fixture
+def images_example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("images")
+    monkeypatch.setattr(module, "COLUMNS", 3)  # quicker to draw
+    return module
 
 
 @pytest.fixture
@@ -261,8 +272,7 @@ def test_density_counts_every_jacobian(density_digits: ModuleType) -> None:
     image = density_digits.dequantize(density_digits.load_data().test[:1], generator)[0]
 
     def to_latent(pixels: Tensor) -> Tensor:
-        squeeze = density_digits.SQUEEZE
-        unit = (pixels / 17 + squeeze) * (1 - 2 * squeeze)
+        unit = (pixels / 17 + 1e-6) * (1 - 2e-6)
         return flow(torch.logit(unit))
 
     jacobian = torch.autograd.functional.jacobian(to_latent, image)
@@ -486,6 +496,432 @@ def test_damaged_gzip_is_named(common: ModuleType, mnist: Path, content: bytes) 
         common.load_mnist(mnist)
 
 
+# --- Images -------------------------------------------------------------------------------------
+
+
+def _write_archive(folder: Path, **arrays: np.ndarray) -> Path:
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / "images.npz", **arrays)
+    return folder
+
+
+def _pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """A folder with coloured images of 4 × 4 in an NPZ file: 12 for training and 5 for testing."""
+    arrays = {"x_train": _pixels(12, 4, 4, 3), "x_test": _pixels(5, 4, 4, 3, seed=1)}
+    return _write_archive(tmp_path / "npz", **arrays)
+
+
+IMAGE_PICTURES = {"samples.png", "reconstructions.png", "kernels.png", "curves.png"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--model", "conv", "--log-det", "learned", "--activation", "smooth_leaky_relu"],
+        ["--model", "fc", "--log-det", "exact", "--data-dir", "mnist"],
+        ["--model", "glow", "--steps-per-level", "1", "--hidden-channels", "4"],
+        ["--log-det", "learned", "--reconstruction-weight", "3", "--data-dir", "npz"],
+        ["--model", "glow", "--log-det", "learned", "--hidden-channels", "4", "--data-dir", "npz"],
+    ],
+    ids=" ".join,
+)
+def test_images_runs(
+    images_example: ModuleType,
+    mnist: Path,
+    npz: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    folders = {"mnist": str(mnist), "npz": str(npz)}
+    options = [folders.get(option, option) for option in options]
+    folder = tmp_path / "new" / "folder"
+    arguments = ["--epochs", "2", "--seed", "3", "--output-dir", str(folder), *options]
+    result = images_example.main(arguments)
+    _check_outputs(folder, result, IMAGE_PICTURES)
+    (row,) = result["table"]
+    size = {str(mnist): 16, str(npz): 48}.get(arguments[-1], 64)
+    nats = row["test NLL (nats)"]
+    assert math.isfinite(nats)
+    assert row["bits/dim"] == pytest.approx(nats / (size * math.log(2)), rel=1e-6)
+    assert row["exact reconstructions off by"] == 0
+    assert (folder / "checkpoint.pt").is_file()
+    with (folder / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [float(epoch["epoch"]) for epoch in history] == [0, 1, 2]
+    best = min(float(epoch["validation"]) for epoch in history)
+    assert row["validation NLL"] == pytest.approx(best, rel=1e-12)
+    printed = capsys.readouterr().out
+    assert "Exact NLL of" in printed
+    assert "certificate" in printed  # of the diagnostics
+
+
+def _image_args(module: ModuleType, folder: Path, *options: str) -> Any:
+    options = ("--output-dir", str(folder), "--batch-size", "5", *options)
+    return module.parse_args(["--warm-up-epochs", "1", *options])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "conv"],
+        ["--model", "conv", "--log-det", "learned"],
+        ["--model", "fc"],
+        ["--model", "fc", "--log-det", "exact"],
+        ["--model", "glow", "--steps-per-level", "2", "--hidden-channels", "4"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("last_step", [2, 5, 6])
+def test_images_go_on_as_if_nothing_had_happened(
+    images_example: ModuleType,
+    npz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    last_step: int,
+) -> None:
+    def make_run(*more: str) -> Any:
+        args = _image_args(images_example, tmp_path, "--data-dir", str(npz), *options, *more)
+        return images_example.make_run(args, checkpoint)
+
+    def train(run: Any) -> Any:
+        images_example.train(run, num_epochs=4, checkpoint=checkpoint, show_progress=False)
+        return run
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    expected = train(make_run())
+    assert expected.num_steps == 8  # 10 images for training, two batches an epoch
+
+    step = images_example.Run.step
+
+    def interrupted(self: Any) -> float:
+        loss = step(self)
+        if self.num_steps == last_step:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(images_example.Run, "step", interrupted)
+    run = train(make_run())
+    assert run.num_steps == last_step
+    assert run.history[-1].epoch == last_step / 2
+    monkeypatch.setattr(images_example.Run, "step", step)
+
+    resumed = train(make_run("--resume"))
+    assert resumed.num_steps == 8
+    assert resumed.seconds > 0
+    for one, other in zip(resumed.history, expected.history, strict=True):
+        assert one[:-1] == pytest.approx(other[:-1], rel=1e-9, nan_ok=True)
+    assert resumed.best[:2] == pytest.approx(expected.best[:2], rel=1e-9)
+    pairs = zip(resumed.flow.parameters(), expected.flow.parameters(), strict=True)
+    for parameter, other in pairs:
+        torch.testing.assert_close(parameter, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(resumed.best.state, expected.best.state, equal_nan=True)
+
+
+def test_a_second_interrupt_is_one(common: ModuleType) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with common.deferred_interrupt() as is_interrupted:
+        assert not is_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert is_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_checkpoints_are_never_half_written(common: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    common.save_whole({"step": 1}, path)
+    with pytest.raises(AttributeError, match="pickle"):
+        common.save_whole({"step": lambda: 2}, path)
+    assert torch.load(path) == {"step": 1}
+
+
+def test_images_in_an_interrupted_run_are_drawn(
+    images_example: ModuleType, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = images_example.Run.step
+
+    def interrupted(self: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(images_example.Run, "step", interrupted)
+    arguments = ["--data-dir", str(npz), "--batch-size", "5", "--seed", "3"]
+    arguments += ["--output-dir", str(tmp_path)]
+    result = images_example.main(arguments)
+    _check_outputs(tmp_path, result, IMAGE_PICTURES)
+    # Once more, of the same flow: no epoch is left to train.
+    again = images_example.main([*arguments, "--epochs", "1", "--resume"])
+    assert again["table"][0]["at epoch"] in (0, 1)
+
+
+def test_resume_needs_a_checkpoint(images_example: ModuleType, tmp_path: Path) -> None:
+    args = _image_args(images_example, tmp_path, "--resume")
+    with pytest.raises(SystemExit, match=r"expected a checkpoint to resume from; got no .*here"):
+        images_example.make_run(args, tmp_path / "nothing here")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "fc"], "expected model to be 'conv', as in the checkpoint; got 'fc'"),
+        (["--seed", "4"], "expected seed to be 0, as in the checkpoint; got 4"),
+        (["--batch-size", "4"], "expected batch_size to be 5, as in the checkpoint; got 4"),
+        (["--data-dir"], "expected images to be [[10, 3, 4, 4], "),
+    ],
+)
+def test_resume_needs_the_same_settings(
+    images_example: ModuleType,
+    mnist: Path,
+    npz: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    data = ["--data-dir", str(npz)]
+    checkpoint = tmp_path / "checkpoint.pt"
+    run = images_example.make_run(_image_args(images_example, tmp_path, *data), checkpoint)
+    images_example.train(run, num_epochs=1, checkpoint=checkpoint, show_progress=False)
+    options = ["--data-dir", str(mnist)] if options == ["--data-dir"] else [*data, *options]
+    args = _image_args(images_example, tmp_path, "--resume", *options)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        images_example.make_run(args, checkpoint)
+
+
+def _small_run(module: ModuleType, folder: Path, *options: str) -> Any:
+    return module.make_run(_image_args(module, folder, *options), folder / "checkpoint.pt")
+
+
+def test_evaluation_is_always_the_same(images_example: ModuleType, npz: Path) -> None:
+    losses = set()
+    for seed in ("0", "1"):
+        run = _small_run(images_example, npz, "--data-dir", str(npz), "--seed", seed)
+        losses |= {run.negative_log_likelihood(run.data.test) for _ in range(2)}
+        assert run.flow.training
+    assert len(losses) == 1
+
+
+def test_images_count_every_jacobian(images_example: ModuleType, mnist: Path) -> None:
+    run = _small_run(images_example, mnist, "--data-dir", str(mnist), "--log-det", "exact")
+    for parameter in run.flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    image = run.data.test[:1].double() + 0.5
+
+    def to_latent(pixels: Tensor) -> Tensor:
+        return run.flow(torch.logit((pixels / 256 + 1e-6) * (1 - 2e-6)))
+
+    jacobian = torch.autograd.functional.jacobian(to_latent, image).reshape(16, 16)
+    expected = dist.Normal(0.0, 1.0).log_prob(to_latent(image)).sum()
+    expected = expected + torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(run.density.log_prob(image)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["learned", "exact"])
+def test_pictures_leave_the_layers_as_they_are(
+    images_example: ModuleType, npz: Path, method: str
+) -> None:
+    run = _small_run(images_example, npz, "--data-dir", str(npz), "--log-det", "learned")
+    for layer in images_example.layers_of(run.flow):
+        torch.nn.init.normal_(layer.theta, std=0.5)
+    latents = images_example.encode(run, run.data.test)
+    pixels = images_example.decode(run, latents, method)
+    assert torch.equal(pixels, run.data.test) == (method == "exact")
+    assert {layer.inverse for layer in images_example.layers_of(run.flow)} == {"refined"}
+    count = 7
+    draws = [images_example.draw_latents(run, count, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert images_example.decode(run, draws[0], method).shape == (count, 3, 4, 4)
+
+
+@pytest.mark.parametrize("model", ["fc", "conv", "glow"])
+def test_kernels_are_those_of_the_layers(images_example: ModuleType, npz: Path, model: str) -> None:
+    run = _small_run(images_example, npz, "--data-dir", str(npz), "--model", model)
+    rows = images_example.kernel_rows(run)
+    if model == "glow":
+        assert list(rows)[:2] == ["1 × 1 at 12×2×2, W", "1 × 1 at 12×2×2, R"]
+        w, r = list(rows.values())[:2]
+        assert w.shape == r.shape == (3, 12, 12)
+        torch.testing.assert_close(w @ r, torch.eye(12).expand(3, 12, 12))
+        return
+    names = ["W − I", "R − I"] if model == "fc" else ["w − δ", "r − δ"]
+    assert list(rows)[:2] == [f"layer 1, {name}" for name in names]
+    for row in rows.values():
+        assert row.shape[0] == 3
+        assert row.abs().max() < 1e-12  # the identity at the start
+
+
+def test_images_end_where_the_loss_is_not_finite(
+    images_example: ModuleType, npz: Path, tmp_path: Path
+) -> None:
+    run = _small_run(images_example, npz, "--data-dir", str(npz))
+    run.evaluate()
+    torch.nn.init.constant_(images_example.layers_of(run.flow)[0].theta, math.inf)
+    message = "the loss is nan in step 1; try a --learning-rate below 0.01"
+    with pytest.raises(SystemExit, match=message):
+        images_example.train(
+            run, num_epochs=1, checkpoint=tmp_path / "checkpoint.pt", show_progress=False
+        )
+
+
+def test_as_many_blocks_as_fit(images_example: ModuleType) -> None:
+    shapes = [(1, 28, 28), (1, 8, 8), (3, 32, 32), (1, 4, 4), (1, 7, 7), (1, 12, 8), (1, 30, 30)]
+    counts = [images_example._num_blocks(torch.Size(shape)) for shape in shapes]
+    assert counts == [3, 2, 3, 1, 1, 2, 2]
+
+
+def test_images_that_do_not_fit(images_example: ModuleType, tmp_path: Path) -> None:
+    folder = _write_archive(tmp_path / "odd", train=_pixels(12, 5, 5), test=_pixels(3, 5, 5))
+    args = _image_args(images_example, tmp_path, "--model", "glow", "--data-dir", str(folder))
+    with pytest.raises(SystemExit, match=r"error: level 1 of 2: .*expected H and W divisible by 2"):
+        images_example.make_run(args, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "rnn"], "invalid choice: 'rnn'"),
+        (["--log-det", "lu"], "invalid choice: 'lu'"),
+        (["--epochs", "0"], "--epochs: expected an integer >= 1; got '0'"),
+        (
+            ["--model", "glow", "--activation", "spline"],
+            "with --model fc only; got glow",
+        ),
+        (["--hidden-channels", "3"], "expected --hidden-channels with --model glow only; got conv"),
+        (
+            ["--data-dir", "nowhere"],
+            "expected an NPZ file, or one IDX file named *train*im",
+        ),
+    ],
+)
+def test_bad_image_options_are_named(
+    images_example: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        images_example.main(options)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"),
+        ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+        ("emnist-letters-train-images-idx3-ubyte", "emnist-letters-test-images-idx3-ubyte.gz"),
+        ("train-images.idx3-ubyte", "t10k-images.idx3-ubyte"),
+    ],
+)
+def test_idx_images_are_read(common: ModuleType, tmp_path: Path, names: tuple[str, str]) -> None:
+    train, test = torch.from_numpy(_pixels(4, 5, 6)), torch.from_numpy(_pixels(2, 5, 6, seed=1))
+    for name, pixels in zip(names, (train, test), strict=True):
+        _write_images(tmp_path / name, pixels)
+        (tmp_path / name.replace("images", "labels").replace("idx3", "idx1")).write_bytes(b"")
+    found = common.load_images(tmp_path)
+    assert torch.equal(found[0], train.unsqueeze(1))
+    assert torch.equal(found[1], test.unsqueeze(1))
+    # Gzipped or not, it is one file.
+    for name, pixels in zip(names, (train, test), strict=True):
+        _write_images(tmp_path / (name.removesuffix(".gz")), pixels)
+    assert torch.equal(common.load_images(tmp_path)[0], train.unsqueeze(1))
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("x_train", "x_test")])
+@pytest.mark.parametrize("layout", ["NHW", "NCHW", "NHWC", "N1HW", "NHW1"])
+def test_npz_images_are_read(
+    common: ModuleType, tmp_path: Path, names: tuple[str, str], layout: str
+) -> None:
+    channels = 3 if "C" in layout else 1
+    arrays = [_pixels(count, channels, 5, 6) for count in (4, 2)]
+    stored = {
+        "NHW": lambda array: array[:, 0],
+        "NCHW": lambda array: array,
+        "N1HW": lambda array: array,
+        "NHWC": lambda array: np.moveaxis(array, 1, -1),
+        "NHW1": lambda array: np.moveaxis(array, 1, -1),
+    }[layout]
+    named = dict(zip(names, map(stored, arrays), strict=True))
+    _write_archive(tmp_path, **named, y_train=np.zeros(3))
+    for found, expected in zip(common.load_images(tmp_path), arrays, strict=True):
+        assert torch.equal(found, torch.from_numpy(expected))
+        assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"train": _pixels(2, 4, 4)},
+            "expected arrays train and test or x_train and x_test; got",
+        ),
+        ({}, "expected arrays train and test or x_train and x_test; got none"),
+        (
+            {"train": _pixels(2, 4, 4) / 255, "test": _pixels(2, 4, 4)},
+            "images.npz: train: expected bytes, dtype uint8; got float64",
+        ),
+        (
+            {"train": _pixels(2, 16), "test": _pixels(2, 16)},
+            "expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), with C 1 or 3; got (2, 16)",
+        ),
+        (
+            {"train": _pixels(2, 4, 4, 4), "test": _pixels(2, 4, 4)},
+            "with C 1 or 3; got (2, 4, 4, 4)",
+        ),
+        (
+            {"train": _pixels(2, 4, 4), "test": _pixels(2, 4, 5)},
+            "images of one size for training and testing; got (2, 1, 4, 4) and (2, 1, 4, 5)",
+        ),
+        ({"train": _pixels(0, 4, 4), "test": _pixels(2, 4, 4)}, "expected images of one size"),
+        (
+            {"train": np.array([None]), "test": _pixels(2, 4, 4)},
+            "expected an NPZ file; got Object arrays cannot be loaded",
+        ),
+    ],
+)
+def test_other_archives_are_named(
+    common: ModuleType, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    _write_archive(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        common.load_images(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 damaged"])
+def test_damaged_archives_are_named(common: ModuleType, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz: expected an NPZ file; got "):
+        common.load_images(tmp_path)
+
+
+def test_image_folders_are_unambiguous(common: ModuleType, mnist: Path, npz: Path) -> None:
+    (npz / "more.npz").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"expected one NPZ file in .*; got images\.npz, more\.npz"
+    ):
+        common.load_images(npz)
+    (mnist / "fashion-train-images-idx3-ubyte").write_bytes(b"")
+    message = (
+        r"one IDX file named \*train\*images\*idx3\*, in .*; "
+        "got fashion-train-images-idx3-ubyte, train-images-idx3-ubyte"
+    )
+    with pytest.raises(ValueError, match=message):
+        common.load_images(mnist)
+    (mnist / "t10k-images-idx3-ubyte").unlink()
+    (mnist / "fashion-train-images-idx3-ubyte").unlink()
+    with pytest.raises(ValueError, match=r"\*t10k\*images\*idx3\* or \*test.*; got none"):
+        common.load_images(mnist)
+
+
 @pytest.mark.parametrize("option", ["--epochs", "--latent-dim", "--hidden", "--rank"])
 def test_vae_sizes_are_integers(
     vae: ModuleType, capsys: pytest.CaptureFixture[str], option: str
@@ -505,7 +941,7 @@ def test_number_of_steps_is_an_integer(
     assert f"expected an integer >= 1; got {value!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["svi_guide", "density_digits", "vae"])
+@pytest.mark.parametrize("name", ["svi_guide", "density_digits", "vae", "images_example"])
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

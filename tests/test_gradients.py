@@ -22,12 +22,16 @@ from tests.registry import (
     INVERSES,
     LOG_DETS,
     LOSSES,
+    REDUCTIONS,
+    assert_gradients_equal,
     density_by_inverse,
     density_by_transform,
     linear,
     make_inverse_exact,
     nudge_inverses,
     randomize,
+    relative_error,
+    shared_gradients,
 )
 
 pytestmark = pytest.mark.usefixtures("few_rows")
@@ -37,37 +41,6 @@ EXACT = 1e-9
 
 DIMS = [1, 2, 5, 64]
 SURROGATES = ["refined", "learned"]
-
-Reduction = Callable[[Tensor], Tensor]
-REDUCTIONS: dict[str, Reduction] = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "times 0.1": lambda value: 0.1 * value.sum(),
-    "negated": lambda value: -value.mean(),
-    # What importance weights and score functions do: another factor, and sign, for each sample.
-    "weighted": lambda value: (torch.linspace(-1, 2, value.numel()) * value.flatten()).sum(),
-}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-def assert_gradients_equal(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT
-) -> None:
-    for name, gradient in expected.items():
-        assert relative_error(actual[name], gradient) < tolerance, name
-
-
-def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
-    """The gradients of all parameters but those of R."""
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in layer.named_parameters()
-        if "estimator" not in name
-    }
-
 
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 

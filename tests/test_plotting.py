@@ -43,6 +43,31 @@ def test_image_grid_shows_its_images() -> None:
     assert _differ(figure, plotting.plot_image_grid(images.flip(0), columns=3))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_grid_takes_images_with_channels(channels: int) -> None:
+    images = 5 * torch.rand(4, channels, 3, 6) - 2
+    shown = plotting.plot_image_grid(images, columns=2).axes[3].images[0]
+    array = torch.as_tensor(shown.get_array().data)
+    if channels == 1:
+        assert torch.equal(array, images[3, 0])
+    else:
+        unit = (images - images.min()) / (images.max() - images.min())
+        assert torch.allclose(array, unit[3].permute(1, 2, 0))
+    assert _png(plotting.plot_image_grid(torch.zeros(2, channels, 3, 3), columns=2))
+
+
+def test_kernels_are_shown_in_rows_on_their_own_scales() -> None:
+    first, second = torch.randn(3, 3, 3), torch.randn(2, 5, 7)
+    figure = plotting.plot_kernels({"w": first, "inverse": second}, title="t")
+    assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 1, 1, 0]
+    assert torch.equal(torch.as_tensor(figure.axes[4].images[0].get_array().data), second[1])
+    for axes, row in zip(figure.axes[:5], [first] * 3 + [second] * 2, strict=True):
+        norm = axes.images[0].norm
+        assert norm.vmax == -norm.vmin == row.abs().max().item()
+    assert figure.axes[0].get_ylabel() == f"w\n± {first.abs().max():.3g}"
+    assert _differ(figure, plotting.plot_kernels({"w": second, "inverse": first}))
+
+
 def test_intensity_has_a_panel_for_each_posterior() -> None:
     positions, counts = torch.arange(4.0), torch.tensor([1, 0, 2, 5])
     samples = {"first": torch.rand(20, 4), "second": torch.rand(30, 4, requires_grad=True)}
@@ -85,6 +110,12 @@ def test_bad_input_is_named() -> None:
         plotting.plot_image_grid(torch.rand(4, 4), columns=2)
     with pytest.raises(ValueError, match=r"images: expected shape .* got \(0, 4, 4\)"):
         plotting.plot_image_grid(torch.rand(0, 4, 4), columns=2)
+    with pytest.raises(ValueError, match=r"images: expected shape \(N, 3, H, W\); got \(1, 2, 4,"):
+        plotting.plot_image_grid(torch.rand(1, 2, 4, 4), columns=2)
+    with pytest.raises(ValueError, match="kernels for at least one label"):
+        plotting.plot_kernels({})
+    with pytest.raises(ValueError, match=r"kernels of 'w': expected shape \(N, H, W\); got \(3, 3"):
+        plotting.plot_kernels({"w": torch.zeros(3, 3)})
     with pytest.raises(ValueError, match="columns >= 1; got 0"):
         plotting.plot_image_grid(torch.rand(1, 4, 4), columns=0)
     with pytest.raises(ValueError, match="expected 2 row_labels, one a row; got 1"):

@@ -27,7 +27,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule
 from pyro.optim import Adam, ClippedAdam
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import ReshapeTransform, Transform
 
 from pyro_snf import (
     Compose,
@@ -37,7 +37,7 @@ from pyro_snf import (
     self_normalizing_linear,
 )
 from pyro_snf.diagnostics import inverse_error, report
-from tests.registry import LOG_DETS, linear, nudge_inverses
+from tests.registry import LOG_DETS, conv, linear, nudge_inverses
 
 # Float64, the same operations in another order.
 EXACT = 1e-9
@@ -350,9 +350,19 @@ def jit_stack(log_det: str) -> Compose:
     return Compose([*parts, linear(4, log_det=log_det, seed=1)])
 
 
+def jit_convolutions(log_det: str) -> Compose:
+    """On vectors, as images of two channels."""
+    parts = [ReshapeTransform((4,), (2, 2, 1)), conv(2, kernel_size=1, log_det=log_det)]
+    parts.extend([ReshapeTransform((2, 2, 1), (1, 1, 4)), SmoothLeakyReLU(learnable=True)])
+    options = {"kernel_size": (1, 3), "log_det": log_det}
+    parts.extend([conv(1, **options), conv(1, padding_mode="circular", seed=1, **options)])
+    return Compose([*parts, ReshapeTransform((1, 1, 4), (4,))])
+
+
 JIT_LAYERS: dict[str, Callable[[str], Transform]] = {
     "linear": lambda log_det: linear(4, log_det=log_det),
     "stack": jit_stack,
+    "convolutions": jit_convolutions,
 }
 
 

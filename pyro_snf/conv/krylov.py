@@ -14,13 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["KrylovSpace", "krylov"]
 
 Operator = Callable[[Tensor], Tensor]
+
+# Of a matrix of eigenvectors, up to which they are independent enough. A kernel that has moved in
+# one of two channels as the other sees it, and no more, has E² = 0 and no basis of eigenvectors.
+_MAX_CONDITION = 1e7
+
+# Of Gauss' rule; exact to rounding for eigenvalues between 0.1 and 10.
+_NUM_NODES = 24
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,41 @@ class KrylovSpace:
     size: Tensor
     """‖v‖, shape ``(B,)``, in float64 on the CPU."""
 
+    @cached_property
+    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
+        return torch.linalg.eig(self.hessenberg)
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """The smallest |λ| of all H: A has directions in which it shrinks to this at least."""
+        return self._eigenpairs[0].abs().min().item()
+
     def second_order_log(self) -> Tensor:
         """``vᵀ(log|A| − A + I) v`` for every v, shape ``(B,)``, in float64 on the CPU.
 
         That is ``vᵀ log|A| v`` less its term of first order in ``A − I``.
         """
-        # With a real part alone: tr log A is real but for multiples of πi.
-        values, vectors = torch.linalg.eig(self.hessenberg)
+        values, vectors = self._eigenpairs
         start = torch.zeros_like(values)
         start[:, 0] = 1
-        weights = (vectors[:, 0] * torch.linalg.solve(vectors, start)).real
-        logarithm = (weights * values.abs().log()).sum(-1)
+        weights = vectors[:, 0] * torch.linalg.solve_ex(vectors, start).result
+        logarithm = (weights * values.log()).sum(-1).real  # det A < 0 adds a πi to tr log A
+        is_defective = ~(torch.linalg.cond(vectors) < _MAX_CONDITION)
+        if is_defective.any():
+            logarithm = torch.where(is_defective, _first_entry_of_log(self.hessenberg), logarithm)
         return self.size.square() * (logarithm - self.hessenberg[:, 0, 0] + 1)
+
+
+def _first_entry_of_log(matrices: Tensor) -> Tensor:
+    """``[log M]₁₁`` without eigenvectors, for eigenvalues off the negative axis, shape ``(B,)``.
+
+    With ``N = M − I``, ``log(I + N) = ∫₀¹ N (I + tN)⁻¹ dt`` by Gauss' rule (a Padé approximant).
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(_NUM_NODES))
+    times = ((nodes + 1) / 2).view(-1, 1, 1, 1)
+    columns = torch.linalg.solve_ex(eye + times * (matrices - eye), eye[:, :1]).result
+    return weights / 2 @ ((matrices - eye)[:, :1] @ columns).flatten(1)
 
 
 @torch.no_grad()
@@ -56,6 +88,7 @@ def krylov(
     preconditioner: Operator,
     images: Tensor,
     *,
+    preconditioned: Tensor | None = None,
     tolerance: float,
     max_iterations: int,
 ) -> KrylovSpace:
@@ -64,6 +97,7 @@ def krylov(
     :param operator: J, on batches of images.
     :param preconditioner: ``P⁻¹``, likewise.
     :param Tensor images: v, shape ``(B, C, H, W)``.
+    :param preconditioned: ``P⁻¹ v``, if it is at hand.
     :param float tolerance: of ``‖v − J u‖/‖v‖``.
     :param int max_iterations: after which to stop with what there is, at least 1.
     """
@@ -72,18 +106,20 @@ def krylov(
     max_iterations = min(max_iterations, dim)
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     # A right-hand side of zeros is solved by zeros.
-    basis = [rows / size.clamp_min(torch.finfo(rows.dtype).tiny)]
+    divisor = size.clamp_min(torch.finfo(rows.dtype).tiny)
+    basis = [rows / divisor]
     images_of_basis: list[Tensor] = []  # P⁻¹ Q, which the solution is put together of
-    columns: list[Tensor] = []
-    solution = torch.zeros_like(rows)
     hessenberg = torch.zeros(count, max_iterations + 1, max_iterations, dtype=torch.float64)
     target = torch.zeros(count, max_iterations + 1, 1, dtype=torch.float64)
     target[:, 0] = 1
     negligible = 10 * torch.finfo(rows.dtype).eps
     for step in range(max_iterations):
-        preconditioned = preconditioner(basis[-1].view_as(images))
-        images_of_basis.append(preconditioned.flatten(1))
-        vector = operator(preconditioned).flatten(1)
+        if step == 0 and preconditioned is not None:
+            image = preconditioned / divisor.view(-1, 1, 1, 1)
+        else:
+            image = preconditioner(basis[-1].view_as(images))
+        images_of_basis.append(image.flatten(1))
+        vector = operator(image).flatten(1)
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
         span = torch.stack(basis, dim=1)
         column = torch.zeros_like(span[:, :, 0])
@@ -94,8 +130,7 @@ def krylov(
         rest = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
         # Where the space is exhausted, what is left is rounding.
         rest = torch.where(rest > negligible * length, rest, 0)
-        columns.append(torch.cat([column, rest], dim=1))
-        hessenberg[:, : step + 2, step] = columns[-1].double().cpu()
+        hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double().cpu()
         # A space that was exhausted before has a column of zeros: 1 on the diagonal is as good.
         hessenberg[:, step, step].masked_fill_(length.cpu().flatten() == 0, 1.0)
         current = hessenberg[:, : step + 2, : step + 1]
@@ -103,7 +138,7 @@ def krylov(
         residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
         if residual.max() <= tolerance or step + 1 == max_iterations:
             break
-        basis.append(vector / rest.clamp_min(torch.finfo(rows.dtype).tiny))
+        basis.append(torch.where(rest > 0, vector / rest, 0))
     weights = weights.to(rows).mT  # (B, 1, n)
     solution = (weights @ torch.stack(images_of_basis, dim=1)).squeeze(1) * size
     return KrylovSpace(

@@ -1,6 +1,12 @@
 """Transforms: one family a module."""
 
-from pyro_snf.transforms.activations import SmoothLeakyReLU, smooth_leaky_relu
+from pyro_snf.transforms.activations import (
+    RationalQuadraticSpline,
+    SmoothLeakyReLU,
+    rational_quadratic_spline,
+    smooth_leaky_relu,
+)
+from pyro_snf.transforms.actnorm import ActNorm, actnorm
 from pyro_snf.transforms.autoregressive import LowRankAutoregressive, low_rank_autoregressive
 from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule
 from pyro_snf.transforms.compose import Compose
@@ -8,18 +14,34 @@ from pyro_snf.transforms.conditional_linear import (
     ConditionalSelfNormalizingLinear,
     conditional_self_normalizing_linear,
 )
+from pyro_snf.transforms.conv import SelfNormalizingConv2d, self_normalizing_conv2d
+from pyro_snf.transforms.image_coupling import CouplingNet, ImageCoupling, image_coupling
 from pyro_snf.transforms.linear import SelfNormalizingLinear, self_normalizing_linear
+from pyro_snf.transforms.multiscale import MultiScale
+from pyro_snf.transforms.squeeze import Squeeze2d, squeeze2d
 
 __all__ = [
+    "ActNorm",
     "Compose",
     "ConditionalSelfNormalizingLinear",
+    "CouplingNet",
+    "ImageCoupling",
     "InverseTransformModule",
     "InvertibleTransformModule",
     "LowRankAutoregressive",
+    "MultiScale",
+    "RationalQuadraticSpline",
+    "SelfNormalizingConv2d",
     "SelfNormalizingLinear",
     "SmoothLeakyReLU",
+    "Squeeze2d",
+    "actnorm",
     "conditional_self_normalizing_linear",
+    "image_coupling",
     "low_rank_autoregressive",
+    "rational_quadratic_spline",
+    "self_normalizing_conv2d",
     "self_normalizing_linear",
     "smooth_leaky_relu",
+    "squeeze2d",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_snf.caching import TensorMemo
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.options import check_floating
 
 __all__ = ["LowRankAutoregressive", "low_rank_autoregressive"]
 
@@ -81,8 +82,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
                 raise ValueError(f"expected {name}, an integer >= 1; got {size!r}")
         if not 0 < max_log_scale < math.inf:
             raise ValueError(f"expected max_log_scale > 0; got {max_log_scale!r}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"expected a floating-point dtype; got {dtype}")
+        check_floating(dtype)
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.max_log_scale = max_log_scale
@@ -115,11 +115,11 @@ class LowRankAutoregressive(InvertibleTransformModule):
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
 
-    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _LogScale | None]:
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
         shift, log_scale = self._shift_and_log_scale(x)
         y = torch.addcmul(shift, x, log_scale.exp())
         # What has no graph of its own could not tell when its time is over.
-        memo = _LogScale(log_scale) if log_scale.requires_grad or not y.requires_grad else None
+        memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
         return y, memo
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -188,13 +188,6 @@ class LowRankAutoregressive(InvertibleTransformModule):
         hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
         shift, log_scale = F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)
         return shift, self._bound(log_scale)
-
-
-@dataclass(frozen=True)
-class _LogScale:
-    """What the log-determinant is a sum of."""
-
-    handle: Tensor
 
 
 def low_rank_autoregressive(

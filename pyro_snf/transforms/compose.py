@@ -41,9 +41,9 @@ class Compose(ComposeTransformModule):
                 flat.append(part)
         if len(flat) == 0:
             raise ValueError("expected at least one transform; got none")
-        flat = [guard(part) for part in flat]
         if cache_size:  # here, for the base class registers what it is given, not what it uses
             flat = [part.with_cache(cache_size) for part in flat]
+        flat = [guard(part) for part in flat]  # last: some of torch's keep a cache only from here
         super().__init__(flat, cache_size=cache_size)
 
     @property

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_snf.caching import ParameterCache, ParameterState, version
@@ -21,7 +18,9 @@ from pyro_snf.dense.tracked import TrackedInverse
 from pyro_snf.geco import GECO
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import Solver, implicit_solve
-from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.options import check_count
+from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform, check_estimator_options
 
 __all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
 
@@ -30,7 +29,7 @@ __all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
 _ROWS_WORTH_FACTORS = 16
 
 
-class SelfNormalizingLinear(InvertibleTransformModule):
+class SelfNormalizingLinear(SelfNormalizingTransform):
     r"""The unconstrained affine map
 
     .. math::
@@ -107,13 +106,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
 
-    #: The values of ``log_det``, and what the log-det's value in training is with each.
-    TRAINING_VALUES: ClassVar[dict[str, str]] = {
-        "refined": "estimate",
-        "learned": "0",
-        "exact": "exact",
-    }
-    INVERSES = ("refined", "learned", "exact")
+    estimator: TrackedInverse | LearnedMatrix | None
 
     def __init__(
         self,
@@ -132,55 +125,25 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        weight = reconstruction_weight
-        for expected, fits, got in [
-            (
-                "input_dim, an integer >= 1",
-                isinstance(input_dim, int) and input_dim >= 1,
-                input_dim,
-            ),
-            (
-                "num_probes, an integer >= 1",
-                isinstance(num_probes, int) and num_probes >= 1,
-                num_probes,
-            ),
-            ("seed, an integer >= 0", isinstance(seed, int) and seed >= 0, seed),
-            ("init_scale > 0", 0 < init_scale < math.inf, init_scale),
-            ("tolerance in (0, 1)", 0 < tolerance < 1, tolerance),
-            ("mixture in [0, 1)", 0 <= mixture < 1, mixture),
-            (
-                "reconstruction_weight >= 0, or a GECO",
-                isinstance(weight, GECO)
-                or (isinstance(weight, float | int) and 0 <= weight < math.inf),
-                weight,
-            ),
-        ]:
-            if not fits:
-                raise ValueError(f"expected {expected}; got {got!r}")
-        for name, value, options in [
-            ("log_det", log_det, tuple(self.TRAINING_VALUES)),
-            ("inverse", inverse, self.INVERSES),
-            ("reconstruction", reconstruction, LearnedMatrix.RECONSTRUCTIONS),
-        ]:
-            if value not in options:
-                raise ValueError(f"expected {name} to be one of {options}; got {value!r}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"expected a floating-point dtype; got {dtype}")
-        self.input_dim = input_dim
-        self.log_det = log_det
-        self.inverse = inverse
-
+        check_count("input_dim", input_dim)
+        check_estimator_options(
+            num_probes=num_probes,
+            tolerance=tolerance,
+            seed=seed,
+            reconstruction_weight=reconstruction_weight,
+            mixture=mixture,
+            reconstruction=reconstruction,
+        )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.theta = nn.Parameter(torch.zeros(input_dim, input_dim, **factory))
-        self.log_scale = nn.Parameter(torch.full((input_dim,), math.log(init_scale), **factory))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(input_dim, **factory))
-        else:
-            self.register_parameter("bias", None)
-
-        #: What stands in for the exact inverse in training.
-        self.estimator: TrackedInverse | LearnedMatrix | None = None
+        super().__init__(
+            (input_dim, input_dim),
+            log_det=log_det,
+            inverse=inverse,
+            bias=bias,
+            init_scale=init_scale,
+            **factory,
+        )
+        self.input_dim = input_dim
         if log_det == "refined":
             self.estimator = TrackedInverse(
                 input_dim, num_probes=num_probes, tolerance=tolerance, seed=seed, **factory
@@ -196,10 +159,7 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         self._factors: ParameterCache[ExactFactors] = ParameterCache()
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.input_dim}, log_det={self.log_det!r}, inverse={self.inverse!r}, "
-            f"bias={self.bias is not None}, training value: {self.TRAINING_VALUES[self.log_det]}"
-        )
+        return f"{self.input_dim}, {super().extra_repr()}"
 
     def _call(self, x: Tensor) -> Tensor:
         rows = self._as_rows(x)
@@ -277,36 +237,6 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         inverse = self._approximate_inverse_t().mT
         return inverse * torch.exp(-self.log_scale.detach()).to(inverse.dtype)
 
-    @property
-    def certificate(self) -> float | None:
-        """The latest estimate of ‖I − RW‖_F/√D; None unless ``log_det="refined"``."""
-        return self.estimator.certificate if isinstance(self.estimator, TrackedInverse) else None
-
-    @property
-    def num_refreshes(self) -> int | None:
-        """Exact refreshes of R so far; None unless ``log_det="refined"``."""
-        return self.estimator.num_refreshes if isinstance(self.estimator, TrackedInverse) else None
-
-    def refresh(self) -> None:
-        """Recompute R exactly, in O(D³). Nothing to do unless ``log_det="refined"``."""
-        if isinstance(self.estimator, TrackedInverse):
-            with self._named_errors():
-                self.estimator.refresh(self.theta)
-
-    def _training_estimator(self) -> TrackedInverse | LearnedMatrix | None:
-        """What stands in for the exact log-determinant now; None where nothing does."""
-        estimator = self.estimator
-        if (
-            # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
-            estimator is not None
-            and estimator.training
-            and torch.is_grad_enabled()
-            and self.theta.requires_grad
-            and not torch.jit.is_tracing()  # tracking is nothing that a trace could repeat
-        ):
-            return estimator
-        return None
-
     def _exact_log_det(self, found: tuple[DeferredLogDet, ParameterState] | None) -> Tensor:
         if torch.jit.is_tracing():
             return near_identity.log_abs_det(self.theta) + self.log_scale.sum()
@@ -338,32 +268,10 @@ class SelfNormalizingLinear(InvertibleTransformModule):
         # The whole term adds exactly 0 to the value.
         return learned.training_log_abs_det(self.theta, rows) + (scale - scale.detach())
 
-    @staticmethod
-    def _sum_of_log_scale(log_scale: Tensor) -> Tensor:
-        total = log_scale.sum()
-        # A GPU is not waited for: there it is a NaN that the caller sees.
-        if not total.is_cuda and not math.isfinite(total.item()):
-            raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
-        return total
-
-    def _map_parameters(self) -> list[Tensor]:
-        parameters = [self.theta, self.log_scale]
-        return parameters if self.bias is None else [*parameters, self.bias]
-
-    def _inverse_is_exact(self) -> bool:
-        return self.inverse != "learned"
-
     def _as_rows(self, x: Tensor) -> Tensor:
         """Check an input of shape ``(..., D)`` and flatten it to ``(B, D)``."""
         check_input(self, x, (self.input_dim,), self.theta.dtype)
         return x.reshape(-1, self.input_dim)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.linalg.LinAlgError as error:
-            raise torch.linalg.LinAlgError(f"{self}: {error}") from error
 
     def _exact_factors(self, matrix: Tensor | None = None) -> ExactFactors:
         """The factors of A, for as long as Θ stays what it is.

@@ -1,0 +1,528 @@
+"""How good is the gradient of a convolution's log-determinant, and what does a step cost?
+
+    python benchmarks/conv.py gradient       (errors against the condition number, with a plot)
+    python benchmarks/conv.py step           (time of a training step, against conv2d)
+    python benchmarks/conv.py pointwise      (the same of 1 × 1 kernels, against the peers)
+    python benchmarks/conv.py exact          (exact log-determinants: time, and against SciPy)
+
+``gradient`` takes random kernels, scaled until J has the wanted condition number, and compares
+estimates of ``∂ log|det J|/∂a`` with the exact one, in float64:
+
+- *learned kernel*: what the paper's method has when its reconstruction has converged. The kernel r
+  minimizes ``‖r ⋆ (J x) − x‖²`` over white images x; the estimate is ``flip(r) ⊙ m``. With n
+  iterations, it is from 8 probes v, ``Σ ⟨v, ∂J u⟩/8``, after n steps ``u ← u + r ⋆ (v − J u)``, of
+  which the best is kept; or from GMRES, preconditioned by r.
+- *torus*, *factors*: ``log_det="refined"``, that is, the probes see nothing but the difference to a
+  reference P. On the torus of the same kernel; or the factors of J as it was before the kernel
+  moved, by as much as the layer lets pass at most (‖(J − P)P⁻¹‖_F/√D = 0.05).
+
+``step`` trains one layer on images with a power-law spectrum. The methods take turns of some steps;
+the median over turns counts, but for refined the mean over all steps: it does some things only now
+and then. "dense" is slogdet of the D × D matrix and autograd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_snf.conv import kernels, refined
+from pyro_snf.conv.exact import ConvFactors
+from pyro_snf.conv.krylov import krylov
+from pyro_snf.transforms.conv import SelfNormalizingConv2d
+
+CONDITIONS = (3, 10, 100, 1000)
+WINDOWS = (3, 5, 7)
+ITERATIONS = (0, 1, 3, 10)
+NUM_PROBES = 8
+#: White images that a learned kernel is fitted to.
+NUM_IMAGES = 64
+
+
+# --- Gradients ----------------------------------------------------------------------------------
+
+
+def kernel_of_condition(
+    channels: int, size: tuple[int, int], condition: float, generator: torch.Generator
+) -> Tensor:
+    """A random 3 × 3 kernel near the identity, scaled to a condition number of J."""
+    direction = torch.randn(channels, channels, 3, 3, generator=generator)
+
+    def found(scale: float) -> float:
+        matrix = kernels.matrix(kernels.near_identity(scale * direction), size, "zeros")
+        return torch.linalg.cond(matrix).item()
+
+    low, high = 0.0, 0.1
+    while found(high) < condition:
+        low, high = high, 1.2 * high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if found(middle) < condition else (low, middle)
+    return kernels.near_identity(high * direction)
+
+
+def learned_kernel(
+    kernel: Tensor, window: int, size: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """The r of least squares: a regression of the pixels of x on the windows of J x."""
+    images = torch.randn(NUM_IMAGES, len(kernel), *size, generator=generator)
+    patches = F.unfold(kernels.convolve(images, kernel, "zeros"), window, padding=window // 2)
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    targets = images.flatten(2).transpose(1, 2).flatten(0, 1)
+    return torch.linalg.lstsq(rows, targets).solution.mT.reshape(
+        len(kernel), len(kernel), window, window
+    )
+
+
+def richardson(
+    kernel: Tensor, inverse_kernel: Tensor, probes: Tensor, num_iterations: int
+) -> Tensor:
+    """u ← u + r ⋆ (v − J u) from u = r ⋆ v, the best of them."""
+    current = best = kernels.convolve(probes, inverse_kernel, "zeros")
+    least = math.inf
+    for _ in range(num_iterations + 1):
+        residual = probes - kernels.convolve(current, kernel, "zeros")
+        if not residual.norm() < least:
+            break
+        best, least = current, residual.norm()
+        current = current + kernels.convolve(residual, inverse_kernel, "zeros")
+    return best
+
+
+def refined_gradient(
+    kernel: Tensor, reference: ConvFactors, gradient: Tensor, probes: Tensor, num_iterations: int
+) -> Tensor:
+    """What :mod:`pyro_snf.conv.refined` does with a reference, for a number of iterations."""
+    if num_iterations == 0:
+        return gradient
+    start = reference.solve(probes)
+    space = krylov(
+        lambda images: kernels.convolve(images, kernel, "zeros"),
+        reference.solve,
+        probes,
+        tolerance=0.0,
+        max_iterations=num_iterations,
+    )
+    correction = kernels.kernel_gradient(space.solution - start, probes, (3, 3), "zeros")
+    return gradient + correction / len(probes)
+
+
+def estimates(
+    kernel: Tensor, size: tuple[int, int], generator: torch.Generator
+) -> dict[tuple[str, int], Tensor]:
+    """Every method's gradient, by its name and its number of iterations."""
+    signs = torch.randint(0, 2, (NUM_PROBES, len(kernel), *size), generator=generator)
+    probes = 2.0 * signs - 1
+    found = {}
+    for window in WINDOWS:
+        inverse = learned_kernel(kernel, window, size, generator)
+        name = f"learned kernel {window} × {window}"
+        count = kernels.multiplicity((3, 3), size, "zeros", kernel.dtype, kernel.device)
+        found[name, 0] = kernels.resize(kernels.flip(inverse), (3, 3)) * count
+        for num_iterations in ITERATIONS[1:]:
+            solution = richardson(kernel, inverse, probes, num_iterations)
+            gradient = kernels.kernel_gradient(solution, probes, (3, 3), "zeros")
+            found[name, num_iterations] = gradient / NUM_PROBES
+            space = krylov(
+                lambda images: kernels.convolve(images, kernel, "zeros"),
+                lambda images, r=inverse: kernels.convolve(images, r, "zeros"),
+                probes,
+                tolerance=0.0,
+                max_iterations=num_iterations,
+            )
+            gradient = kernels.kernel_gradient(space.solution, probes, (3, 3), "zeros")
+            found[f"{name}, GMRES", num_iterations] = gradient / NUM_PROBES
+    torus = ConvFactors(kernel, size, "circular")
+    before = moved(kernel, size, generator)
+    factors = ConvFactors(before, size, "zeros")
+    for num_iterations in ITERATIONS:
+        found["refined, torus", num_iterations] = refined_gradient(
+            kernel, torus, refined.torus_gradient(torus, "zeros"), probes, num_iterations
+        )
+        found["refined, factors", num_iterations] = refined_gradient(
+            kernel, factors, factors.kernel_gradient, probes, num_iterations
+        )
+    return found
+
+
+def moved(kernel: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """The kernel some steps earlier: as far away as the layer lets a reference be."""
+    direction = torch.randn(kernel.shape, generator=generator)
+
+    def drift(scale: float) -> float:
+        before = kernels.matrix(kernel - scale * direction, size, "zeros")
+        change = kernels.matrix(scale * direction, size, "zeros")
+        return (torch.linalg.solve(before, change, left=False).norm() / len(change) ** 0.5).item()
+
+    scale = 1e-6
+    for _ in range(20):
+        scale *= refined._MAX_DRIFT / drift(scale)
+    return kernel - scale * direction
+
+
+def gradient(args: argparse.Namespace) -> None:
+    torch.set_default_dtype(torch.float64)
+    tables = {}
+    for channels, *size in args.images:
+        size = tuple(size)
+        errors: dict[tuple[str, int], dict[int, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for condition in CONDITIONS:
+            for seed in range(args.num_kernels):
+                generator = torch.Generator().manual_seed(seed)
+                kernel = kernel_of_condition(channels, size, condition, generator)
+                exact = ConvFactors(kernel, size, "zeros").kernel_gradient
+                for key, value in estimates(kernel, size, generator).items():
+                    error = ((value - exact).norm() / exact.norm()).item()
+                    errors[key][condition].append(error)
+        title = f"C = {channels}, {size[0]} × {size[1]}"
+        print(f"\n{title}: relative error of the gradient, median of {args.num_kernels} kernels\n")
+        print("| method | iterations | " + " | ".join(map(str, CONDITIONS)) + " |")
+        print("|---|---|" + "---|" * len(CONDITIONS))
+        medians = {
+            key: [statistics.median(row[condition]) for condition in CONDITIONS]
+            for key, row in sorted(errors.items())
+        }
+        for (name, num_iterations), row in medians.items():
+            cells = " | ".join(f"{error:.2g}" for error in row)
+            print(f"| {name} | {num_iterations} | {cells} |", flush=True)
+        tables[title] = medians
+    plot(tables).savefig(args.picture, dpi=110)
+
+
+def plot(tables: dict[str, dict[tuple[str, int], list[float]]]) -> Figure:
+    figure = Figure(figsize=(5 * len(tables), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    shown = {
+        ("learned kernel 3 × 3", 0): ("tab:red", "o-"),
+        ("learned kernel 7 × 7", 0): ("tab:red", "s--"),
+        ("learned kernel 7 × 7", 10): ("tab:orange", "s-"),
+        ("learned kernel 7 × 7, GMRES", 10): ("tab:orange", "s--"),
+        ("refined, torus", 0): ("tab:blue", "o:"),
+        ("refined, torus", 10): ("tab:blue", "o-"),
+        ("refined, factors", 3): ("tab:green", "o-"),
+    }
+    for axis, (title, medians) in zip(axes, tables.items(), strict=True):
+        for (name, num_iterations), (color, style) in shown.items():
+            label = f"{name}, {num_iterations} iterations"
+            axis.loglog(CONDITIONS, medians[name, num_iterations], style, color=color, label=label)
+        axis.axhline(0.05, color="gray", linewidth=0.8)
+        axis.set(title=title, xlabel="condition number of J")
+    axes[0].set_ylabel("relative error of ∂ log|det J|/∂a")
+    axes[0].legend(fontsize="x-small")
+    return figure
+
+
+# --- Time ---------------------------------------------------------------------------------------
+
+
+def correlated_images(
+    num_images: int, channels: int, size: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Images with a power-law spectrum, of unit variance."""
+    noise = torch.fft.rfft2(torch.randn(num_images, channels, *size, generator=generator))
+    rows = torch.fft.fftfreq(size[0]).view(-1, 1)
+    columns = torch.fft.rfftfreq(size[1])
+    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(size))
+    images = torch.fft.irfft2(noise / frequency, s=size)
+    return images / images.std()
+
+
+class _Dense(nn.Module):
+    """A convolution whose log-determinant is that of its matrix."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(channels, channels, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.convolve(x, kernels.near_identity(self.theta), "zeros")
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        size = (x.shape[-2], x.shape[-1])
+        matrix = kernels.matrix(kernels.near_identity(self.theta), size, "zeros")
+        return torch.linalg.slogdet(matrix).logabsdet
+
+
+def make_layer(method: str, channels: int, kernel_size: int) -> nn.Module:
+    if method == "conv2d":
+        return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+    if method == "dense":
+        return _Dense(channels)
+    return SelfNormalizingConv2d(channels, kernel_size, log_det=method)
+
+
+class Run:
+    """The training of one layer, stopped and continued from turn to turn."""
+
+    def __init__(self, method: str, data: Tensor, kernel_size: int, rate: float) -> None:
+        torch.manual_seed(0)
+        self.method, self.data = method, data
+        channels = data.shape[2]
+        self.layer = make_layer(method, channels, kernel_size).to(data.device)
+        # A step on θ at rate·√(C k²) is one on the kernel at the rate.
+        factor = 1 if method == "conv2d" else math.sqrt(channels) * kernel_size
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=rate * factor)
+        self.count = 0
+        self.turns: list[float] = []
+
+    def step(self) -> None:
+        x = self.data[self.count % len(self.data)].requires_grad_()  # as inside a flow
+        self.optimizer.zero_grad()
+        y = self.layer(x)
+        loss = y.square().sum() / (2 * len(x))
+        if self.method != "conv2d":
+            loss = loss - self.layer.log_abs_det_jacobian(x, y).mean()
+        loss.backward()
+        x.grad = None
+        self.count += 1
+        self.optimizer.step()
+
+    def turn(self, seconds: float, least: int = 1) -> None:
+        """Steps for so long, and so many at least."""
+        start, done = time.perf_counter(), 0
+        while done < least or time.perf_counter() - start < seconds:
+            self.step()
+            if self.data.is_cuda:
+                torch.cuda.synchronize()
+            done += 1
+        self.turns.append(1e3 * (time.perf_counter() - start) / done)
+
+    def milliseconds(self) -> float:
+        average = statistics.fmean if self.method == "refined" else statistics.median
+        return average(self.turns)
+
+
+#: The largest D of a dense matrix that is tried.
+MAX_DENSE = 3200
+
+
+def step(args: argparse.Namespace) -> None:
+    kernel_size = 3
+    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d | refreshes |")
+    print("|---|---|" + "---|" * (len(args.methods) + 2))
+    for channels, height, width in args.images:
+        generator = torch.Generator().manual_seed(0)
+        count = 4 * args.batch
+        images = correlated_images(count, channels, (height, width), generator)
+        data = images.view(4, args.batch, channels, height, width).to(args.device)
+        dim = channels * height * width
+        runs = {
+            method: Run(method, data, kernel_size, args.learning_rate)
+            for method in args.methods
+            if (method != "dense" or dim <= MAX_DENSE)
+            and (method != "exact" or channels * min(height, width) <= 1024)
+        }
+        for run in runs.values():
+            run.turn(0, least=2)
+            run.turns.clear()
+        for _ in range(args.turns):
+            for run in runs.values():
+                run.turn(args.seconds / args.turns, least=6 if run.method == "refined" else 1)
+        cells = [f"{runs[m].milliseconds():.2f}" if m in runs else "–" for m in args.methods]
+        ratio = runs["refined"].milliseconds() / runs["conv2d"].milliseconds()
+        refined_run = runs["refined"]
+        share = f"{refined_run.layer.num_refreshes} in {refined_run.count}"
+        print(
+            f"| {channels} | {height}×{width} | {' | '.join(cells)} | {ratio:.2f} | {share} |",
+            flush=True,
+        )
+
+
+def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, Callable]]]:
+    """Layers of 1 × 1 kernels: a module, and ``x -> (y, log-det)``."""
+    import FrEIA.modules
+    import nflows.transforms
+    import normflows
+    from pyro.distributions.transforms import GeneralizedChannelPermute
+
+    def ours(log_det: str) -> tuple[nn.Module, Callable]:
+        layer = SelfNormalizingConv2d(channels, 1, log_det=log_det)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            y = layer(x)
+            return y, layer.log_abs_det_jacobian(x, y)
+
+        return layer, forward
+
+    def pyro_permute() -> tuple[nn.Module, Callable]:
+        layer = GeneralizedChannelPermute(channels)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            layer.clear_cache()
+            y = layer(x)
+            return y, layer.log_abs_det_jacobian(x, y)
+
+        return layer, forward
+
+    def freia() -> tuple[nn.Module, Callable]:
+        # Its 1 × 1 convolution is orthogonal and fixed; the learnable one is of reflections.
+        layer = FrEIA.modules.HouseholderPerm([(channels,)], n_reflections=min(16, channels))
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            rows = x.movedim(1, -1).reshape(-1, channels)
+            (y,), log_det = layer([rows])
+            return y, log_det
+
+        return layer, forward
+
+    def plain() -> tuple[nn.Module, Callable]:
+        layer = nn.Conv2d(channels, channels, 1)
+        return layer, lambda x: (layer(x), torch.zeros(()))
+
+    def library(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, Callable]]:
+        def build() -> tuple[nn.Module, Callable]:
+            layer = make()
+            return layer, layer
+
+        return build
+
+    return {
+        "conv2d": plain,
+        "refined": lambda: ours("refined"),
+        "exact": lambda: ours("exact"),
+        "learned": lambda: ours("learned"),
+        "pyro GeneralizedChannelPermute": pyro_permute,
+        "nflows OneByOneConvolution": library(
+            lambda: nflows.transforms.OneByOneConvolution(channels)
+        ),
+        "normflows Invertible1x1Conv, LU": library(
+            lambda: normflows.flows.Invertible1x1Conv(channels, use_lu=True)
+        ),
+        "normflows Invertible1x1Conv, W": library(
+            lambda: normflows.flows.Invertible1x1Conv(channels)
+        ),
+        "FrEIA HouseholderPerm, 16": freia,
+    }
+
+
+def pointwise(args: argparse.Namespace) -> None:
+    print("| C | image | method | ms a step | / conv2d |")
+    print("|---|---|---|---|---|")
+    for channels, height, width in args.images:
+        generator = torch.Generator().manual_seed(0)
+        x = correlated_images(args.batch, channels, (height, width), generator)
+        layers = {name: make() for name, make in pointwise_methods(channels).items()}
+        optimizers = {
+            name: torch.optim.Adam(layer.parameters(), lr=args.learning_rate)
+            for name, (layer, _) in layers.items()
+        }
+        times: dict[str, list[float]] = defaultdict(list)
+
+        def train(name: str, x: Tensor = x, layers=layers, optimizers=optimizers) -> None:
+            optimizers[name].zero_grad()
+            y, log_det = layers[name][1](x.requires_grad_())
+            loss = y.square().sum() / (2 * len(x)) - log_det.mean()
+            loss.backward()
+            x.grad = None
+            optimizers[name].step()
+
+        for name in layers:
+            train(name)
+        for _ in range(args.turns):
+            for name in layers:
+                start, done = time.perf_counter(), 0
+                while done < 3 or time.perf_counter() - start < args.seconds / args.turns:
+                    train(name)
+                    done += 1
+                times[name].append(1e3 * (time.perf_counter() - start) / done)
+        limit = statistics.median(times["conv2d"])
+        for name, turns in times.items():
+            average = statistics.fmean if name == "refined" else statistics.median
+            ms = average(turns)
+            print(
+                f"| {channels} | {height}×{width} | {name} | {ms:.2f} | {ms / limit:.2f} |",
+                flush=True,
+            )
+
+
+def exact(args: argparse.Namespace) -> None:
+    from pyro_snf.conv.exact import _Dense as DenseFactors
+    from pyro_snf.conv.exact import _Sparse as SparseFactors
+
+    print("| C | image | D | value, s | and gradient, s | SciPy splu, value, s | dense, value, s |")
+    print("|---|---|---|---|---|---|---|")
+
+    def seconds(compute: Callable[[], object], turns: int) -> str:
+        found = []
+        for _ in range(turns):
+            start = time.perf_counter()
+            compute()
+            found.append(time.perf_counter() - start)
+        return f"{statistics.median(found):.4f}"
+
+    for channels, height, width in args.images:
+        size = (height, width)
+        generator = torch.Generator().manual_seed(0)
+        theta = 0.3 * torch.randn(channels, channels, 3, 3, generator=generator)
+        kernel = kernels.near_identity(theta)
+        dim = channels * height * width
+        value = seconds(lambda k=kernel, s=size: ConvFactors(k, s, "zeros").log_abs_det, 5)
+        both = seconds(lambda k=kernel, s=size: ConvFactors(k, s, "zeros").kernel_gradient, 5)
+        sparse = seconds(lambda k=kernel, s=size: SparseFactors(k, s).log_abs_det, 3)
+        dense = "–"
+        if dim <= 4096:
+            dense = seconds(lambda k=kernel, s=size: DenseFactors(k, s).log_abs_det, 3)
+        print(
+            f"| {channels} | {height}×{width} | {dim} | {value} | {both} | {sparse} | {dense} |",
+            flush=True,
+        )
+
+
+def image(text: str) -> tuple[int, int, int]:
+    """``C,H,W``."""
+    channels, height, width = map(int, text.split(","))
+    return channels, height, width
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("gradient")
+    command.set_defaults(run=gradient)
+    command.add_argument("--images", type=image, nargs="+", default=[(1, 28, 28), (4, 14, 14)])
+    command.add_argument("--num-kernels", type=int, default=10)
+    command.add_argument("--picture", type=Path, default=Path("docs/images/conv_gradient.png"))
+
+    sizes = [(c, s, s) for s in (28, 64) for c in (1, 4, 16, 64)]
+    for name, run, images in [
+        ("step", step, sizes),
+        ("pointwise", pointwise, [(4, 28, 28), (16, 28, 28), (64, 14, 14), (256, 8, 8)]),
+        ("exact", exact, [(1, 28, 28), (4, 14, 14), (16, 7, 7), (12, 32, 32), (1, 256, 256)]),
+    ]:
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--images", type=image, nargs="+", default=images)
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        if name != "exact":
+            command.add_argument("--batch", type=int, default=128)
+            command.add_argument("--learning-rate", type=float, default=1e-3)
+            command.add_argument("--seconds", type=float, default=4.0, help="of a method")
+            command.add_argument("--turns", type=int, default=6)
+        if name == "step":
+            command.add_argument("--device", default="cpu")
+            command.add_argument(
+                "--methods",
+                nargs="+",
+                default=["conv2d", "refined", "learned", "exact", "dense"],
+            )
+    args = parser.parse_args(argv)
+    if hasattr(args, "threads"):
+        torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Ready-made flows of images, from data to a flat latent: the stacks of Keller et al. (2021).
+
+Each function returns a bijection from an event, such as an image ``(C, H, W)``, to a vector of its
+D numbers. Its inverse makes a density model, with any base of vectors:
+
+>>> flow = convolutional((1, 8, 8), num_blocks=2)
+>>> base = dist.Normal(torch.tensor(0.0), 1.0).expand([64]).to_event(1)
+>>> density = dist.TransformedDistribution(base, [flow.inv])
+>>> density.log_prob(torch.randn(5, 1, 8, 8)).shape
+torch.Size([5])
+>>> density.sample((3,)).shape
+torch.Size([3, 1, 8, 8])
+
+What makes pixels into unbounded numbers is :class:`pyro_snf.images.LogitTransform`.
+
+T. Anderson Keller, Jorn W.T. Peters, Priyank Jaini, Emiel Hoogeboom, Patrick Forré, Max Welling.
+Self Normalizing Flows. ICML 2021. [arXiv:2011.07248]
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+from torch.distributions.transforms import ReshapeTransform
+
+from pyro_snf.conv.kernels import theta_scale
+from pyro_snf.conv.learned import LearnedKernel
+from pyro_snf.geco import GECO
+from pyro_snf.transforms.activations import (
+    RationalQuadraticSpline,
+    SmoothLeakyReLU,
+)
+from pyro_snf.transforms.actnorm import ActNorm
+from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.compose import Compose
+from pyro_snf.transforms.conv import SelfNormalizingConv2d
+from pyro_snf.transforms.image_coupling import image_coupling
+from pyro_snf.transforms.linear import SelfNormalizingLinear
+from pyro_snf.transforms.multiscale import MultiScale
+from pyro_snf.transforms.options import as_event_shape, check_count
+from pyro_snf.transforms.squeeze import Squeeze2d
+
+__all__ = ["convolutional", "fully_connected", "glow"]
+
+ACTIVATIONS = ("smooth_leaky_relu", "spline")
+
+Activation = str | Callable[[torch.Size], Transform]
+
+
+def fully_connected(
+    event_shape: int | Sequence[int],
+    *,
+    num_layers: int = 2,
+    activation: Activation = "smooth_leaky_relu",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Compose:
+    """Dense layers, :class:`~pyro_snf.SelfNormalizingLinear`, with an activation between any two.
+
+    The paper's: ``fully_connected((1, 28, 28))``. The layers start as the identity.
+
+    >>> flow = fully_connected((1, 4, 4), log_det="learned", reconstruction_weight=2.0)
+    >>> flow(torch.zeros(5, 1, 4, 4)).shape
+    torch.Size([5, 16])
+
+    :param event_shape: of the data: an image's ``(C, H, W)``, or any other; D for vectors.
+    :param int num_layers: of dense layers, at least 1.
+    :param activation: ``"smooth_leaky_relu"``, with the slope 0.3; ``"spline"``, a
+        :class:`~pyro_snf.RationalQuadraticSpline` with 5 bins on [−10, 10]; or a function that
+        makes the activation for events of a given shape.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param options: of the dense layers, such as ``log_det`` or ``num_probes``. The ``seed`` of the
+        probes is raised by 1 from layer to layer, and each gets a copy of a
+        :class:`~pyro_snf.GECO`.
+    :raises ValueError: for options that are not of these.
+    """
+    shape = as_event_shape(event_shape)
+    check_count("num_layers", num_layers)
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    make_layer = _makers(SelfNormalizingLinear, {**options, **factory})
+    flat = torch.Size([shape.numel()])
+    parts: list[Transform] = [] if shape == flat else [_Flatten(shape)]
+    for index in range(num_layers):
+        if index > 0:
+            parts.append(_make_activation(activation, flat, **factory))
+        parts.append(next(make_layer)(*flat))
+    return Compose(parts)
+
+
+def convolutional(
+    event_shape: Sequence[int],
+    *,
+    num_blocks: int = 3,
+    layers_per_block: int = 3,
+    kernel_size: int | tuple[int, int] = 3,
+    activation: Activation = "smooth_leaky_relu",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Compose:
+    """Convolutions, :class:`~pyro_snf.SelfNormalizingConv2d`, in blocks, with an activation after
+    all but the last, and a :class:`~pyro_snf.Squeeze2d` between blocks.
+
+    The paper's: ``convolutional((1, 28, 28), activation="spline")``, three layers each at 1×28×28,
+    4×14×14 and 16×7×7. The layers start as the identity, from which training leads away: no
+    gradient vanishes there.
+
+    >>> flow = convolutional((2, 4, 4), num_blocks=2, layers_per_block=1, kernel_size=1)
+    >>> [type(part).__name__ for part in flow.parts[:-1]]
+    ['SelfNormalizingConv2d', 'SmoothLeakyReLU', 'Squeeze2d', 'SelfNormalizingConv2d']
+
+    :param event_shape: an image's ``(C, H, W)``; 2 divides H and W once for each block but one.
+    :param int num_blocks: of blocks, at least 1.
+    :param int layers_per_block: of convolutions in each, at least 1.
+    :param kernel_size: odd, ``k`` or ``(k_h, k_w)``, no larger than the images of the last block.
+    :param activation: as for :func:`fully_connected`.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param options: of the convolutions; see :func:`fully_connected`.
+    :raises ValueError: for options that are not of these, and for images that do not fit.
+    """
+    shape = _as_image_shape(event_shape)
+    check_count("num_blocks", num_blocks)
+    check_count("layers_per_block", layers_per_block)
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    make_layer = _makers(SelfNormalizingConv2d, {**options, **factory})
+    parts: list[Transform] = []
+    for index in range(num_blocks):
+        place = f"block {index + 1} of {num_blocks}"
+        if index > 0:
+            parts += [_make_activation(activation, shape, **factory), Squeeze2d()]
+            shape = _squeezed(shape, place)
+        for _ in range(layers_per_block):
+            layer = next(make_layer)(shape[0], kernel_size)
+            if shape[1] < layer.kernel_size[0] or shape[2] < layer.kernel_size[1]:
+                raise ValueError(
+                    f"{place}: expected images no smaller than kernels of {layer.kernel_size}; "
+                    f"got {tuple(shape)}"
+                )
+            if parts and not isinstance(parts[-1], Squeeze2d):
+                parts.append(_make_activation(activation, shape, **factory))
+            parts.append(layer)
+    return Compose([*parts, _Flatten(shape)])
+
+
+def glow(
+    event_shape: Sequence[int],
+    *,
+    num_levels: int = 2,
+    num_steps: int = 16,
+    hidden_channels: int = 512,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> MultiScale:
+    """Glow (Kingma and Dhariwal, 2018): levels of a :class:`~pyro_snf.Squeeze2d` and steps of
+    :class:`~pyro_snf.ActNorm`, a 1 × 1 :class:`~pyro_snf.SelfNormalizingConv2d` and an affine
+    :func:`~pyro_snf.image_coupling`. Each level but the last is done with half of its channels.
+
+    The paper's: ``glow((1, 28, 28))``. The 1 × 1 convolutions start as random rotations, as Glow's
+    do, so that each coupling sees and changes other mixtures of channels. (Couplings always change
+    the second half of them: with identities to start from, the first half would not be changed
+    before training has mixed them.) The rotations and the couplings' hidden layers are of torch's
+    global random stream. ActNorm starts from the first batch in training.
+
+    >>> flow = glow((1, 8, 8), num_steps=2, hidden_channels=16)
+    >>> flow.latent_shapes
+    [torch.Size([2, 4, 4]), torch.Size([8, 2, 2])]
+
+    :param event_shape: an image's ``(C, H, W)``; 2 divides H and W once for each level.
+    :param int num_levels: of levels, at least 1.
+    :param int num_steps: of a level, at least 1.
+    :param int hidden_channels: the width of the couplings' networks.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param options: of the convolutions; see :func:`fully_connected`.
+    :raises ValueError: for options that are not of these, and for images that do not fit.
+
+    References:
+
+    Diederik P. Kingma, Prafulla Dhariwal. Glow: Generative Flow with Invertible 1×1 Convolutions.
+    NeurIPS 2018. [arXiv:1807.03039]
+    """
+    shape = _as_image_shape(event_shape)
+    check_count("num_levels", num_levels)
+    check_count("num_steps", num_steps)
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    make_layer = _makers(SelfNormalizingConv2d, {**options, **factory})
+    levels = []
+    for index in range(num_levels):
+        shape = _squeezed(shape, f"level {index + 1} of {num_levels}")
+        channels, *size = shape
+        parts: list[Transform] = [Squeeze2d()]
+        for _ in range(num_steps):
+            mixing = next(make_layer)(channels, 1)
+            _rotate(mixing)
+            coupling = image_coupling(channels, hidden_channels=hidden_channels, **factory)
+            parts += [ActNorm(channels, **factory), mixing, coupling]
+        levels.append(Compose(parts))
+        shape = torch.Size([channels // 2, *size])
+    return MultiScale(levels, event_shape)
+
+
+class _Flatten(ReshapeTransform):
+    """Events as vectors. Torch's own takes events of any shape with as many entries."""
+
+    def __init__(self, event_shape: torch.Size, cache_size: int = 0) -> None:
+        super().__init__(event_shape, torch.Size([event_shape.numel()]), cache_size)
+
+    def __repr__(self) -> str:
+        return f"Flatten({tuple(self.in_shape)})"
+
+    def _call(self, x: Tensor) -> Tensor:
+        check_input(self, x, self.in_shape)
+        return super()._call(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        check_input(self, y, self.out_shape)
+        return super()._inverse(y)
+
+    def with_cache(self, cache_size: int = 1) -> _Flatten:
+        return self if cache_size == self._cache_size else _Flatten(self.in_shape, cache_size)
+
+
+def _makers(make: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    """``make`` with the options of the first layer, of the second, and so on."""
+    seed = options.get("seed", 0)
+    check_count("seed", seed, 0)
+    weight = options.get("reconstruction_weight")
+    for index in itertools.count():
+        own = {"seed": seed + index}
+        if isinstance(weight, GECO):  # it has a state, and takes a step for each layer's error
+            own["reconstruction_weight"] = copy.deepcopy(weight)
+        yield functools.partial(make, **{**options, **own})
+
+
+def _make_activation(
+    activation: Activation,
+    event_shape: torch.Size,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Transform:
+    if callable(activation):
+        made = activation(event_shape)
+        return made.to(device, dtype) if isinstance(made, nn.Module) else made
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected activation to be one of {ACTIVATIONS}, or a function; got {activation!r}"
+        )
+    if activation == "spline":
+        return RationalQuadraticSpline(event_shape, device=device, dtype=dtype)
+    return SmoothLeakyReLU(0.3, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def _rotate(layer: SelfNormalizingConv2d) -> None:
+    """Make a 1 × 1 convolution start as a random orthogonal matrix, and know its inverse."""
+    matrix = nn.init.orthogonal_(torch.empty(layer.channels, layer.channels, dtype=torch.float64))
+    _set_matrix(layer.theta, matrix)
+    layer.refresh()
+    if isinstance(layer.estimator, LearnedKernel):
+        _set_matrix(layer.estimator.theta, matrix.mT)
+
+
+def _set_matrix(theta: Tensor, matrix: Tensor) -> None:
+    """Set the parameter of a kernel so that its centre is a matrix, and the rest of it 0."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    centre = (matrix - eye) / theta_scale(theta)
+    theta.zero_()
+    theta[:, :, theta.shape[2] // 2, theta.shape[3] // 2] = centre.to(theta)
+
+
+def _squeezed(shape: torch.Size, place: str) -> torch.Size:
+    try:
+        return Squeeze2d().forward_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _as_image_shape(event_shape: Sequence[int]) -> torch.Size:
+    shape = as_event_shape(event_shape)
+    if len(shape) != 3:
+        raise ValueError(f"expected event_shape (C, H, W); got {event_shape!r}")
+    return shape

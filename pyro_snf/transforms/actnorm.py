@@ -1,0 +1,187 @@
+"""A scale and a shift per channel, which the first batch sets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint, dependent_property
+
+from pyro_snf.caching import version
+from pyro_snf.precision import at_least_float32
+from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.image_input import check_image
+from pyro_snf.transforms.options import check_count, check_floating
+
+__all__ = ["ActNorm", "actnorm"]
+
+
+class ActNorm(InvertibleTransformModule):
+    r"""Activation normalization (Kingma and Dhariwal, 2018): with every channel c,
+
+    .. math::
+        y_c = e^{s_c} (x_c + b_c), \qquad \log|\det J| = HW \sum_c s_c .
+
+    Value, log-det and inverse are exact; all cost O(D). The scale multiplies what b has centred, so
+    that the gradient of s does not depend on how far from 0 the data are.
+
+    **It starts from data.** The first batch that goes through T in training (in ``train()`` mode,
+    gradients being recorded and the parameters not frozen) sets s and b: of T(x), every channel has
+    mean 0 and standard deviation 1 over that batch. Until then, and so in ``eval()`` mode, it is
+    the identity.
+
+    - This one write happens before T(x) is computed, so nothing is stale; it never happens again:
+      ``initialized`` is in the ``state_dict``. Parameters that are no longer 0, whoever has set
+      them (Pyro's parameter store keeps no buffers), are never overwritten either.
+    - ``T.inv`` sets nothing, so a flow can be sampled from before it is trained. Put
+      ``ActNorm(...).inv`` into a flow whose data go through its inverse.
+    - A guide has no data to start from: ``layer.initialized.fill_(True)`` keeps the identity.
+    - :meth:`initialize` does it by hand: with a larger batch, or once more.
+
+    >>> layer = ActNorm(2, event_dim=1)
+    >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))
+    tensor([[-1., -1.],
+            [ 1.,  1.]], grad_fn=<MulBackward0>)
+    >>> layer.inv(torch.zeros(2))
+    tensor([ 2., 12.], grad_fn=<SubBackward0>)
+
+    :param int num_channels: C.
+    :param int event_dim: 3 for images, inputs of shape ``(..., C, H, W)``, or 1 for features,
+        ``(..., C)``.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :raises ValueError: for options that are not of these, for inputs of other shapes or dtypes, and
+        for a first batch that is not finite or has a channel of equal values.
+
+    References:
+
+    Diederik P. Kingma, Prafulla Dhariwal. Glow: Generative Flow with Invertible 1×1 Convolutions.
+    NeurIPS 2018. [arXiv:1807.03039]
+    """
+
+    initialized: Tensor
+
+    @dependent_property(is_discrete=False)
+    def domain(self) -> Constraint:
+        return constraints.independent(constraints.real, self._event_dim)
+
+    @dependent_property(is_discrete=False)
+    def codomain(self) -> Constraint:
+        return constraints.independent(constraints.real, self._event_dim)
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        event_dim: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("num_channels", num_channels)
+        if event_dim not in (1, 3) or not isinstance(event_dim, int) or isinstance(event_dim, bool):
+            raise ValueError(f"expected event_dim 1 or 3; got {event_dim!r}")
+        check_floating(dtype)
+        self.num_channels = num_channels
+        self._event_dim = event_dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.log_scale = nn.Parameter(torch.zeros(num_channels, **factory))  # s
+        self.bias = nn.Parameter(torch.zeros(num_channels, **factory))  # b
+        self.register_buffer("initialized", torch.tensor(False, device=device))
+        # At which version ``initialized`` was last seen to be true: not to wait for a GPU at
+        # every call.
+        self._seen_at: int | None = None
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, event_dim={self._event_dim}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._is_training() and self._is_new():
+            self.initialize(x)
+        return super().__call__(x)
+
+    def _call(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return (x + self._per_channel(self.bias)) * self._per_channel(self.log_scale).exp()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._check(y)
+        return y * torch.exp(-self._per_channel(self.log_scale)) - self._per_channel(self.bias)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check(x)
+        num_positions = math.prod(x.shape[x.dim() - self._event_dim + 1 :])  # H W, or 1
+        log_det = num_positions * at_least_float32(self.log_scale).sum()
+        return log_det.expand(x.shape[: x.dim() - self._event_dim])
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set s and b so that every channel of T(x) has mean 0 and standard deviation 1.
+
+        :param Tensor x: a batch; two different values a channel, at least.
+        :raises ValueError: if it is not finite, or a channel has equal values.
+        """
+        self._check(x)
+        dims = [dim for dim in range(-x.dim(), 0) if dim != -self._event_dim]
+        values = at_least_float32(x).unsqueeze(0)  # one more: no dims would mean all of them
+        dims = [-values.dim(), *dims]
+        variance, mean = torch.var_mean(values, dims, correction=0)
+        deviation = variance.sqrt()
+        if not torch.isfinite(mean + deviation).all():
+            raise ValueError(
+                f"{self}: expected a first batch of finite mean and variance; got NaN or infinity"
+            )
+        # Of equal values, a mean can be rounded, and a deviation from it is nothing but that.
+        is_flat = (deviation == 0) | (values.amax(dims) == values.amin(dims))
+        if is_flat.any():
+            raise ValueError(
+                f"{self}: expected a first batch in which every channel has different values; got "
+                f"equal ones in channels {is_flat.nonzero().flatten().tolist()} of a tensor of "
+                f"shape {tuple(x.shape)}"
+            )
+        self.log_scale.copy_(-deviation.log())
+        self.bias.copy_(-mean)
+        self.initialized.fill_(True)
+        self.clear_cache()
+
+    def _is_training(self) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and self.log_scale.requires_grad
+            and self.bias.requires_grad
+            and not torch.jit.is_tracing()  # a trace would repeat it in every call
+        )
+
+    @torch.no_grad()
+    def _is_new(self) -> bool:
+        """Whether nobody has set the parameters."""
+        if self._seen_at == version(self.initialized):
+            return False
+        if not self.initialized:
+            if not self.log_scale.any() and not self.bias.any():
+                return True
+            self.initialized.fill_(True)
+        self._seen_at = version(self.initialized)
+        return False
+
+    def _per_channel(self, parameter: Tensor) -> Tensor:
+        return parameter if self._event_dim == 1 else parameter.view(-1, 1, 1)
+
+    def _check(self, x: Tensor) -> None:
+        if self._event_dim == 1:
+            check_input(self, x, (self.num_channels,), self.log_scale.dtype)
+        else:
+            check_image(self, x, self.num_channels, self.log_scale.dtype)
+
+
+def actnorm(num_channels: int, **kwargs: Any) -> ActNorm:
+    """An :class:`ActNorm`, in the style of Pyro's helper functions.
+
+    :param int num_channels: C.
+    :param kwargs: the keyword arguments of :class:`ActNorm`.
+    """
+    return ActNorm(num_channels, **kwargs)

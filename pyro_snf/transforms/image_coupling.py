@@ -1,0 +1,196 @@
+"""Affine coupling of images, by a convolutional network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_snf.caching import TensorMemo
+from pyro_snf.precision import at_least_float32
+from pyro_snf.transforms.base import InvertibleTransformModule
+from pyro_snf.transforms.image_input import check_image
+from pyro_snf.transforms.options import check_count, check_floating
+
+__all__ = ["CouplingNet", "ImageCoupling", "image_coupling"]
+
+# Pyro's AffineCoupling(split_dim, hypernet, dim=-3) has the right constraints and log-det shape,
+# but does not serve: it hands the network its images flattened to (..., C·H·W), of whatever height
+# and width; it keeps the latest log-scale with its graph, so that it cannot be copied or pickled
+# once it has been trained; and where it clips log-scales, the gradient is not that of the value.
+
+
+class CouplingNet(nn.Sequential):
+    """The network of Glow's couplings: 3×3 convolution, ReLU, 1×1, ReLU, 3×3 that starts at 0.
+
+    Images keep their size, by a padding of zeros. The first two convolutions start as torch's do,
+    random, of torch's global random stream.
+
+    >>> CouplingNet(2, 4, hidden_channels=8)(torch.ones(5, 2, 6, 6)).shape
+    torch.Size([5, 4, 6, 6])
+
+    :param int in_channels: of the input, of shape ``(B, in_channels, H, W)``.
+    :param int out_channels: of the output.
+    :param int hidden_channels: the width, 512 in Glow.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :raises ValueError: for numbers of channels below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden_channels: int = 512,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, count in [
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("hidden_channels", hidden_channels),
+        ]:
+            check_count(name, count)
+        check_floating(dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1, **factory)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        super().__init__(
+            nn.Conv2d(in_channels, hidden_channels, 3, padding=1, **factory),
+            nn.ReLU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 1, **factory),
+            nn.ReLU(),
+            last,
+        )
+
+
+class ImageCoupling(InvertibleTransformModule):
+    r"""Affine coupling (Dinh et al., 2017) of images: the first half of the channels,
+    :math:`x_1`, shifts and scales the second,
+
+    .. math::
+        y_1 = x_1, \qquad y_2 = e^{s(x_1)} \odot x_2 + t(x_1), \qquad
+        \binom{t}{r} = \mathrm{network}(x_1), \quad s = \sigma \tanh(r / \sigma).
+
+    Value, inverse and the log-det :math:`\sum s` are exact; each is one pass through the network,
+    that of the log-det being T's own where the pair is cached. Where the network starts at 0, the
+    map starts as the identity. Of C channels, the first half has ⌊C/2⌋.
+
+    >>> layer = ImageCoupling(3, CouplingNet(1, 4, hidden_channels=8))
+    >>> layer(torch.ones(5, 3, 6, 6)).shape
+    torch.Size([5, 3, 6, 6])
+
+    :param int num_channels: C ≥ 2. Inputs have shape ``(..., C, H, W)``.
+    :param nn.Module network: maps ``(B, ⌊C/2⌋, H, W)`` to ``(B, 2 ⌈C/2⌉, H, W)``, t before r.
+    :param float max_log_scale: σ, positive.
+    :raises ValueError: for options that are not of these, for inputs of other shapes or dtypes, and
+        for a network that returns another shape.
+
+    References:
+
+    Laurent Dinh, Jascha Sohl-Dickstein, Samy Bengio. Density Estimation Using Real NVP. ICLR 2017.
+    [arXiv:1605.08803]
+
+    Diederik P. Kingma, Prafulla Dhariwal. Glow: Generative Flow with Invertible 1×1 Convolutions.
+    NeurIPS 2018. [arXiv:1807.03039] (Its scale is :math:`\mathrm{sigmoid}(r + 2)`, which is not 1
+    at the start.)
+    """
+
+    domain = constraints.independent(constraints.real, 3)
+    codomain = constraints.independent(constraints.real, 3)
+
+    def __init__(
+        self, num_channels: int, network: nn.Module, *, max_log_scale: float = 3.0
+    ) -> None:
+        super().__init__()
+        check_count("num_channels", num_channels, 2)
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"expected network, a module; got {network!r}")
+        _check_max_log_scale(max_log_scale)
+        self.num_channels = num_channels
+        self.network = network
+        self.max_log_scale = max_log_scale
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, max_log_scale={self.max_log_scale}"
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_with_memo(x)[0]
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
+        first, second, shift, log_scale = self._split(x)
+        y = torch.cat([first, second * log_scale.exp() + shift], dim=-3)
+        # What has no graph of its own could not tell when its time is over.
+        memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
+        return y, memo
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        first, second, shift, log_scale = self._split(y)
+        return torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-3)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        found: Any = self._pair.memo_of(x, y, self._map_parameters())
+        log_scale = self._split(x)[3] if found is None else found[0].handle
+        return at_least_float32(log_scale).sum((-3, -2, -1))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both halves of x, or of y, with t and s, of the second half's shape."""
+        dtype = next((parameter.dtype for parameter in self.network.parameters()), None)
+        check_image(self, x, self.num_channels, dtype)
+        seen = self.num_channels // 2
+        first, second = x.split([seen, self.num_channels - seen], dim=-3)
+        # Convolutions take one batch dimension.
+        output = self.network(first.reshape(-1, *first.shape[-3:]))
+        rest = second.reshape(-1, *second.shape[-3:])
+        expected = (len(rest), 2 * rest.shape[1], *rest.shape[2:])
+        if output.shape != expected:
+            raise ValueError(
+                f"{self}: expected the network's output to have shape {expected}; "
+                f"got {tuple(output.shape)}"
+            )
+        shift, log_scale = output.chunk(2, dim=-3)
+        log_scale = self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
+        return first, second, shift.reshape(second.shape), log_scale.reshape(second.shape)
+
+
+def _check_max_log_scale(value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]  # a number
+        raise ValueError(f"expected max_log_scale > 0; got {value!r}")
+
+
+def image_coupling(
+    num_channels: int,
+    *,
+    hidden_channels: int = 512,
+    max_log_scale: float = 3.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ImageCoupling:
+    """An :class:`ImageCoupling` with Glow's :class:`CouplingNet`: it starts as the identity.
+
+    >>> layer = image_coupling(4, hidden_channels=8)
+    >>> torch.equal(layer(torch.ones(5, 4, 6, 6)), torch.ones(5, 4, 6, 6))
+    True
+
+    :param int num_channels: C ≥ 2.
+    :param int hidden_channels: the network's width.
+    :param float max_log_scale: σ, positive.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    """
+    check_count("num_channels", num_channels, 2)
+    seen = num_channels // 2
+    network = CouplingNet(
+        seen,
+        2 * (num_channels - seen),
+        hidden_channels=hidden_channels,
+        device=device,
+        dtype=dtype,
+    )
+    return ImageCoupling(num_channels, network, max_log_scale=max_log_scale)

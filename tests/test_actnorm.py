@@ -1,0 +1,393 @@
+"""ActNorm: formula, log-det, the start from data and what it must never do again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_snf.path_gradient import push_score
+from pyro_snf.transforms.actnorm import ActNorm, actnorm
+from pyro_snf.transforms.compose import Compose
+from tests.registry import COPIES
+
+# Float64: rounding, and three digits to spare.
+EXACT = 1e-9
+# The mean and the standard deviation of a few hundred float32 values.
+SINGLE = 1e-5
+
+#: event_dim, and an event of 3 channels.
+EVENTS = [(3, (3, 4, 5)), (1, (3,))]
+BATCH_SHAPES = [(), (2,), (2, 1), (2, 1, 3)]
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Channels of other means and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    return (5 + 3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def random_layer(event_dim: int = 3, seed: int = 0) -> ActNorm:
+    layer = ActNorm(3, event_dim=event_dim)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(3, generator=generator))
+    return layer
+
+
+def is_normal(y: Tensor, event_dim: int = 3, tolerance: float = EXACT) -> bool:
+    rows = y.detach().movedim(-event_dim, 0).flatten(1)
+    zero, one = torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])
+    mean, deviation = rows.mean(-1), rows.std(-1, correction=0)
+    return torch.allclose(mean, zero, atol=tolerance) and torch.allclose(
+        deviation, one, atol=tolerance
+    )
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
+@pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
+def test_formula_and_round_trip(
+    event_dim: int, event_shape: tuple[int, ...], batch_shape: tuple[int, ...]
+) -> None:
+    layer = random_layer(event_dim)
+    x = images(*batch_shape, *event_shape)
+    y = layer(x)
+    for channel in range(3):
+        index = (..., channel) + (slice(None),) * (event_dim - 1)
+        expected = layer.log_scale[channel].exp() * (x[index] + layer.bias[channel])
+        assert torch.allclose(y[index], expected, rtol=EXACT)
+    assert layer.inv(y) is x
+    assert torch.allclose(layer.inv(y.clone()), x, rtol=EXACT)
+    assert layer.log_abs_det_jacobian(x, y).shape == batch_shape
+
+
+@pytest.mark.parametrize("direction", ["T", "T.inv"])
+@pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
+def test_log_det(event_dim: int, event_shape: tuple[int, ...], direction: str) -> None:
+    layer = random_layer(event_dim)
+    part = layer if direction == "T" else layer.inv
+    x = images(*event_shape)
+    jacobian = torch.autograd.functional.jacobian(part, x).reshape(x.numel(), x.numel())
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    assert torch.allclose(part.log_abs_det_jacobian(x, part(x)), expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    layer = ActNorm(3, dtype=dtype)
+    x = images(8, 3, 4, 4, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    tolerance = {torch.float32: SINGLE, torch.float64: EXACT, torch.bfloat16: 0.05}[dtype]
+    assert is_normal(y.double(), tolerance=tolerance)
+    log_det = layer.log_abs_det_jacobian(x, y)
+    assert log_det.dtype == (dtype if dtype != torch.bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_surfaces_where_it_is(value: float) -> None:
+    layer, x = random_layer().eval(), images(3, 2, 2)
+    expected = layer(x)
+    x = x.clone()
+    x[1, 0, 0] = value
+    y = layer(x)
+    assert not torch.isfinite(y[1, 0, 0])
+    assert (torch.isfinite(y).sum(), y[0, 0, 0]) == (11, expected[0, 0, 0])
+
+
+# --- The start ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_shape", [(7,), (2, 1, 4)])
+@pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
+def test_first_batch_is_normalized(
+    event_dim: int, event_shape: tuple[int, ...], batch_shape: tuple[int, ...]
+) -> None:
+    layer = actnorm(3, event_dim=event_dim)
+    assert not layer.initialized
+    x = images(*batch_shape, *event_shape)
+    assert is_normal(layer(x), event_dim)
+    assert layer.initialized
+
+
+def test_single_image_has_values_enough() -> None:
+    assert is_normal(ActNorm(3)(images(3, 4, 4)))
+
+
+def test_only_the_first_batch_counts() -> None:
+    layer = ActNorm(3)
+    layer(images(7, 3, 4, 4))
+    state = copy.deepcopy(layer.state_dict())
+    assert not is_normal(layer(images(7, 3, 4, 4, seed=1)))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_values_far_from_zero() -> None:
+    x = 1e3 + torch.randn(500, 1, dtype=torch.float32)
+    # x itself is rounded to 6e-5.
+    assert is_normal(ActNorm(1, event_dim=1, dtype=torch.float32)(x), 1, tolerance=1e-4)
+
+
+def test_log_det_is_that_after_the_start() -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    deviation = x.movedim(1, 0).flatten(1).std(-1, correction=0)
+    log_det = layer.log_abs_det_jacobian(x, layer(x))
+    assert torch.allclose(log_det, -16 * deviation.log().sum(), rtol=EXACT)
+
+
+def test_start_through_a_density() -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    flow = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3), layer.inv
+    )
+    flow.log_prob(x).sum().backward()
+    assert layer.initialized
+    assert layer.bias.grad is not None
+    assert is_normal(layer(x))
+
+
+def test_stack_starts_layer_by_layer() -> None:
+    flow = Compose([ActNorm(3), random_layer(seed=1), ActNorm(3)])
+    x = images(7, 3, 4, 4)
+    assert is_normal(flow(x))
+    assert is_normal(flow.parts[0](x))
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode", "frozen", "inverse"])
+def test_identity_until_it_is_trained(how: str) -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    if how == "eval":
+        assert torch.equal(layer.eval()(x), x)
+        layer.train()
+    elif how == "frozen":
+        assert torch.equal(layer.requires_grad_(False)(x), x)
+        layer.requires_grad_(True)
+    elif how == "inverse":
+        assert torch.equal(layer.inv(x), x)
+    else:
+        with getattr(torch, how)():
+            assert torch.equal(layer(x), x)
+    assert not layer.initialized
+    # The remembered pair is not taken for true afterwards.
+    assert is_normal(layer(x))
+
+
+def test_remembered_inverse_is_dropped_by_the_start() -> None:
+    layer, y = ActNorm(3), images(7, 3, 4, 4)
+    x = layer.inv(y)
+    assert is_normal(layer(x))
+    assert not torch.allclose(layer.inv(y), x)
+
+
+def test_sampling_before_training() -> None:
+    layer = ActNorm(3)
+    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
+    sample = dist.TransformedDistribution(base, [layer.inv]).rsample((5,))
+    assert sample.shape == (5, 3, 4, 4)
+    assert not layer.initialized
+
+
+def test_inverse_as_a_layer_starts_from_what_goes_through_it() -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    flow = Compose([random_layer(), layer.inv])
+    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
+    dist.TransformedDistribution(base, [flow]).log_prob(x)
+    assert is_normal(layer(x))
+
+
+def test_by_hand() -> None:
+    layer, x, other = ActNorm(3), images(7, 3, 4, 4), images(7, 3, 4, 4, seed=1)
+    layer.eval().initialize(x)
+    assert is_normal(layer(x))
+    layer.train()
+    assert is_normal(layer(x))
+    assert not is_normal(layer(other))
+    layer.initialize(other)
+    assert is_normal(layer(other))
+
+
+def test_identity_can_be_kept() -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    layer.initialized.fill_(True)
+    assert torch.equal(layer(x), x)
+    layer.initialized.fill_(False)
+    assert is_normal(layer(x))
+
+
+def test_parameters_that_somebody_has_set_are_kept() -> None:
+    layer, x = random_layer(), images(7, 3, 4, 4)
+    before = copy.deepcopy(dict(layer.named_parameters()))
+    layer(x)
+    assert layer.initialized
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_start_refuses_what_is_not_finite(value: float) -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    x[2, 1, 0, 0] = value
+    with pytest.raises(ValueError, match=r"ActNorm\(3, .*expected a first batch of finite"):
+        layer(x)
+    assert not layer.initialized
+    assert all((parameter == 0).all() for parameter in layer.parameters())
+    assert is_normal(layer(images(7, 3, 4, 4)))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_start_refuses_a_constant_channel(value: float, dtype: torch.dtype) -> None:
+    layer, x = ActNorm(3, dtype=dtype), images(100, 3, 4, 4, dtype=dtype)
+    x[:, 1] = value
+    message = r"every channel has different values; got equal ones in channels \[1\] of a tensor of"
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    assert all((parameter == 0).all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(("event_dim", "shape"), [(1, (3,)), (1, (1, 1, 3)), (3, (1, 3, 1, 1))])
+def test_start_refuses_one_value_a_channel(event_dim: int, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"equal ones in channels \[0, 1, 2\]"):
+        ActNorm(3, event_dim=event_dim)(images(*shape))
+
+
+# --- State --------------------------------------------------------------------------------------
+
+
+def trained() -> tuple[ActNorm, Tensor]:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(x).square().sum() - layer.log_abs_det_jacobian(x, x).sum()).backward()
+        optimizer.step()
+    layer(x)  # the cache holds a graph
+    return layer, x
+
+
+def test_state_dict_into_a_fresh_layer() -> None:
+    layer, x = trained()
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = ActNorm(3)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    other = images(7, 3, 4, 4, seed=1)
+    assert torch.equal(fresh(other), layer(other))
+    assert torch.equal(fresh(x), layer(x))
+
+
+def test_untrained_state_dict_makes_it_new_again() -> None:
+    layer, x = trained()
+    layer.load_state_dict(ActNorm(3).state_dict())
+    assert is_normal(layer(x))
+
+
+@pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("is_trained", [False, True], ids=["fresh", "trained"])
+def test_copies(make_copy: Callable[[nn.Module], nn.Module], is_trained: bool) -> None:
+    layer, x = trained() if is_trained else (ActNorm(3), images(7, 3, 4, 4))
+    twin = make_copy(layer)
+    assert twin.initialized == is_trained
+    y = twin(x)
+    assert is_normal(y) != is_trained
+    assert layer.initialized == is_trained
+    assert torch.equal(y, layer(x))
+
+
+def test_twin_without_cache_shares_the_start() -> None:
+    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    twin = layer.with_cache(0)
+    assert is_normal(twin(x))
+    assert layer.initialized
+    assert torch.equal(layer(x), twin(x))
+    assert not is_normal(layer(images(7, 3, 4, 4, seed=1)))
+
+
+def test_parameter_store(tmp_path: Path) -> None:
+    layer, x = trained()
+    pyro.module("layer", layer.inv)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    fresh = ActNorm(3)
+    pyro.module("layer", fresh.inv, update_module_params=True)
+    # The store has no buffers; and yet it does not start anew.
+    other = images(7, 3, 4, 4, seed=1)
+    assert torch.equal(fresh(other), layer(other))
+    assert torch.equal(fresh(x), layer(x))
+
+
+def test_other_dtype_keeps_it_initialized() -> None:
+    layer, x = trained()
+    y = layer(x)
+    assert torch.allclose(layer.float()(x.float()).double(), y, atol=SINGLE)
+    assert layer.initialized
+
+
+def test_score_is_passed_on() -> None:
+    layer, x = random_layer(), images(3, 4, 5)
+    score = torch.randn(3, 4, 5)
+    expected = score / layer.log_scale.exp().view(-1, 1, 1)
+    assert torch.allclose(push_score(layer, x, layer(x), score), expected, rtol=EXACT)
+
+
+# --- Mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "3", None, True])
+def test_num_channels_is_checked(value: object) -> None:
+    message = f"expected num_channels, an integer >= 1; got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        actnorm(value)
+
+
+@pytest.mark.parametrize("value", [0, 2, 4, -1, 1.0, "3", None, True])
+def test_event_dim_is_checked(value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"expected event_dim 1 or 3; got {value!r}")):
+        ActNorm(3, event_dim=value)
+
+
+def test_dtype_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+        ActNorm(3, dtype=torch.int64)
+
+
+def test_options_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        ActNorm(3, 1)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (4, 3, 4), (2, 1, 4, 4), (0, 3, 4, 4)])
+def test_wrong_shape(shape: tuple[int, ...]) -> None:
+    layer, x = random_layer(), torch.zeros(shape)
+    message = r"ActNorm\(3, event_dim=3\): expected .*shape \(\.\.\., 3, .*; got " + re.escape(
+        str(shape)
+    )
+    for use in (layer, layer.inv, layer.initialize, lambda x: layer.log_abs_det_jacobian(x, x)):
+        with pytest.raises(ValueError, match=message):
+            use(x)
+
+
+def test_wrong_dtype() -> None:
+    layer = random_layer()
+    with pytest.raises(ValueError, match=r"expected dtype torch\.float64; got torch\.float32"):
+        layer(torch.zeros(3, 2, 2, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"floating-point tensor; got torch\.uint8"):
+        layer(torch.zeros(3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="floating-point tensor; got list"):
+        layer([1.0])

@@ -1,0 +1,247 @@
+"""ImageCoupling and its network: formula, log-det, inverse, gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from pyro_snf.transforms.image_coupling import CouplingNet, ImageCoupling, image_coupling
+from tests.registry import COPIES
+
+# Float64: rounding, and three digits to spare.
+EXACT = 1e-9
+SINGLE = 1e-5
+BATCH_SHAPES = [(), (2,), (2, 1), (2, 1, 3)]
+
+
+def coupling(num_channels: int = 3, seed: int = 0, **options: object) -> ImageCoupling:
+    """With a random network that is nowhere 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = image_coupling(num_channels, hidden_channels=8, **options)
+        for parameter in layer.network[-1].parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize("num_channels", [2, 3, 4, 5])
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
+def test_formula_and_round_trip(batch_shape: tuple[int, ...], num_channels: int) -> None:
+    layer = coupling(num_channels)
+    x = torch.randn(*batch_shape, num_channels, 3, 5)
+    y = layer(x)
+    seen = num_channels // 2
+    flat, image = x.reshape(-1, num_channels, 3, 5), y.reshape(-1, num_channels, 3, 5)
+    total = []
+    for row, result in zip(flat, image, strict=True):
+        shift, log_scale = layer.network(row[None, :seen])[0].chunk(2)
+        log_scale = 3 * torch.tanh(log_scale / 3)
+        assert torch.equal(result[:seen], row[:seen])
+        expected = log_scale.exp() * row[seen:] + shift
+        assert torch.allclose(result[seen:], expected, rtol=EXACT)
+        total.append(log_scale.sum())
+    log_det = layer.log_abs_det_jacobian(x, y)
+    assert torch.allclose(log_det, torch.stack(total).view(batch_shape), rtol=EXACT)
+    assert layer.inv(y) is x
+    assert torch.allclose(layer.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("direction", ["T", "T.inv"])
+@pytest.mark.parametrize("num_channels", [2, 3])
+def test_log_det_is_that_of_the_jacobian(num_channels: int, direction: str) -> None:
+    layer = coupling(num_channels)
+    part = layer if direction == "T" else layer.inv
+    x = torch.randn(num_channels, 3, 2)
+    size = x.numel()
+    jacobian = torch.autograd.functional.jacobian(part, x).reshape(size, size)
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    assert torch.allclose(part.log_abs_det_jacobian(x, part(x)), expected, rtol=EXACT)
+
+
+def test_it_starts_as_the_identity() -> None:
+    layer, x = image_coupling(4), torch.randn(2, 4, 3, 3)
+    assert torch.equal(layer(x), x)
+    assert (layer.log_abs_det_jacobian(x, layer(x)) == 0).all()
+    assert layer.network[0].out_channels == 512
+    # And yet it learns from there.
+    layer(x).square().sum().backward()
+    assert (layer.network[-1].weight.grad != 0).any()
+
+
+def test_scale_is_bounded_and_its_gradient_true() -> None:
+    # Where it would be clipped, a clipped scale with a gradient of its own would fail.
+    layer = coupling(2, max_log_scale=0.5)
+    with torch.no_grad():
+        layer.network[-1].bias.fill_(0.6)
+    x = torch.randn(1, 2, 2, 2, requires_grad=True)
+    scale = layer.log_abs_det_jacobian(x, layer(x)) / 4
+    assert (scale.abs() < 0.5).all()
+    uncached = layer.with_cache(0)
+    assert gradcheck(uncached, x)
+    assert gradcheck(uncached.inv, x)
+    assert gradcheck(lambda x: uncached.log_abs_det_jacobian(x, x), x)
+
+
+def test_network_runs_once_for_value_and_log_det() -> None:
+    calls = []
+
+    class Counting(CouplingNet):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    layer = ImageCoupling(2, Counting(1, 2, hidden_channels=4))
+    x = torch.randn(3, 2, 4, 4)
+    flow = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(2, 4, 4), 1.0).to_event(3), layer.inv
+    )
+    flow.log_prob(x).sum().backward()
+    assert calls == [3]
+
+
+def test_same_data_tensor_is_scored_step_after_step() -> None:
+    layer, data = coupling(), torch.randn(5, 3, 4, 4)
+    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
+    flow = dist.TransformedDistribution(base, [layer.inv])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = -flow.log_prob(data).mean()
+        assert torch.allclose(loss, -flow.log_prob(data.clone()).mean(), rtol=EXACT)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_a_network_of_ones_own() -> None:
+    network = nn.Conv2d(1, 4, 1)
+    layer, x = ImageCoupling(3, network), torch.randn(2, 3, 4, 4)
+    assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    layer, x = coupling(dtype=dtype), torch.randn(5, 3, 4, 4).to(dtype)
+    y = layer(x)
+    log_det = layer.log_abs_det_jacobian(x, y)
+    assert y.dtype == dtype
+    assert log_det.dtype == (dtype if dtype != torch.bfloat16 else torch.float32)
+    tolerance = {torch.float32: SINGLE, torch.float64: EXACT, torch.bfloat16: 0.2}[dtype]
+    assert torch.allclose(layer.inv(y.clone()), x, atol=tolerance)
+
+
+def test_autocast() -> None:
+    layer, x = coupling(dtype=torch.float32), torch.randn(5, 3, 4, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        log_det = layer.log_abs_det_jacobian(x, y)
+    assert y.dtype == log_det.dtype == torch.float32
+    assert torch.allclose(y, layer(x), atol=0.1)
+
+
+def test_nan_surfaces() -> None:
+    layer, x = coupling(), torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0] = math.nan
+    y = layer(x)
+    assert y[0].isnan().any()
+    assert torch.isfinite(y[1]).all()
+    assert layer.log_abs_det_jacobian(x, y).isnan().tolist() == [True, False]
+
+
+def test_sampling() -> None:
+    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
+    layer = coupling()
+    for part in (layer, layer.inv):
+        flow = dist.TransformedDistribution(base, [part])
+        sample = flow.rsample((5,))
+        assert sample.shape == (5, 3, 4, 4)
+        assert torch.allclose(flow.log_prob(sample), flow.log_prob(sample.clone()), rtol=EXACT)
+
+
+@pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
+def test_copies_of_a_trained_layer(make_copy: object) -> None:
+    layer, x = coupling(), torch.randn(2, 3, 4, 4)
+    layer.log_abs_det_jacobian(x, layer(x)).sum().backward()
+    y = layer(x)  # the cache holds a graph
+    assert torch.equal(make_copy(layer)(x), y)
+    fresh = coupling(seed=1)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), y)
+
+
+def test_parameter_store(tmp_path: Path) -> None:
+    layer, x = coupling(), torch.randn(2, 3, 4, 4)
+    pyro.module("layer", layer.inv)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    fresh = coupling(seed=1)
+    pyro.module("layer", fresh.inv, update_module_params=True)
+    assert torch.equal(fresh(x), layer(x))
+
+
+# --- Mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1, 0, -1, 4.0, "4", None, True])
+def test_num_channels_is_checked(value: object) -> None:
+    message = re.escape(f"expected num_channels, an integer >= 2; got {value!r}")
+    with pytest.raises(ValueError, match=message):
+        image_coupling(value)
+    with pytest.raises(ValueError, match=message):
+        ImageCoupling(value, nn.Identity())
+
+
+@pytest.mark.parametrize("value", [0, -1, 4.0, "4", None, True])
+def test_width_is_checked(value: object) -> None:
+    message = re.escape(f"expected hidden_channels, an integer >= 1; got {value!r}")
+    with pytest.raises(ValueError, match=message):
+        image_coupling(4, hidden_channels=value)
+    for name, channels in [("in_channels", (value, 1)), ("out_channels", (1, value))]:
+        with pytest.raises(ValueError, match=re.escape(f"expected {name}, an integer >= 1; got")):
+            CouplingNet(*channels)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "3", None, True])
+def test_max_log_scale_is_checked(value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"expected max_log_scale > 0; got {value!r}")):
+        image_coupling(4, hidden_channels=2, max_log_scale=value)
+
+
+def test_other_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+        image_coupling(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected network, a module; got None"):
+        ImageCoupling(4, None)
+    with pytest.raises(TypeError):
+        image_coupling(4, 8)
+
+
+@pytest.mark.parametrize("out_channels", [2, 3, 8])
+def test_network_of_another_shape(out_channels: int) -> None:
+    layer = ImageCoupling(3, nn.Conv2d(1, out_channels, 1))
+    message = rf"network's output to have shape \(2, 4, 5, 5\); got \(2, {out_channels}, 5, 5\)"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(2, 3, 5, 5))
+
+
+def test_wrong_input() -> None:
+    layer = coupling()
+    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
+        for shape in [(3,), (3, 4), (4, 3, 3), (0, 3, 4, 4)]:
+            message = r"ImageCoupling\(3, .*expected .*shape \(\.\.\., 3, .*got "
+            with pytest.raises(ValueError, match=message + re.escape(str(shape))):
+                use(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"expected dtype torch\.float64; got torch\.float32"):
+            use(torch.zeros(3, 4, 4, dtype=torch.float32))

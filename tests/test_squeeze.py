@@ -1,0 +1,125 @@
+"""Squeeze2d: a permutation of entries that knows its shapes."""
+
+from __future__ import annotations
+
+import re
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_snf.transforms.compose import Compose
+from pyro_snf.transforms.squeeze import Squeeze2d, squeeze2d
+from tests.registry import COPIES
+
+BATCH_SHAPES = [(), (5,), (2, 1), (2, 1, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
+def test_formula(batch_shape: tuple[int, ...], factor: int, dtype: torch.dtype) -> None:
+    layer = squeeze2d(factor)
+    channels, height, width = 2, 2, 3
+    x = torch.randn(*batch_shape, channels, factor * height, factor * width).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.shape == (*batch_shape, channels * factor**2, height, width)
+    for c in range(channels):
+        for i in range(factor):
+            for j in range(factor):
+                expected = x[..., c, i::factor, j::factor]
+                assert torch.equal(y[..., c * factor**2 + i * factor + j, :, :], expected)
+    assert layer.inv(y) is x
+    assert torch.equal(layer.inv(y.clone()), x)
+    for part, first, second in [(layer, x, y), (layer.inv, y, x)]:
+        log_det = part.log_abs_det_jacobian(first, second)
+        assert log_det.shape == batch_shape
+        assert (log_det == 0).all()
+        assert part.forward_shape(first.shape) == second.shape
+        assert part.inverse_shape(second.shape) == first.shape
+
+
+def test_log_det_is_that_of_the_jacobian() -> None:
+    layer, x = Squeeze2d(), torch.randn(2, 4, 2)
+    for part, first in [(layer, x), (layer.inv, layer(x).detach())]:
+        jacobian = torch.autograd.functional.jacobian(part, first).reshape(16, 16)
+        assert torch.linalg.slogdet(jacobian).logabsdet == 0
+
+
+def test_channels_last() -> None:
+    x = torch.randn(5, 3, 4, 6)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(Squeeze2d()(last), Squeeze2d()(x))
+    y = Squeeze2d()(x)
+    last = y.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(Squeeze2d().inv(last), x)
+
+
+def test_what_is_not_finite_only_moves() -> None:
+    x = torch.tensor([[[torch.nan, 1.0], [torch.inf, 2.0]]])
+    assert torch.equal(Squeeze2d()(x).flatten().nan_to_num(7, 8), x.flatten().nan_to_num(7, 8))
+
+
+def test_density() -> None:
+    base = dist.Normal(torch.zeros(8, 2, 3), 1.0).to_event(3)
+    flow = dist.TransformedDistribution(base, [Squeeze2d().inv])
+    assert flow.event_shape == (2, 4, 6)
+    x = flow.sample((5,))
+    expected = dist.Normal(0.0, 1.0).log_prob(x).sum((-3, -2, -1))
+    assert torch.allclose(flow.log_prob(x.clone()), expected)
+    forward = dist.TransformedDistribution(dist.Normal(torch.zeros(2, 4, 6), 1.0), [Squeeze2d()])
+    assert forward.event_shape == (8, 2, 3)
+
+
+def test_squeezing_twice() -> None:
+    flow = Compose([Squeeze2d(), Squeeze2d(3)])
+    assert flow.forward_shape(torch.Size([5, 1, 12, 6])) == (5, 36, 2, 1)
+    x = torch.randn(5, 1, 12, 6)
+    assert torch.equal(flow.inv(flow(x).clone()), x)
+
+
+@pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
+def test_copies(make_copy: object) -> None:
+    layer, x = Squeeze2d(3), torch.randn(2, 1, 3, 3)
+    y = layer(x)
+    assert torch.equal(make_copy(layer)(x), y)
+    assert repr(make_copy(layer)) == "Squeeze2d(3)"
+    assert not layer.state_dict()
+
+
+@pytest.mark.parametrize("factor", [0, -2, 2.0, "2", None, True, (2, 2)])
+def test_factor_is_checked(factor: object) -> None:
+    message = f"expected factor, an integer >= 1; got {factor!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        squeeze2d(factor)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    layer = Squeeze2d()
+    for shape in [(1, 3, 4), (5, 1, 4, 3)]:
+        message = re.escape(f"Squeeze2d(2): expected H and W divisible by 2; got {shape}")
+        with pytest.raises(ValueError, match=message):
+            layer(torch.zeros(shape))
+        with pytest.raises(ValueError, match=message):
+            layer.forward_shape(torch.Size(shape))
+    message = re.escape("Squeeze2d(2): expected C divisible by 4; got (6, 2, 2)")
+    with pytest.raises(ValueError, match=message):
+        layer.inv(torch.zeros(6, 2, 2))
+    with pytest.raises(ValueError, match=message):
+        layer.inverse_shape(torch.Size([6, 2, 2]))
+    with pytest.raises(ValueError, match=r"expected a shape \(\.\.\., C, H, W\); got \(4, 4\)"):
+        layer.forward_shape(torch.Size([4, 4]))
+
+
+def test_wrong_input() -> None:
+    layer = Squeeze2d()
+    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
+        with pytest.raises(ValueError, match=r"shape \(\.\.\., C, H, W\); got \(4, 4\)"):
+            use(torch.zeros(4, 4))
+        with pytest.raises(
+            ValueError, match=r"expected a non-empty tensor of .*got \(0, 4, 4, 4\)"
+        ):
+            use(torch.zeros(0, 4, 4, 4))
+        with pytest.raises(ValueError, match=r"floating-point tensor; got torch\.uint8"):
+            use(torch.zeros(4, 4, 4, dtype=torch.uint8))
