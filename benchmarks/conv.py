@@ -65,6 +65,8 @@ def kernel_of_condition(
     low, high = 0.0, 0.1
     while found(high) < condition:
         low, high = high, 1.2 * high
+        if high > 100:  # it is well conditioned without the identity too
+            return kernel_of_condition(channels, size, condition, generator)
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if found(middle) < condition else (low, middle)
@@ -423,7 +425,7 @@ def pointwise(args: argparse.Namespace) -> None:
         def train(name: str, x: Tensor = x, layers=layers, optimizers=optimizers) -> None:
             optimizers[name].zero_grad()
             y, log_det = layers[name][1](x.requires_grad_())
-            loss = y.square().sum() / (2 * len(x)) - log_det.mean()
+            loss = y.square().sum() / (2 * len(x)) - torch.as_tensor(log_det).mean()
             loss.backward()
             x.grad = None
             optimizers[name].step()

@@ -82,3 +82,49 @@ def test_small_run_writes_its_results(linear: ModuleType, tmp_path: Path) -> Non
     assert len(inverses) == 6
     assert all(row["inverse_residual"] < 1e-5 for row in inverses)
     assert (tmp_path / "batch1.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def conv(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import conv
+
+    yield conv
+    sys.modules.pop("conv")
+
+
+def test_kernels_have_the_condition_number_that_is_asked_for(conv: ModuleType) -> None:
+    kernel = conv.kernel_of_condition(1, (6, 6), 50.0, torch.Generator().manual_seed(0))
+    matrix = conv.kernels.matrix(kernel, (6, 6), "zeros")
+    assert torch.linalg.cond(matrix).item() == pytest.approx(50.0, rel=EXACT)
+    before = conv.moved(kernel, (6, 6), torch.Generator().manual_seed(0))
+    change = matrix - conv.kernels.matrix(before, (6, 6), "zeros")
+    drift = torch.linalg.solve(matrix - change, change, left=False).norm() / 6
+    assert drift.item() == pytest.approx(conv.refined._MAX_DRIFT, rel=EXACT)
+
+
+def test_gradients_of_convolutions(
+    conv: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "gradient.png"
+    arguments = ["--images", "1,6,6", "--num-kernels", "2", "--picture", str(picture)]
+    conv.main(["gradient", *arguments])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
+    errors = {(name.strip("| "), count): row for name, count, *row in rows}
+    at_100 = {key: float(row[2]) for key, row in errors.items() if key[1] in ("0", "3")}
+    assert at_100["refined, factors", "3"] < at_100["learned kernel 3 × 3", "0"]
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["step", "exact"])
+def test_times_of_convolutions(
+    conv: ModuleType, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    arguments = ["--images", "1,6,6", "2,4,4", "--threads", "1"]
+    if command == "step":
+        arguments += ["--batch", "4", "--seconds", "0.01", "--turns", "1"]
+    conv.main([command, *arguments])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2
+    assert all(row.count("|") == header.count("|") for row in rows)

@@ -3,9 +3,10 @@
 A kernel reaches ``h = (kh − 1)/2`` rows up and down. Grouped into blocks of h rows (times all
 channels and columns), an image is a sequence of n blocks in which only neighbours interact, and
 every block interacts in the same way: J is block tridiagonal and block Toeplitz,
+with n = ⌈H / h⌉ blocks of size b = h C W in a column::
 
         ⎡ T U      ⎤
-    J = ⎢ L T U    ⎥,      blocks of size b = h C W,   n = ⌈H / h⌉.
+    J = ⎢ L T U    ⎥
         ⎢   L T U  ⎥
         ⎣     L T' ⎦
 

@@ -51,7 +51,7 @@ class KrylovSpace:
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """The smallest |λ| of all H: A has directions in which it shrinks to this at least."""
+        """The smallest absolute eigenvalue of all H. In some direction, A shrinks by it or more."""
         return self._eigenpairs[0].abs().min().item()
 
     def second_order_log(self) -> Tensor:
@@ -107,8 +107,9 @@ def krylov(
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     # A right-hand side of zeros is solved by zeros.
     divisor = size.clamp_min(torch.finfo(rows.dtype).tiny)
-    basis = [rows / divisor]
-    images_of_basis: list[Tensor] = []  # P⁻¹ Q, which the solution is put together of
+    basis = rows.new_empty(count, max_iterations, dim)
+    basis[:, 0] = rows / divisor
+    images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which the solution is put together of
     hessenberg = torch.zeros(count, max_iterations + 1, max_iterations, dtype=torch.float64)
     target = torch.zeros(count, max_iterations + 1, 1, dtype=torch.float64)
     target[:, 0] = 1
@@ -117,11 +118,11 @@ def krylov(
         if step == 0 and preconditioned is not None:
             image = preconditioned / divisor.view(-1, 1, 1, 1)
         else:
-            image = preconditioner(basis[-1].view_as(images))
-        images_of_basis.append(image.flatten(1))
+            image = preconditioner(basis[:, step].view_as(images))
+        images_of_basis[:, step] = image.flatten(1)
         vector = operator(image).flatten(1)
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        span = torch.stack(basis, dim=1)
+        span = basis[:, : step + 1]
         column = torch.zeros_like(span[:, :, 0])
         for _ in range(2):  # Gram-Schmidt; twice is enough
             part = (span @ vector.unsqueeze(-1)).squeeze(-1)
@@ -138,9 +139,9 @@ def krylov(
         residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
         if residual.max() <= tolerance or step + 1 == max_iterations:
             break
-        basis.append(torch.where(rest > 0, vector / rest, 0))
+        basis[:, step + 1] = torch.where(rest > 0, vector / rest, 0)
     weights = weights.to(rows).mT  # (B, 1, n)
-    solution = (weights @ torch.stack(images_of_basis, dim=1)).squeeze(1) * size
+    solution = (weights @ images_of_basis[:, : step + 1]).squeeze(1) * size
     return KrylovSpace(
         solution=solution.view_as(images),
         residual=residual,

@@ -1,6 +1,6 @@
 """The log-determinant of a convolution that moves, from a reference that stands still.
 
-Let P be a map whose ``log|det P|`` and whose inverse are known. For every kernel ``a`` then
+Let P be a map whose ``log|det P|`` and whose inverse are known. For every kernel ``a`` then::
 
     log|det J| = log|det P| + tr log(J P⁻¹)
                = log|det P| + [tr(P⁻¹ J) − D] + tr(log(I + E) − E),        E = J P⁻¹ − I,
@@ -8,7 +8,7 @@ Let P be a map whose ``log|det P|`` and whose inverse are known. For every kerne
 
 J is linear in ``a``, so that the middle term of the value is ``⟨G, a⟩ − D`` with
 ``G = ∂ tr(P⁻¹ J)/∂a``, which is known too. What is left is of second order in E for the value, of
-first order for the gradient, and is estimated by k random probes v (Hutchinson, 1989):
+first order for the gradient, and is estimated by k random probes v (Hutchinson, 1989)::
 
     tr(log(I + E) − E)    = E[vᵀ (log(J P⁻¹) − J P⁻¹ + I) v],
     tr((J⁻¹ − P⁻¹) ∂J)    = E[vᵀ ∂J (u − P⁻¹ v)],        J u = v.
@@ -66,7 +66,7 @@ _MIN_EIGENVALUE = 0.1
 
 # Factors of J itself are made every ten or twenty steps, for which they may cost so many times what
 # a convolution of the probes does.
-_MAX_COST = 1000.0
+_MAX_COST = 400.0
 
 
 @dataclass(frozen=True)
