@@ -20,14 +20,14 @@ on average, where the flow is inverted in one pass.
 
                         refined    learned    exact
     conv                   96.6       96.9     96.5
-      one-pass samples     0.55       0.09
+      one-pass samples     0.44       0.09
     fc                     97.5       97.8     97.5
       one-pass samples     0.07       0.05
     glow                   90.2       90.3     90.5
       one-pass samples     0.00       0.01
 
-Another seed makes a difference of up to 0.4. One pass of ``"refined"`` convolutions is by a window
-of the inverse kernel of images without edges; the kernel of ``"learned"`` ones is trained.
+Another seed makes a difference of up to 0.4. One pass of ``"refined"`` convolutions is by a kernel
+that is fitted to the trained one; that of ``"learned"`` ones has been trained along with it.
 
 Results are in outputs/images: result.json; history.csv and curves.png; samples.png and
 reconstructions.png, in which the flow is inverted in one pass, approximately, and exactly, from the

@@ -447,8 +447,9 @@ def test_one_pass_is_better_with_a_larger_kernel(padding_mode: str) -> None:
     if padding_mode == "circular":
         assert errors[2] > 5 * errors[3]
         assert errors[4] < EXACT
-    else:  # what remains is that there are edges
-        assert errors[2] >= errors[3] >= errors[4] > 1e-3
+    else:  # what remains is that there are edges, and the noise of the fit
+        assert min(errors[2:]) > 1e-3
+        assert max(errors[2:]) < 1.1 * min(errors[2:])
 
 
 def test_one_pass_is_a_convolution_with_the_inverse_weight() -> None:

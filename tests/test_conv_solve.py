@@ -281,3 +281,43 @@ def test_layer_does_not_factorize_what_is_not_affordable(monkeypatch: pytest.Mon
         layer.theta.add_(0)  # a new version, the same kernel
     assert relative_error(layer.inv(y), expected) < ROUNDING[torch.float64]
     assert set(made) == {"circular"}
+
+
+# --- One pass -----------------------------------------------------------------------------------
+
+
+def error_of(inverse: Tensor, kernel: Tensor, image_size: tuple[int, int]) -> float:
+    """``‖I − R J‖_F``."""
+    forward = kernels.matrix(kernel, image_size, "zeros")
+    product = kernels.matrix(inverse, image_size, "zeros") @ forward
+    return (torch.eye(len(forward)) - product).norm().item()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 5), (7, 7)])
+def test_one_pass_kernel_is_that_of_least_squares(size: tuple[int, int]) -> None:
+    kernel, image_size = random_kernel(2, (3, 3)), (7, 8)
+    fitted = solve.one_pass_kernel(kernel, size, image_size, "zeros")
+    assert fitted.shape == (2, 2, *size)
+    # The best of all: every column of J's adjoint action on a basis of kernels.
+    basis = torch.eye(fitted.numel()).view(-1, *fitted.shape)
+    forward = kernels.matrix(kernel, image_size, "zeros")
+    columns = [(kernels.matrix(one, image_size, "zeros") @ forward).flatten() for one in basis]
+    design, target = torch.stack(columns, dim=1), torch.eye(len(forward)).flatten()
+    best = torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution.view_as(fitted)
+    # White images are a sample: 16 equations for each unknown, a thirty-second in a norm.
+    assert error_of(fitted, kernel, image_size) < 1.1 * error_of(best, kernel, image_size)
+    again = solve.one_pass_kernel(kernel, size, image_size, "zeros")
+    assert relative_error(again, fitted) < ROUNDING[torch.float64]  # the same images
+
+
+def test_one_pass_kernel_of_very_many_entries_is_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "_MAX_UNKNOWNS", 1)
+    kernel = random_kernel(2, (3, 3))
+    window = solve.one_pass_kernel(kernel, (5, 5), (6, 6), "zeros")
+    assert torch.equal(window, solve.one_pass_kernel(kernel, (5, 5), (6, 6), "circular"))
+
+
+def test_one_pass_kernel_of_a_kernel_that_is_not_finite_is_an_error() -> None:
+    kernel = torch.full((1, 1, 3, 3), math.nan)
+    with pytest.raises(torch.linalg.LinAlgError, match="NaN or infinite"):
+        solve.one_pass_kernel(kernel, (3, 3), (5, 5), "zeros")

@@ -6,13 +6,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_snf.conv.exact import ConvFactors, factorization_flops
 from pyro_snf.conv.kernels import convolve, convolve_transposed
 from pyro_snf.conv.krylov import krylov
-from pyro_snf.precision import at_least_float32
+from pyro_snf.precision import at_least_float32, check_finite
+from pyro_snf.probes import probe_generator
 
-__all__ = ["KernelSolver", "KrylovSolver", "is_affordable"]
+__all__ = ["KernelSolver", "KrylovSolver", "is_affordable", "one_pass_kernel"]
 
 # Factors that take more operations than this (some seconds on a CPU, and as many numbers as would
 # fill its memory) are made only where nothing else will do.
@@ -21,6 +23,11 @@ _MAX_FLOPS = 3e11
 # Of a Krylov space before a restart. A restart at least halves the residual, or the factors take
 # over.
 _MAX_ITERATIONS = 20
+
+# Entries of a one-pass kernel, for each output channel, up to which it is fitted (in less than a
+# second), and equations for each of them.
+_MAX_UNKNOWNS = 1024
+_ROWS_PER_UNKNOWN = 16
 
 # Numbers in the basis of a Krylov space; images are solved for in groups that fit.
 _MAX_NUMBERS = 2**27
@@ -31,6 +38,42 @@ def is_affordable(
 ) -> bool:
     """Whether the exact factors are a matter of some seconds at most."""
     return factorization_flops(kernel_size, channels, image_size, padding_mode) <= _MAX_FLOPS
+
+
+def one_pass_kernel(
+    kernel: Tensor, size: tuple[int, int], image_size: tuple[int, int], padding_mode: str
+) -> Tensor:
+    """A kernel r with ``J⁻¹ y ≈ r ⋆ y``, shape ``(C, C, qh, qw)``.
+
+    On a torus, a window of the exact inverse. With zeros beyond the edges, the r of least
+    squares, which minimizes ``‖r ⋆ (J x) − x‖²`` over white images x: what the reconstruction
+    loss of a learned kernel would lead to. For very many entries it is that of the torus too.
+
+    :param Tensor kernel: of J, shape ``(C, C, kh, kw)``.
+    :param size: ``(qh, qw)``, both odd; cut to what fits into the image.
+    :param image_size: ``(H, W)``.
+    :param str padding_mode: as in :func:`~pyro_snf.conv.kernels.convolve`.
+    """
+    # A window wider than the image would hold the same entries of a torus twice.
+    height, width = (
+        min(wanted, length - 1 + length % 2)
+        for wanted, length in zip(size, image_size, strict=True)
+    )
+    kernel = at_least_float32(kernel.detach())
+    channels, pixels = len(kernel), image_size[0] * image_size[1]
+    count = channels * height * width  # of unknowns for each output channel
+    if padding_mode == "circular" or kernel[0, 0].numel() == 1 or count > _MAX_UNKNOWNS:
+        return ConvFactors(kernel, image_size, "circular").inverse_kernel((height, width))
+    check_finite(kernel)
+    generator = probe_generator(0, 0, kernel.device)
+    shape = (-(-_ROWS_PER_UNKNOWN * count // pixels), channels, *image_size)
+    images = torch.randn(shape, generator=generator, device=kernel.device, dtype=kernel.dtype)
+    products = convolve(images, kernel, padding_mode)
+    patches = F.unfold(products, (height, width), padding=(height // 2, width // 2))
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    targets = images.flatten(2).transpose(1, 2).flatten(0, 1)
+    solution = torch.linalg.lstsq(rows, targets).solution
+    return solution.mT.reshape(channels, channels, height, width)
 
 
 class KernelSolver:

@@ -16,7 +16,7 @@ from pyro_snf.conv.kernels import PADDING_MODES, convolve, kernel_gradient, near
 from pyro_snf.conv.learned import LearnedKernel
 from pyro_snf.conv.pointwise import PointwiseInverse
 from pyro_snf.conv.refined import RefinedLogDet
-from pyro_snf.conv.solve import KernelSolver, KrylovSolver, is_affordable
+from pyro_snf.conv.solve import KernelSolver, KrylovSolver, is_affordable, one_pass_kernel
 from pyro_snf.geco import GECO
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.surrogate import Solver, implicit_solve
@@ -64,8 +64,8 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
     ``T.inv(y)`` solves by the factors of the exact log-determinant, kept until a parameter changes;
     where these would be very large, ``inverse="refined"`` iterates to rounding instead. Both have
     implicit gradients. ``"learned"`` is one pass through a kernel of ``inverse_kernel_size``: the
-    learned r, or for ``"refined"`` a window of the inverse kernel of an image without edges. That
-    is an *approximate* inverse.
+    learned r, or for ``"refined"`` the best one in the sense of least squares. That is an
+    *approximate* inverse.
 
     >>> transform = SelfNormalizingConv2d(2, kernel_size=3)
     >>> base = dist.Normal(torch.zeros(2, 8, 8), 1.0).to_event(3)
@@ -189,7 +189,8 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
             )
         #: The size (H, W) of the latest images; None before the first.
         self.image_size: Size | None = None
-        self._factors: ParameterCache[dict[Any, ConvFactors]] = ParameterCache()
+        self._factors: ParameterCache[dict[Size, ConvFactors]] = ParameterCache()
+        self._one_pass_kernels: ParameterCache[dict[Size, Tensor]] = ParameterCache()
 
     def extra_repr(self) -> str:
         return (
@@ -260,9 +261,10 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
     def inverse_weight(self, image_size: Size) -> Tensor:
         """The kernel of the approximate inverse, shape ``(C, C, qh, qw)``.
 
-        The learned one, or the window of the exact inverse on a torus.
+        The learned one, or that of least squares; see
+        :func:`~pyro_snf.conv.solve.one_pass_kernel`.
 
-        :param image_size: ``(H, W)``, for which the latter is exact.
+        :param image_size: ``(H, W)``, which the latter is for.
         """
         if isinstance(self.estimator, LearnedKernel):
             kernel = self.estimator.kernel()
@@ -274,7 +276,7 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
         if torch.jit.is_tracing():
             matrix = kernels.matrix(near_identity(self.theta), size, self.padding_mode)
             return torch.linalg.slogdet(at_least_float32(matrix)).logabsdet
-        factors = self._exact_factors(size, self.padding_mode)
+        factors = self._exact_factors(size)
         if torch.is_grad_enabled() and self.theta.requires_grad:
             return factors.differentiable_log_abs_det(near_identity(self.theta))
         return factors.log_abs_det
@@ -292,23 +294,21 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
         self.image_size = (x.shape[-2], x.shape[-1])
         return x.reshape(-1, *x.shape[-3:])
 
-    def _exact_factors(self, size: Size, padding_mode: str) -> ConvFactors:
+    def _exact_factors(self, size: Size) -> ConvFactors:
         """The factors for images of one size, for as long as θ stays what it is."""
         kept = self._factors.get([self.theta], dict)
-        if (size, padding_mode) not in kept:
-            kernel = near_identity(self.theta.detach())
-            kept[size, padding_mode] = ConvFactors(kernel, size, padding_mode)
-        return kept[size, padding_mode]
+        if size not in kept:
+            kept[size] = ConvFactors(near_identity(self.theta.detach()), size, self.padding_mode)
+        return kept[size]
 
+    @torch.no_grad()
     def _one_pass_kernel(self, size: Size) -> Tensor:
-        """The window of the inverse kernel on a torus."""
-        # A window wider than the image would hold the same entries twice.
-        window = [
-            min(wanted, length - 1 + length % 2)
-            for wanted, length in zip(self.inverse_kernel_size, size, strict=True)
-        ]
-        factors = self._exact_factors(size, "circular")
-        return factors.inverse_kernel((window[0], window[1]))
+        """The kernel of one pass, for as long as θ stays what it is."""
+        kept = self._one_pass_kernels.get([self.theta], dict)
+        if size not in kept:
+            kernel = near_identity(self.theta)
+            kept[size] = one_pass_kernel(kernel, self.inverse_kernel_size, size, self.padding_mode)
+        return kept[size]
 
     def _solver(self, size: Size) -> Solver:
         """Solves with J by the method of ``self.inverse``."""
@@ -322,7 +322,7 @@ class SelfNormalizingConv2d(SelfNormalizingTransform):
             self.kernel_size, self.channels, size, mode
         ):
             return KrylovSolver(near_identity(self.theta.detach()), size, mode)
-        return self._exact_factors(size, mode).solve
+        return self._exact_factors(size).solve
 
 
 def _outer(kernel_size: Size, padding_mode: str, left: Tensor, right: Tensor) -> Tensor:
