@@ -19,7 +19,7 @@ the convolutions and 2.03 for Glow; below it, by how many of 17 levels a pixel o
 on average, where the flow is inverted in one pass.
 
                         refined    learned    exact
-    conv                   96.6       96.9     96.5
+    conv                   96.5       96.9     96.5
       one-pass samples     0.44       0.09
     fc                     97.5       97.8     97.5
       one-pass samples     0.07       0.05

@@ -47,7 +47,6 @@ from pyro_snf.conv.kernels import (
     kernel_gradient,
     multiplicity,
     near_identity,
-    resize,
     theta_scale,
 )
 from pyro_snf.conv.krylov import krylov
@@ -88,7 +87,7 @@ def torus_gradient(factors: ConvFactors, padding_mode: str) -> Tensor:
     As for a learned kernel, ``flip(r) ⊙ m``.
     """
     size = (factors.kernel.shape[-2], factors.kernel.shape[-1])
-    inverse = resize(flip(factors.inverse_kernel(size)), size)
+    inverse = flip(factors.inverse_kernel(size))
     count = multiplicity(size, factors.image_size, padding_mode, inverse.dtype, inverse.device)
     return inverse * count
 

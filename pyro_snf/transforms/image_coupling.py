@@ -13,7 +13,7 @@ from pyro_snf.caching import TensorMemo
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule
 from pyro_snf.transforms.image_input import check_image
-from pyro_snf.transforms.options import check_count, check_floating
+from pyro_snf.transforms.options import check_count, check_floating, expect
 
 __all__ = ["CouplingNet", "ImageCoupling", "image_coupling"]
 
@@ -109,9 +109,9 @@ class ImageCoupling(InvertibleTransformModule):
     ) -> None:
         super().__init__()
         check_count("num_channels", num_channels, 2)
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"expected network, a module; got {network!r}")
-        _check_max_log_scale(max_log_scale)
+        expect("network, a module", isinstance(network, nn.Module), network)
+        is_number = isinstance(max_log_scale, int | float) and not isinstance(max_log_scale, bool)
+        expect("max_log_scale > 0", is_number and 0 < max_log_scale < math.inf, max_log_scale)
         self.num_channels = num_channels
         self.network = network
         self.max_log_scale = max_log_scale
@@ -156,12 +156,6 @@ class ImageCoupling(InvertibleTransformModule):
         shift, log_scale = output.chunk(2, dim=-3)
         log_scale = self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
         return first, second, shift.reshape(second.shape), log_scale.reshape(second.shape)
-
-
-def _check_max_log_scale(value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]  # a number
-        raise ValueError(f"expected max_log_scale > 0; got {value!r}")
 
 
 def image_coupling(
