@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pyro_snf.caching import TensorMemo
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.options import check_floating
+from pyro_snf.transforms.options import check_count, check_floating, expect
 
 __all__ = ["LowRankAutoregressive", "low_rank_autoregressive"]
 
@@ -77,11 +77,9 @@ class LowRankAutoregressive(InvertibleTransformModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in [("input_dim", input_dim), ("hidden_dim", hidden_dim)]:
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"expected {name}, an integer >= 1; got {size!r}")
-        if not 0 < max_log_scale < math.inf:
-            raise ValueError(f"expected max_log_scale > 0; got {max_log_scale!r}")
+        check_count("input_dim", input_dim)
+        check_count("hidden_dim", hidden_dim)
+        expect("max_log_scale > 0", 0 < max_log_scale < math.inf, max_log_scale)
         check_floating(dtype)
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim

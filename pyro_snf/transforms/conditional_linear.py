@@ -17,6 +17,7 @@ from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
+from pyro_snf.transforms.options import check_count, expect, is_count
 
 __all__ = ["ConditionalSelfNormalizingLinear", "conditional_self_normalizing_linear"]
 
@@ -274,10 +275,8 @@ def _output_dims(input_dim: int, rank: int) -> list[int]:
 
 
 def _check_sizes(input_dim: int, rank: int) -> None:
-    if not isinstance(input_dim, int) or input_dim < 1:
-        raise ValueError(f"expected input_dim, an integer >= 1; got {input_dim!r}")
-    if not isinstance(rank, int) or not 0 <= rank <= input_dim:
-        raise ValueError(f"expected rank, an integer from 0 to {input_dim}; got {rank!r}")
+    check_count("input_dim", input_dim)
+    expect(f"rank, an integer from 0 to {input_dim}", is_count(rank, 0) and rank <= input_dim, rank)
 
 
 def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) -> None:
@@ -334,10 +333,9 @@ def conditional_self_normalizing_linear(
         is of the same ``device`` and ``dtype``.
     """
     _check_sizes(input_dim, rank)
-    if not isinstance(context_dim, int) or context_dim < 1:
-        raise ValueError(f"expected context_dim, an integer >= 1; got {context_dim!r}")
+    check_count("context_dim", context_dim)
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    fits = isinstance(widths, Sequence) and all(isinstance(one, int) and one >= 1 for one in widths)
+    fits = isinstance(widths, Sequence) and all(map(is_count, widths))
     if not fits or not widths:  # a DenseNN has at least one hidden layer
         raise ValueError(
             f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
