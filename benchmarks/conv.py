@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from pyro_snf.conv import kernels, refined
 from pyro_snf.conv.exact import ConvFactors
-from pyro_snf.conv.krylov import krylov
+from pyro_snf.krylov import krylov
 from pyro_snf.transforms.conv import SelfNormalizingConv2d
 
 CONDITIONS = (3, 10, 100, 1000)

@@ -1,4 +1,4 @@
-"""A value with another's gradient: the three pure pieces that every surrogate is made of.
+"""A value with another's gradient: the pure pieces that every surrogate is made of.
 
 Self Normalizing Flows (Keller et al., ICML 2021) replace the expensive factor of
 
@@ -10,7 +10,7 @@ The functions here tie the two together for autograd and know nothing of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "first_order_only",
     "implicit_solve",
     "with_gradient",
+    "with_surrogate",
 ]
 
 #: ``solver(h, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every h of a batch.
@@ -101,6 +102,40 @@ def with_gradient(
     :raises RuntimeError: where the gradient is differentiated once more.
     """
     return _WithGradient.apply(value, parameter, gradient, scale)
+
+
+class _WithSurrogate(Function):
+    @staticmethod
+    def forward(value: Tensor, surrogate: Tensor, *inputs: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        gradient = cotangent
+        if torch.is_grad_enabled():  # create_graph=True
+            for one in inputs:
+                gradient = first_order_only(gradient, one)
+        return cotangent, gradient, *[None] * len(inputs)
+
+
+def with_surrogate(value: Tensor, surrogate: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+    """``value``, whose derivative is additionally that of a surrogate that has a graph.
+
+    As :func:`with_gradient`, where the gradient is cheaper to compute with the cotangent than
+    without: that of a batch of events in all parameters of a network, say.
+
+    :param Tensor value: any shape.
+    :param Tensor surrogate: of the same shape; its own value is of no account.
+    :param inputs: what the surrogate is computed from, parameters and events.
+    :return: ``value``.
+    :raises RuntimeError: where the gradient is differentiated once more, in one of the inputs.
+    """
+    return _WithSurrogate.apply(value, surrogate, *[one for one in inputs if one.requires_grad])
 
 
 class _AttachPenalty(Function):

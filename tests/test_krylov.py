@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.conv.krylov import KrylovSpace, krylov
+from pyro_snf.krylov import KrylovSpace, krylov
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.

@@ -13,7 +13,7 @@ first order for the gradient, and is estimated by k random probes v (Hutchinson,
     tr(log(I + E) − E)    = E[vᵀ (log(J P⁻¹) − J P⁻¹ + I) v],
     tr((J⁻¹ − P⁻¹) ∂J)    = E[vᵀ ∂J (u − P⁻¹ v)],        J u = v.
 
-One Krylov space a probe, preconditioned by P, gives both (:mod:`~pyro_snf.conv.krylov`). The probes
+One Krylov space a probe, preconditioned by P, gives both (:mod:`~pyro_snf.krylov`). The probes
 see nothing but the difference of J and P: that is what keeps their noise down. So P is chosen to be
 
 - J itself as it was some steps ago, factorized (:class:`~pyro_snf.conv.exact.ConvFactors`). Its
@@ -49,9 +49,9 @@ from pyro_snf.conv.kernels import (
     near_identity,
     theta_scale,
 )
-from pyro_snf.conv.krylov import krylov
+from pyro_snf.krylov import krylov
 from pyro_snf.precision import at_least_float32, check_finite, keep_float32
-from pyro_snf.probes import probe_generator
+from pyro_snf.probes import draw_probes, probe_generator
 from pyro_snf.surrogate import with_gradient
 
 __all__ = ["RefinedLogDet", "torus_gradient"]
@@ -253,9 +253,8 @@ class RefinedLogDet(nn.Module):
         """Fresh probes of random signs, which have the least noise in a trace."""
         generator = probe_generator(self.seed, self.num_draws, self.kernel.device)
         self.num_draws += 1
-        shape = (self.num_probes, len(self.kernel), *image_size)
-        signs = torch.randint(0, 2, shape, generator=generator, device=self.kernel.device)
-        return (2 * signs - 1).to(self.kernel)
+        shape = (len(self.kernel), *image_size)
+        return draw_probes("rademacher", self.num_probes, shape, generator, self.kernel.dtype)
 
     def _warn(self) -> None:
         if not self._has_warned:

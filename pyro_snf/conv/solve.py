@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pyro_snf.conv.exact import ConvFactors, factorization_flops
 from pyro_snf.conv.kernels import convolve, convolve_transposed
-from pyro_snf.conv.krylov import krylov
+from pyro_snf.krylov import krylov
 from pyro_snf.precision import at_least_float32, check_finite
 from pyro_snf.probes import probe_generator
 

@@ -15,6 +15,12 @@ from pyro_snf.transforms.conditional_linear import (
     conditional_self_normalizing_linear,
 )
 from pyro_snf.transforms.conv import SelfNormalizingConv2d, self_normalizing_conv2d
+from pyro_snf.transforms.free_form import (
+    ConditionalSelfNormalizing,
+    SelfNormalizing,
+    conditional_self_normalizing,
+    self_normalizing,
+)
 from pyro_snf.transforms.image_coupling import CouplingNet, ImageCoupling, image_coupling
 from pyro_snf.transforms.linear import SelfNormalizingLinear, self_normalizing_linear
 from pyro_snf.transforms.multiscale import MultiScale
@@ -23,6 +29,7 @@ from pyro_snf.transforms.squeeze import Squeeze2d, squeeze2d
 __all__ = [
     "ActNorm",
     "Compose",
+    "ConditionalSelfNormalizing",
     "ConditionalSelfNormalizingLinear",
     "CouplingNet",
     "ImageCoupling",
@@ -31,15 +38,18 @@ __all__ = [
     "LowRankAutoregressive",
     "MultiScale",
     "RationalQuadraticSpline",
+    "SelfNormalizing",
     "SelfNormalizingConv2d",
     "SelfNormalizingLinear",
     "SmoothLeakyReLU",
     "Squeeze2d",
     "actnorm",
+    "conditional_self_normalizing",
     "conditional_self_normalizing_linear",
     "image_coupling",
     "low_rank_autoregressive",
     "rational_quadratic_spline",
+    "self_normalizing",
     "self_normalizing_conv2d",
     "self_normalizing_linear",
     "smooth_leaky_relu",

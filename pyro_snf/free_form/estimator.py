@@ -1,0 +1,244 @@
+"""What a pair of networks adds to ``log|det J|`` in training: its gradient, and the penalty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_snf.caching import ParameterCache
+from pyro_snf.free_form.linearization import Context, Linearization
+from pyro_snf.free_form.log_det import (
+    estimated_log_abs_det,
+    exact_log_abs_det,
+    probe_gradient,
+)
+from pyro_snf.free_form.pair import NetworkPair
+from pyro_snf.free_form.solve import Convergence
+from pyro_snf.geco import GECO
+from pyro_snf.precision import at_least_float32
+from pyro_snf.probes import draw_probes, probe_generator
+from pyro_snf.surrogate import attach_penalty, with_surrogate
+
+__all__ = ["PairEstimator", "Weight"]
+
+#: λ, fixed, as a function of the number of steps taken, or under control.
+Weight = float | Callable[[int], float] | GECO
+
+# Streams of random numbers: of the gradient's probes and the latents' noise; of the value's probes;
+# and of the base's samples.
+_GRADIENT, _VALUE, _BASE = 0, 1, 2
+
+
+class PairEstimator(nn.Module):
+    """``log|det J|`` in training, with its gradient and the reconstruction penalty.
+
+    :param str log_det: ``"refined"``, ``"learned"`` or ``"exact"``.
+    :param int num_probes: k, for each event.
+    :param str probe: what they are, one of :data:`pyro_snf.probes.PROBES`.
+    :param float tolerance: of the residuals of the solves.
+    :param int max_iterations: of a solve.
+    :param int value_iterations: of Lanczos' process for the value; 0 for the value 0.
+    :param int seed: of all random numbers.
+    :param reconstruction_weight: λ.
+    :param str reconstruction: what the penalty trains, ``"both"`` or ``"inverse"``.
+    :param float latent_noise: σ.
+    :param base: whose samples are reconstructed; None for none.
+    """
+
+    RECONSTRUCTIONS = ("both", "inverse")
+
+    def __init__(
+        self,
+        *,
+        log_det: str,
+        num_probes: int,
+        probe: str,
+        tolerance: float,
+        max_iterations: int,
+        value_iterations: int,
+        seed: int,
+        reconstruction_weight: Weight,
+        reconstruction: str,
+        latent_noise: float,
+        base: Distribution | None,
+    ) -> None:
+        super().__init__()
+        self.log_det = log_det
+        self.num_probes = num_probes
+        self.probe = probe
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.value_iterations = value_iterations
+        self.seed = seed
+        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction = reconstruction
+        self.latent_noise = latent_noise
+        self.base = base
+        #: Batches of probes drawn so far.
+        self.num_draws = 0
+        #: Changes of the parameters seen so far.
+        self.num_steps = 0
+        #: The latest residual, the root mean square of ``‖v − Jᵀ w‖/‖v‖``.
+        self.certificate = math.nan
+        #: What came of the latest inverse; None before the first.
+        self.convergence: Convergence | None = None
+        #: Whether the networks, in the mode that they are in, were found to be what they must be.
+        self.is_checked = False
+        self._step: ParameterCache[int] = ParameterCache()
+        self._controlled: ParameterCache[bool] = ParameterCache()
+
+    def training_log_abs_det(
+        self,
+        pair: NetworkPair,
+        near: Linearization,
+        context: Context,
+        *,
+        is_constant: bool,
+        parameters: Sequence[Tensor],
+    ) -> Tensor:
+        """The value, shape ``(B,)``, with its gradient in all that f depends on, and the penalty.
+
+        :param near: f near x, with the graph of x and the context.
+        :param bool is_constant: whether x and the context have no graph.
+        :param parameters: of both networks.
+        """
+        step = self._step.get(parameters, self._next_step)
+        generator = self._generator(self.num_draws, near, _GRADIENT)
+        weight = self._weight_at(step)
+        trains_both = self.reconstruction == "both" and not _is_zero(weight)
+        fixed = tuple(one.detach() for one in context)
+        x = near.source.detach()
+
+        if not trains_both:
+            latent = near.output.detach().requires_grad_()
+        elif is_constant:
+            latent = near.output
+        else:  # gradients of the penalty are to go to f, but not to where x comes from
+            latent = pair.forward(x, *fixed)
+        back = Linearization(latent, pair.inverse(latent, *fixed))
+
+        if self.log_det == "exact":
+            forward_parameters = tuple(pair.forward_net.parameters())
+            value = exact_log_abs_det(pair.forward, near.source, context, forward_parameters)
+        else:
+            probes = self._draw(near, generator)
+            surrogate, residual = probe_gradient(
+                near,
+                back,
+                probes,
+                tolerance=self.tolerance,
+                max_iterations=self.max_iterations,
+            )
+            self.certificate = residual.square().mean().sqrt().item()
+            value = with_surrogate(
+                self._value(near, step).to(surrogate),
+                surrogate,
+                (near.source, *context, *pair.forward_net.parameters()),
+            )
+        if _is_zero(weight):
+            self.num_draws += 1
+            return value
+        data_error = _square(back.output - x)
+        error = data_error
+        forward = pair.forward if self.reconstruction == "both" else pair.frozen_forward
+        for other in self._other_latents(latent.detach(), generator):
+            again = forward(pair.inverse(other, *fixed), *fixed)
+            error = error + _square(again - other)
+        self.num_draws += 1
+        factor: float | Tensor
+        if isinstance(weight, GECO):
+            mean_square = data_error.detach().mean() / x[0].numel()
+            self._controlled.get(parameters, partial(weight.update, mean_square))
+            factor = weight.weight
+        else:
+            factor = weight
+        return attach_penalty(value, (factor * error).to(value))
+
+    def _next_step(self) -> int:
+        self.num_steps += 1
+        return self.num_steps
+
+    def _weight_at(self, step: int) -> float | GECO:
+        weight = self.reconstruction_weight
+        if isinstance(weight, float | int | GECO):
+            return weight
+        number = float(weight(step - 1))
+        if not 0 <= number < math.inf:
+            raise ValueError(
+                f"expected reconstruction_weight({step - 1}) to be a number >= 0; got {number}"
+            )
+        return number
+
+    def _value(self, near: Linearization, step: int) -> Tensor:
+        if self.value_iterations == 0:
+            return at_least_float32(near.output.new_zeros(len(near.output)))
+        # The same probes for the same parameters: a density asked for twice is the same number.
+        probes = self._draw(near, self._generator(step, near, _VALUE))
+        return estimated_log_abs_det(near, probes, max_iterations=self.value_iterations)
+
+    def _other_latents(self, latent: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Latents to be reconstructed besides those of the data."""
+        others = []
+        if self.latent_noise > 0:
+            noise = draw_probes("gaussian", 1, latent.shape, generator, latent.dtype)[0]
+            others.append(latent + self.latent_noise * noise)
+        if self.base is not None:
+            sample = self._sample_base(len(latent), latent.device).to(latent)
+            if sample.shape != latent.shape:
+                raise ValueError(
+                    f"expected a base of events of shape {tuple(latent.shape[1:])}; "
+                    f"got {tuple(sample.shape[1:])}"
+                )
+            others.append(sample)
+        return others
+
+    def _sample_base(self, count: int, device: torch.device) -> Tensor:
+        """Samples that leave the global random stream, which distributions draw from, as it is."""
+        assert self.base is not None
+        seed = probe_generator(self.seed, self.num_draws, device, stream=_BASE).initial_seed()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            return self.base.sample(torch.Size([count]))
+
+    def _draw(self, near: Linearization, generator: torch.Generator) -> Tensor:
+        shape, dtype = near.output.shape, near.output.dtype
+        dim = near.output[0].numel()
+        if self.probe == "orthogonal" and self.num_probes > dim:
+            raise ValueError(f"expected num_probes <= D = {dim}; got {self.num_probes}")
+        return draw_probes(self.probe, self.num_probes, shape, generator, dtype)
+
+    def _generator(self, count: int, near: Linearization, stream: int) -> torch.Generator:
+        return probe_generator(self.seed, count, near.output.device, stream=stream)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "num_draws": self.num_draws,
+            "num_steps": self.num_steps,
+            "certificate": self.certificate,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.seed = state["seed"]
+        self.num_draws = state["num_draws"]
+        self.num_steps = state["num_steps"]
+        self.certificate = state["certificate"]
+        self._step.clear()
+        self._controlled.clear()
+
+
+def _is_zero(weight: float | GECO) -> bool:
+    return not isinstance(weight, GECO) and weight == 0
+
+
+def _square(difference: Tensor) -> Tensor:
+    """``‖·‖²`` for every event, shape ``(B,)``."""
+    return at_least_float32(difference).square().flatten(1).sum(1)

@@ -1,0 +1,138 @@
+"""A network near a batch of events, as a linear map: products with its Jacobian, and with Jᵀ.
+
+Both are had in reverse mode, from one graph that is built once and kept. A product ``Jᵀ v`` is a
+backward pass. It is linear in v, so that a backward pass through *its* graph is a product with the
+transposed of Jᵀ, which is J. A network has to be twice differentiable for that, as it has to be for
+the surrogate gradient anyway; it need not be differentiable in forward mode.
+
+In forward mode, J v has to be evaluated anew with each v, the network's own values included: three
+to four times as expensive (``benchmarks/free_form.py products``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["Context", "Linearization", "Network", "differentiable_twice", "linearize"]
+
+#: What a network is given besides events: a batch of contexts, or nothing.
+Context = tuple[Tensor, ...]
+
+#: ``network(x, *context)``, on events of shape ``(B, *event)``.
+Network = Callable[..., Tensor]
+
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
+def differentiable_twice() -> AbstractContextManager[None]:
+    """A context in which a graph can be differentiated twice, if one is recorded at all.
+
+    Fused attention cannot: where a graph is recorded, torch's plain version takes its place.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else _NO_CONTEXT
+
+
+class Linearization:
+    """``y = f(x)`` for every x of a batch, and products with the Jacobians J of f there.
+
+    :param Tensor source: x, shape ``(B, *event)``, which requires a gradient.
+    :param Tensor output: y, of the same shape, computed from the source.
+    """
+
+    def __init__(self, source: Tensor, output: Tensor) -> None:
+        self.source = source
+        self.output = output
+        self._transposed_graph: tuple[Tensor, Tensor] | None = None
+
+    def transposed(self, vectors: Tensor, *, create_graph: bool = False) -> Tensor:
+        """``Jᵀ v``.
+
+        :param Tensor vectors: v, of y's shape, or several for each event: ``(k, B, *event)``.
+        :param bool create_graph: whether the result is to be differentiable in all that f is.
+        :return: of the shape of v.
+        """
+        if vectors.dim() > self.output.dim():
+            parts = [self.transposed(part, create_graph=create_graph) for part in vectors]
+            return torch.stack(parts)
+        (result,) = torch.autograd.grad(
+            self.output,
+            self.source,
+            vectors,
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,  # 0 where y does not depend on x
+        )
+        return result
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """``J v``, for v as in :meth:`transposed`."""
+        if self._transposed_graph is None:
+            with torch.enable_grad():
+                argument = torch.zeros_like(self.output).requires_grad_()
+            self._transposed_graph = argument, self.transposed(argument, create_graph=True)
+        if vectors.dim() > self.output.dim():
+            return torch.stack([self.product(part) for part in vectors])
+        argument, result = self._transposed_graph
+        if not result.requires_grad:  # f does not depend on x at all
+            return torch.zeros_like(vectors)
+        (product,) = torch.autograd.grad(
+            result, argument, vectors, retain_graph=True, materialize_grads=True
+        )
+        return product
+
+    def jacobian(self, *, num_copies: int = 1, create_graph: bool = False) -> Tensor:
+        """J itself, shape ``(B, D, D)``.
+
+        :param int num_copies: c, if the batch is c copies of B events, one after the other: each
+            copy does a share of the rows, so that fewer and larger backward passes do.
+        :param bool create_graph: as in :meth:`transposed`.
+        """
+        dim = self.output[0].numel()
+        rows = []
+        for start in range(0, dim, num_copies):
+            units = self.output.new_zeros(num_copies, len(self.output) // num_copies, dim)
+            index = torch.arange(min(num_copies, dim - start), device=units.device)
+            units[index, :, start + index] = 1
+            products = self.transposed(units.view_as(self.output), create_graph=create_graph)
+            rows.append(products.reshape(units.shape)[: len(index)])
+        return torch.cat(rows).movedim(0, 1)
+
+
+def linearize(
+    network: Network,
+    x: Tensor,
+    context: Context = (),
+    *,
+    num_copies: int = 1,
+    keep_graph: bool = False,
+) -> Linearization:
+    """The network near x.
+
+    :param Tensor x: shape ``(B, *event)``.
+    :param context: of the same number of events.
+    :param int num_copies: of the batch, one after the other.
+    :param bool keep_graph: whether x and the context keep what graph they have, or are constants.
+    """
+    if not keep_graph:
+        # No graph can be recorded in inference mode, nor of tensors that stem from there.
+        with torch.inference_mode(False):
+            x, *rest = (
+                one.clone() if one.is_inference() else one.detach() for one in (x, *context)
+            )
+            context = tuple(rest)
+    with torch.inference_mode(False), torch.enable_grad():
+        if num_copies > 1:
+            x, *rest = (one.repeat(num_copies, *[1] * (one.dim() - 1)) for one in (x, *context))
+            context = tuple(rest)
+        # Another tensor than x itself, which may have hooks.
+        source = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        with differentiable_twice():
+            output = network(source, *context)
+        if not output.requires_grad:  # a constant, whose Jacobian is 0
+            output = output + 0 * source
+        return Linearization(source, output)

@@ -1,0 +1,140 @@
+"""Two networks that are called alike, and what they have to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_snf.free_form.linearization import differentiable_twice, linearize
+
+__all__ = ["NetworkPair"]
+
+# Events that a network is tried with.
+_NUM_TRIALS = 8
+
+
+class NetworkPair:
+    """``f`` and ``g``, on events of shape ``(B, *event)`` and contexts of as many rows.
+
+    It holds the networks and nothing else: a graph that remembers it keeps nothing else alive.
+
+    :param forward_net: f.
+    :param inverse_net: g.
+    """
+
+    def __init__(self, forward_net: nn.Module, inverse_net: nn.Module) -> None:
+        self.forward_net = forward_net
+        self.inverse_net = inverse_net
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """``f(x)``, shape ``(B, *event)``."""
+        with differentiable_twice():
+            return _checked("forward_net", self.forward_net(x, *context), x)
+
+    def inverse(self, y: Tensor, *context: Tensor) -> Tensor:
+        """``g(y)``, shape ``(B, *event)``."""
+        with differentiable_twice():
+            return _checked("inverse_net", self.inverse_net(y, *context), y)
+
+    def frozen_forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """``f(x)``, the parameters of f being constants."""
+        parameters = {name: one.detach() for name, one in self.forward_net.named_parameters()}
+        with differentiable_twice():
+            return functional_call(self.forward_net, parameters, (x, *context))
+
+    def check(self, x: Tensor, context: tuple[Tensor, ...], *, is_trained: bool) -> None:
+        """Raise unless both networks map each event for itself, always alike, and smoothly.
+
+        The random stream stays as it is. A network that would keep statistics of its batches is
+        found before it is called.
+
+        :param Tensor x: shape ``(B, *event)``.
+        :param bool is_trained: whether the surrogate gradient, a second derivative, is wanted.
+        :raises ValueError: if one of them does not.
+        """
+        x, *rest = (one[:_NUM_TRIALS].detach() for one in (x, *context))
+        x = torch.where(torch.isfinite(x), x, 0)
+        for name, network, call in (
+            ("forward_net", self.forward_net, self.forward),
+            ("inverse_net", self.inverse_net, self.inverse),
+        ):
+            _check_modules(name, network)
+            _check_outputs(name, call, x, rest)
+            if is_trained and name == "forward_net":
+                _check_derivatives(name, call, x, rest)
+
+
+def _checked(name: str, output: Any, x: Tensor) -> Tensor:
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"expected {name} to map a batch of events to one of the same shape "
+            f"{tuple(x.shape)}; got {got}"
+        )
+    return output
+
+
+def _check_modules(name: str, network: nn.Module) -> None:
+    """Layers that would be random, or mix the events of a batch, in the mode that they are in.
+
+    A network that starts as the identity does not show it at first.
+    """
+    for path, module in network.named_modules():
+        where = f"{name}.{path}" if path else name
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (is_dropout or isinstance(module, nn.RReLU)):
+            raise ValueError(
+                f"expected {name} to map an event always alike, for a flow is one map; "
+                f"got {where}, {module}, in training mode: set its probability to 0"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise ValueError(
+                f"expected {name} to map each event for itself; got {where}, {module}, which "
+                "normalizes by the statistics of the batch: use layer or group normalization, or "
+                "ActNorm; or put it into eval() mode"
+            )
+
+
+@torch.no_grad()
+def _check_outputs(name: str, call: Any, x: Tensor, context: list[Tensor]) -> None:
+    devices = [x.device] if x.is_cuda else []
+    count = len(x)
+    twice = [torch.cat([one, one]) for one in context]
+    with torch.random.fork_rng(devices):
+        first, again, beside_others = (
+            call(torch.cat([x, other]), *twice)[:count] for other in (1 - 2 * x, 1 - 2 * x, 2 + x)
+        )
+    if not _is_same(first, again):
+        raise ValueError(
+            f"expected {name} to map an event always alike, for a flow is one map; got another "
+            "output the second time: is there dropout, or other noise, in it?"
+        )
+    if not _is_same(first, beside_others):
+        raise ValueError(
+            f"expected {name} to map each event for itself; got another output where other events "
+            "were in the batch: does it normalize by the statistics of the batch?"
+        )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding, which differs with the size of a batch."""
+    tolerance = torch.finfo(one.dtype).eps ** 0.5
+    finite = one[torch.isfinite(one)]
+    scale = finite.abs().max().item() if finite.numel() else 1.0
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+
+
+def _check_derivatives(name: str, call: Any, x: Tensor, context: list[Tensor]) -> None:
+    try:
+        near = linearize(call, x, tuple(context))
+        near.product(torch.ones_like(x))
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"expected {name} to be twice differentiable, for the gradient of log|det J| is one of "
+            f"J; got: {error}"
+        ) from error
