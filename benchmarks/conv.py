@@ -34,10 +34,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_snf.conv import kernels, refined
 from pyro_snf.conv.exact import ConvFactors
+from pyro_snf.conv.solve import one_pass_kernel
 from pyro_snf.krylov import krylov
 from pyro_snf.transforms.conv import SelfNormalizingConv2d
 
@@ -45,8 +45,6 @@ CONDITIONS = (3, 10, 100, 1000)
 WINDOWS = (3, 5, 7)
 ITERATIONS = (0, 1, 3, 10)
 NUM_PROBES = 8
-#: White images that a learned kernel is fitted to.
-NUM_IMAGES = 64
 
 
 # --- Gradients ----------------------------------------------------------------------------------
@@ -71,19 +69,6 @@ def kernel_of_condition(
         middle = (low + high) / 2
         low, high = (middle, high) if found(middle) < condition else (low, middle)
     return kernels.near_identity(high * direction)
-
-
-def learned_kernel(
-    kernel: Tensor, window: int, size: tuple[int, int], generator: torch.Generator
-) -> Tensor:
-    """The r of least squares: a regression of the pixels of x on the windows of J x."""
-    images = torch.randn(NUM_IMAGES, len(kernel), *size, generator=generator)
-    patches = F.unfold(kernels.convolve(images, kernel, "zeros"), window, padding=window // 2)
-    rows = patches.transpose(1, 2).flatten(0, 1)
-    targets = images.flatten(2).transpose(1, 2).flatten(0, 1)
-    return torch.linalg.lstsq(rows, targets).solution.mT.reshape(
-        len(kernel), len(kernel), window, window
-    )
 
 
 def richardson(
@@ -127,7 +112,7 @@ def estimates(
     probes = 2.0 * signs - 1
     found = {}
     for window in WINDOWS:
-        inverse = learned_kernel(kernel, window, size, generator)
+        inverse = one_pass_kernel(kernel, (window, window), size, "zeros")
         name = f"learned kernel {window} × {window}"
         count = kernels.multiplicity((3, 3), size, "zeros", kernel.dtype, kernel.device)
         found[name, 0] = kernels.resize(kernels.flip(inverse), (3, 3)) * count

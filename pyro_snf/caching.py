@@ -188,11 +188,15 @@ class PairCache:
         self._state = state
         self._memo = memo
         if self._has_graph and not torch.jit.is_tracing():
-            # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
-            cache = weakref.ref(self)
-            computed.register_hook(lambda gradient: _clear_if_alive(cache))
+            self.end_with(computed)
             if memo is not None:
-                memo.handle.register_hook(lambda gradient: _clear_if_alive(cache))
+                self.end_with(memo.handle)
+
+    def end_with(self, tensor: Tensor) -> None:
+        """Drop the pair when the gradient of a tensor is computed, which uses the graph up."""
+        # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
+        cache = weakref.ref(self)
+        tensor.register_hook(lambda gradient: _clear_if_alive(cache))
 
     def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""

@@ -18,17 +18,24 @@ from torch.distributions import Transform, TransformedDistribution
 
 from pyro_snf.conv.exact import ConvFactors
 from pyro_snf.conv.kernels import convolve, near_identity, theta_scale
+from pyro_snf.free_form.linearization import linearize
+from pyro_snf.free_form.log_det import exact_slogdet, probe_gradient
+from pyro_snf.free_form.pair import NetworkPair
+from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
 from pyro_snf.transforms.conv import SelfNormalizingConv2d
+from pyro_snf.transforms.free_form import SelfNormalizing
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
 __all__ = [
     "PSIS",
     "GradientError",
     "LayerReport",
+    "PairReport",
     "Report",
     "gradient_error",
     "inverse_error",
+    "pair_report",
     "psis",
     "report",
 ]
@@ -47,13 +54,19 @@ class GradientError(NamedTuple):
     """The cosine of the angle between the two."""
 
 
+# Relative distance of an event from what its inverse comes to, up to which it is the same.
+_RECOVERED = 1e-4
+
 Layer = SelfNormalizingLinear | SelfNormalizingConv2d
 
 
 def _layer(transform: Transform) -> Layer:
     inner = getattr(transform, "transform", transform)  # T.inv holds T
     if not isinstance(inner, Layer):
-        raise ValueError(f"expected a self-normalizing layer or its inverse; got {transform!r}")
+        raise ValueError(
+            f"expected a dense or convolutional self-normalizing layer or its inverse; "
+            f"got {transform!r}"
+        )
     return inner
 
 
@@ -126,6 +139,10 @@ def gradient_error(
     else:
         surrogate = layer.inverse_weight.double()
         exact = torch.linalg.inv(layer.weight.double())
+    return _gradient_error(surrogate, exact)
+
+
+def _gradient_error(surrogate: Tensor, exact: Tensor) -> GradientError:
     length = torch.linalg.vector_norm(exact)
     relative = torch.linalg.vector_norm(surrogate - exact) / length
     cosine = (surrogate * exact).sum() / (torch.linalg.vector_norm(surrogate) * length)
@@ -142,6 +159,93 @@ def _kernel_gradient(layer: SelfNormalizingConv2d, size: tuple[int, int]) -> Ten
     return gradient / theta_scale(layer.theta)
 
 
+class PairReport(NamedTuple):
+    """How good a pair of networks is, at the events that it is asked for."""
+
+    reconstruction_error: float
+    """The root mean square of an element of ``g(f(x)) − x``."""
+    inverse_error: float
+    """``‖I − J_g J_f‖_F/√D``, a root mean square over events. 0 is exact."""
+    gradient: GradientError
+    """That of the mean of ``log|det J_f|`` in the parameters of f, as training has it in
+    expectation, against the exact one."""
+    condition: float
+    """The median of the condition numbers of ``J_f``, in the 2-norm."""
+    num_events: int
+    num_oriented: int
+    """Events at which ``det J_f`` has the sign that it has at most of them. Less than all of them
+    is proof that f is not invertible."""
+    num_recovered: int
+    """Events x for which ``T.inv(T(x))`` is x. What is missing has another x with the same image,
+    or none that was found: there f is not invertible, or almost so."""
+
+
+@torch.no_grad()
+def pair_report(transform: Transform, x: Tensor) -> PairReport:
+    """How good the pair of networks of a :class:`~pyro_snf.SelfNormalizing` is, at some data.
+
+    It takes some D passes through the networks for every event.
+
+    >>> layer = self_normalizing(3)  # the identity, so far
+    >>> pair_report(layer, torch.randn(100, 3)).num_recovered
+    100
+
+    :param Tensor x: events that the transform is given, shape ``(B, *event)``.
+    :param Transform transform: a self-normalizing pair, or the inverse of one.
+    :raises ValueError: for other transforms, and for inputs that do not fit it.
+    """
+    layer = getattr(transform, "transform", transform)  # T.inv holds T
+    if not isinstance(layer, SelfNormalizing):
+        raise ValueError(f"expected a SelfNormalizing or its inverse; got {transform!r}")
+    rows, context = layer.rows_of(x)
+    rows, context = rows.detach().double(), tuple(one.detach().double() for one in context)
+    networks = (layer.forward_net, layer.inverse_net)
+    pair = NetworkPair(*(copy.deepcopy(network).double() for network in networks))
+    dim, axes = rows[0].numel(), tuple(range(1, rows.dim()))
+    near = linearize(pair.forward, rows, context)
+    back = linearize(pair.inverse, near.output, context)
+    jacobian, inverse = near.jacobian(), back.jacobian()
+    eye = torch.eye(dim, dtype=rows.dtype, device=rows.device)
+    error = (inverse @ jacobian - eye).square().sum((1, 2)).mean() / dim
+
+    parameters = tuple(pair.forward_net.parameters())
+    # Unit vectors for probes give the trace itself.
+    probes = dim**0.5 * eye.view(dim, 1, *rows.shape[1:]).expand(-1, *rows.shape)
+    with torch.enable_grad():
+        surrogate, _ = probe_gradient(
+            near,
+            back,
+            probes,
+            tolerance=layer.estimator.tolerance,
+            max_iterations=layer.estimator.max_iterations,
+        )
+        sign, exact = exact_slogdet(pair.forward, rows, context, parameters)
+        gradients = [
+            torch.cat([one.flatten() for one in _gradients(value, parameters)])
+            for value in (exact, surrogate)
+        ]
+    recovered = invert(
+        pair.forward, pair.inverse, near.output.detach(), context, tolerance=_RECOVERED**2
+    )
+    distance = torch.linalg.vector_norm(recovered.x - rows, dim=axes)
+    size = torch.linalg.vector_norm(rows, dim=axes) + math.sqrt(dim)
+    return PairReport(
+        reconstruction_error=(back.output - rows).square().mean().sqrt().item(),
+        inverse_error=error.sqrt().item(),
+        gradient=_gradient_error(gradients[1], gradients[0]),
+        condition=torch.linalg.cond(jacobian).median().item(),
+        num_events=len(rows),
+        num_oriented=max(int((sign > 0).sum()), int((sign < 0).sum())),
+        num_recovered=int((recovered.converged & (distance <= _RECOVERED * size)).sum()),
+    )
+
+
+def _gradients(value: Tensor, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        value.mean(), tuple(parameters), retain_graph=True, materialize_grads=True
+    )
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One row of a :class:`Report`."""
@@ -149,14 +253,16 @@ class LayerReport:
     name: str
     """The layer's name within the flow."""
     dim: int
-    """D; for a convolution C·H·W, of the latest images, or C if there were none."""
+    """D; for a convolution C·H·W, of the latest images, or C if there were none; for a pair of
+    networks without an event shape 0."""
     log_det: str
     """The layer's ``log_det``."""
     condition: float
     """Of a dense layer, an estimate of the condition number of W in the 1-norm, ``‖W‖₁‖R‖₁``; of a
-    convolution, one in the 2-norm, from the exact factors. NaN for one that has seen no images."""
+    convolution, one in the 2-norm, from the exact factors. NaN for one that has seen no images, and
+    for a pair of networks, whose every event has its own: see :func:`pair_report`."""
     inverse_error: float
-    """See :func:`inverse_error`. NaN for a convolution that has seen no images."""
+    """See :func:`inverse_error`. NaN for a convolution that has seen no images, and for a pair."""
     certificate: float | None
     """The layer's own latest estimate of the same; None where it keeps none."""
     refreshes: int | None
@@ -212,10 +318,10 @@ def report(flow: Any) -> Report:
     return Report(rows)
 
 
-def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer | SelfNormalizing]]:
     if isinstance(flow, nn.Module):
         for name, module in flow.named_modules(prefix=prefix):
-            if isinstance(module, Layer):
+            if isinstance(module, Layer | SelfNormalizing):
                 yield name or type(module).__name__, module
     elif isinstance(flow, TransformedDistribution):
         yield from _named_layers(flow.transforms, prefix)
@@ -230,8 +336,11 @@ def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer]]:
                 return
 
 
-def _row(name: str, layer: Layer) -> LayerReport:
-    if isinstance(layer, SelfNormalizingConv2d):
+def _row(name: str, layer: Layer | SelfNormalizing) -> LayerReport:
+    if isinstance(layer, SelfNormalizing):
+        dim = 0 if layer.event_shape is None else layer.event_shape.numel()
+        condition = error = math.nan
+    elif isinstance(layer, SelfNormalizingConv2d):
         dim, condition, error = layer.channels, math.nan, math.nan
         if layer.image_size is not None:
             dim *= layer.image_size[0] * layer.image_size[1]
@@ -252,5 +361,5 @@ def _row(name: str, layer: Layer) -> LayerReport:
         condition=condition,
         inverse_error=error,
         certificate=layer.certificate,
-        refreshes=layer.num_refreshes,
+        refreshes=None if isinstance(layer, SelfNormalizing) else layer.num_refreshes,
     )

@@ -44,7 +44,7 @@ from pyro_snf.transforms.conv import SelfNormalizingConv2d
 from pyro_snf.transforms.image_coupling import image_coupling
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 from pyro_snf.transforms.multiscale import MultiScale
-from pyro_snf.transforms.options import as_event_shape, check_count
+from pyro_snf.transforms.options import as_event_shape, as_image_shape, check_count
 from pyro_snf.transforms.squeeze import Squeeze2d
 
 __all__ = ["convolutional", "fully_connected", "glow"]
@@ -128,7 +128,7 @@ def convolutional(
     :param options: of the convolutions; see :func:`fully_connected`.
     :raises ValueError: for options that are not of these, and for images that do not fit.
     """
-    shape = _as_image_shape(event_shape)
+    shape = as_image_shape(event_shape)
     check_count("num_blocks", num_blocks)
     check_count("layers_per_block", layers_per_block)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -190,7 +190,7 @@ def glow(
     Diederik P. Kingma, Prafulla Dhariwal. Glow: Generative Flow with Invertible 1×1 Convolutions.
     NeurIPS 2018. [arXiv:1807.03039]
     """
-    shape = _as_image_shape(event_shape)
+    shape = as_image_shape(event_shape)
     check_count("num_levels", num_levels)
     check_count("num_steps", num_steps)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -285,10 +285,3 @@ def _squeezed(shape: torch.Size, place: str) -> torch.Size:
         return Squeeze2d().forward_shape(shape)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-
-
-def _as_image_shape(event_shape: Sequence[int]) -> torch.Size:
-    shape = as_event_shape(event_shape)
-    if len(shape) != 3:
-        raise ValueError(f"expected event_shape (C, H, W); got {event_shape!r}")
-    return shape

@@ -136,11 +136,11 @@ def krylov(
         finite = torch.isfinite(vector).all(1)
         failed |= ~finite
         vector = torch.where(finite.unsqueeze(1), vector, 0)
-        length = torch.linalg.vector_norm(vector, dim=1)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
         hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double().cpu()
         # A space that was exhausted before has a column of zeros: 1 on the diagonal is as good.
-        hessenberg[:, step, step].masked_fill_(length.cpu() == 0, 1.0)
+        is_exhausted = ~(basis[:, step] != 0).any(1)
+        hessenberg[:, step, step].masked_fill_(is_exhausted.cpu(), 1.0)
         current = hessenberg[:, : step + 2, : step + 1]
         weights = torch.linalg.lstsq(current, target[:, : step + 2]).solution
         residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
@@ -214,6 +214,7 @@ def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
         vector = vector - (part.unsqueeze(1) @ basis).squeeze(1)
         column = column + part
     length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-    is_rounding = length <= 10 * torch.finfo(vector.dtype).eps * before  # a NaN is not
+    # What is not finite is no rounding.
+    is_rounding = (length <= 10 * torch.finfo(vector.dtype).eps * before) & torch.isfinite(before)
     length = torch.where(is_rounding, 0, length)
     return torch.where(is_rounding, 0, vector / length), length, column

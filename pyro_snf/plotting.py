@@ -9,16 +9,25 @@ their dashes too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["plot_curves", "plot_fields", "plot_image_grid", "plot_intensity", "plot_kernels"]
+__all__ = [
+    "plot_curves",
+    "plot_densities",
+    "plot_fields",
+    "plot_image_grid",
+    "plot_intensity",
+    "plot_kernels",
+]
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
@@ -28,6 +37,9 @@ _TAIL = 0.05
 
 # A screenful for the eye: beyond it, panels go to a new row.
 _MAX_PANELS_IN_A_ROW = 3
+
+# How far below its highest value a log density is shown, in nats; what is lower is all one colour.
+_LOG_DENSITY_RANGE = 8.0
 
 
 def plot_curves(
@@ -253,6 +265,81 @@ def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str
         axes.set_title(label, fontsize="medium")
         axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=grid, label=colorbar_label, shrink=0.9)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def plot_densities(
+    rows: Mapping[str, Mapping[str, Tensor | Callable[[Tensor], Tensor]]],
+    *,
+    limit: float,
+    resolution: int = 120,
+    title: str = "",
+) -> Figure:
+    """Samples and log densities in the plane side by side, in rows.
+
+    The log densities of a row share one scale of colours, which goes down by 8 nats from the
+    highest value of the first of them.
+
+    >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    >>> panels = {"samples": base.sample((500,)), "log density": base.log_prob}
+    >>> figure = plot_densities({"normal": panels}, limit=3.0)
+
+    :param rows: for every row's label, its panels: for every label, samples of shape ``(N, 2)``, or
+        a function from points of shape ``(M, 2)``, of torch's default dtype and on the CPU, to log
+        densities of shape ``(M,)``. Labels stand above the panels of the first row, which are as
+        many as those of any other.
+    :param float limit: L > 0, for panels that show ``[−L, L]²``.
+    :param int resolution: the number of points in a line of the grid, at least 2.
+    :param str title: above the rows.
+    :raises ValueError: if there are no panels, or not as many in every row; for tensors that are
+        not of these shapes; and for other limits and resolutions.
+    """
+    counts = {len(panels) for panels in rows.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(
+            "expected rows of as many panels each, at least one; "
+            f"got {[len(panels) for panels in rows.values()]}"
+        )
+    if not (limit > 0 and math.isfinite(limit)):
+        raise ValueError(f"expected limit > 0; got {limit}")
+    if resolution < 2:
+        raise ValueError(f"expected resolution >= 2; got {resolution}")
+    columns = counts.pop()
+    line = torch.linspace(-limit, limit, resolution)
+    points = torch.cartesian_prod(line, line).flip(1)  # row by row, from below
+    inches = 1.25  # of one panel
+    figure = Figure(
+        figsize=(inches * columns + 0.3, inches * len(rows) + 0.6),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0),
+    )
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (row_label, panels) in enumerate(rows.items()):
+        highest: float | None = None
+        for axes, (label, panel) in zip(grid[row], panels.items(), strict=True):
+            name = f"{label!r} of {row_label!r}"
+            axes.set(xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+            axes.set_aspect("equal")
+            if row == 0:
+                axes.set_title(label, fontsize="small")
+            if isinstance(panel, Tensor):
+                x, y = _values(panel, f"samples {name}", ("N", 2)).T
+                axes.plot(x, y, ".", color=_COLORS[0], markersize=1.2, markeredgewidth=0, alpha=0.7)
+                continue
+            with torch.no_grad():
+                values = _values(panel(points), f"log density {name}", (len(points),))
+            if highest is None:
+                highest = float(values.max())
+            axes.imshow(
+                np.maximum(values, highest - _LOG_DENSITY_RANGE).reshape(resolution, resolution),
+                cmap="viridis",
+                vmin=highest - _LOG_DENSITY_RANGE,
+                vmax=highest,
+                origin="lower",
+                extent=(-limit, limit, -limit, limit),
+            )
+        grid[row, 0].set_ylabel(row_label, fontsize="small")
     if title:
         figure.suptitle(title)
     return figure

@@ -448,14 +448,13 @@ def test_images_that_do_not_fit() -> None:
 @pytest.mark.parametrize("shape", [(), (4, 0), "44", None, 4.0, (4.0,), True])
 def test_shapes_are_checked(shape: object) -> None:
     message = re.escape(f"expected event_shape, integers >= 1; got {shape!r}")
-    for build in (flows.fully_connected, flows.convolutional, flows.glow):
-        with pytest.raises(ValueError, match=message):
-            build(shape)
+    with pytest.raises(ValueError, match=message):
+        flows.fully_connected(shape)
 
 
-@pytest.mark.parametrize("shape", [16, (4, 4), (1, 1, 4, 4)])
+@pytest.mark.parametrize("shape", [16, (4, 4), (1, 1, 4, 4), (1, 4, 0), "444", None, (1, 4.0, 4)])
 def test_image_shapes_are_checked(shape: object) -> None:
-    message = re.escape(f"expected event_shape (C, H, W); got {shape!r}")
+    message = re.escape(f"expected event_shape (C, H, W), integers >= 1; got {shape!r}")
     for build in (flows.convolutional, flows.glow):
         with pytest.raises(ValueError, match=message):
             build(shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.krylov import KrylovSpace, krylov
+from pyro_snf.krylov import KrylovSpace, krylov, log_quadrature
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.
@@ -219,6 +220,25 @@ def test_right_side_of_zeros_is_solved_by_zeros() -> None:
     assert not nothing.second_order_log().any()
 
 
+def test_vector_that_the_operator_annihilates_is_not_solved_for() -> None:
+    # A product of zeros is no sign of an exhausted space: nothing has been solved.
+    images = right_sides()
+    for matrix in (torch.zeros(DIM, DIM), torch.diag((torch.arange(DIM) < 6).double())):
+        images[0].view(-1)[:6] = 0  # all of it where the second matrix has zeros
+        for tolerance in (0.0, 0.5):
+            result = space(matrix, images, tolerance=tolerance)
+            expected = residuals(matrix, images, result.solution)
+            assert torch.allclose(result.residual, expected, atol=EXACT)
+            assert result.residual[0] == 1
+
+
+def test_preconditioner_of_zeros_solves_nothing() -> None:
+    images = right_sides()
+    result = space(near_identity(0.5), images, inverse=torch.zeros(DIM, DIM))
+    assert not result.solution.any()
+    assert torch.equal(result.residual, torch.ones(4))
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_no_more_iterations_than_dimensions(dim: int) -> None:
     matrix = near_identity(0.5)[:dim, :dim]
@@ -291,3 +311,187 @@ def test_smallest_eigenvalue() -> None:
     images = right_sides()
     assert space(matrix, images).smallest_eigenvalue == pytest.approx(1e-3)
     assert space(torch.eye(DIM), images).smallest_eigenvalue == pytest.approx(1.0)
+
+
+# --- What is not finite -------------------------------------------------------------------------
+
+
+def spoil(result: Tensor, vectors: Tensor, where: Tensor, value: float) -> Tensor:
+    """The result, not finite for those of the vectors that are near one of a batch, or its like."""
+    rows, one = vectors.flatten(1), where.flatten()
+    is_bad = (rows @ one).abs() > 0.999 * rows.norm(dim=1) * one.norm()
+    return torch.where(is_bad.view(-1, 1, 1, 1), value, result)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["vector", "product", "preconditioned"])
+def test_bad_row_is_nan_and_stops_no_other(what: str, value: float) -> None:
+    matrix, images = near_identity(0.8), right_sides()
+    expected, others = space(matrix, images, max_iterations=4), [0, 2, 3]
+    bad = images.clone()
+    if what == "vector":
+        bad[1, 0, 0, 0] = value
+
+    def operator(vectors: Tensor) -> Tensor:
+        result = product(matrix, vectors)
+        return spoil(result, vectors, images[1], value) if what == "product" else result
+
+    def precondition(vectors: Tensor) -> Tensor:
+        return spoil(vectors, vectors, images[1], value) if what == "preconditioned" else vectors
+
+    result = krylov(operator, precondition, bad, tolerance=0.0, max_iterations=4)
+    assert torch.isnan(result.solution[1]).all()
+    assert result.residual[1] == math.inf
+    assert torch.isfinite(result.hessenberg).all()
+    assert relative_error(result.solution[others], expected.solution[others]) < EXACT
+    assert torch.allclose(result.residual[others], expected.residual[others], rtol=EXACT)
+
+
+def test_bad_rows_do_not_stop_the_iterations_of_others() -> None:
+    matrix, images = near_identity(0.3), right_sides()
+    images[1] = math.nan
+    result = space(matrix, images, tolerance=1e-3)
+    assert (result.residual[[0, 2, 3]] <= 1e-3).all()
+
+
+# --- log|det J| of J itself ---------------------------------------------------------------------
+
+
+def half_log(matrix: Tensor, images: Tensor) -> Tensor:
+    """``½ vᵀ log(JᵀJ) v``, by an eigendecomposition."""
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    return 0.5 * ((images.flatten(1) @ vectors).square() @ values.log())
+
+
+def quadrature(matrix: Tensor, images: Tensor, max_iterations: int = DIM) -> Tensor:
+    return log_quadrature(
+        lambda vectors: product(matrix, vectors),
+        lambda vectors: product(matrix.mT, vectors),
+        images,
+        max_iterations=max_iterations,
+    )
+
+
+@pytest.mark.parametrize("size", [0.01, 0.3, 0.9])
+def test_quadrature_of_the_whole_space_is_exact(size: float) -> None:
+    matrix, images = near_identity(size), right_sides()
+    for iterations in (DIM, DIM + 5):
+        actual = quadrature(matrix, images, iterations)
+        assert actual.shape == (4,)
+        assert actual.dtype == torch.float64
+        assert relative_error(actual, half_log(matrix, images)) < 1e-8  # of size², as above
+
+
+def test_quadratures_of_a_basis_are_the_log_determinant() -> None:
+    matrix, basis = near_identity(0.8), torch.eye(DIM).view(DIM, *SHAPE)
+    for sign in (1, -1):
+        matrix[0] *= sign
+        expected = torch.linalg.slogdet(matrix).logabsdet.item()
+        assert quadrature(matrix, basis).sum().item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_quadrature_is_an_upper_bound_that_falls_with_the_iterations() -> None:
+    # Gauss' rule for a logarithm, whose even derivatives are all negative.
+    matrix, images = near_identity(0.9), right_sides(50)
+    expected = half_log(matrix, images)
+    bounds = [quadrature(matrix, images, count) for count in (1, 2, 3, 4, 6, DIM)]
+    assert (bounds[0] > expected + 0.01).all()
+    for before, after in itertools.pairwise(bounds):
+        assert (after <= before + EXACT).all()
+        assert (after >= expected - 1e-8).all()
+    errors = [(bound - expected).mean() for bound in bounds]
+    assert all(after < 0.5 * before for before, after in itertools.pairwise(errors[:-1]))
+
+
+def test_one_iteration_of_the_quadrature_is_the_length_of_a_product() -> None:
+    matrix, images = near_identity(0.8), right_sides()
+    rows = images.flatten(1)
+    length, size = (rows @ matrix.mT).norm(dim=1), rows.norm(dim=1)
+    expected = size.square() * (length / size).log()
+    assert torch.allclose(quadrature(matrix, images, 1), expected, rtol=EXACT)
+
+
+def test_quadrature_takes_as_many_products_as_it_says() -> None:
+    matrix, images, calls = near_identity(0.8), right_sides(), []
+
+    def counted(matrix: Tensor, name: str, vectors: Tensor) -> Tensor:
+        calls.append(name)
+        return product(matrix, vectors)
+
+    log_quadrature(
+        lambda vectors: counted(matrix, "J", vectors),
+        lambda vectors: counted(matrix.mT, "Jᵀ", vectors),
+        images,
+        max_iterations=5,
+    )
+    assert sorted(calls) == ["J"] * 5 + ["Jᵀ"] * 4
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0, -0.5])
+def test_quadrature_of_a_multiple_of_the_identity(value: float) -> None:
+    # The space is exhausted at once, by rounding alone what comes after would be noise.
+    images = right_sides()
+    rotation = torch.linalg.qr(near_identity(0.9)).Q
+    expected = math.log(abs(value)) * images.flatten(1).square().sum(1)
+    for matrix in (value * torch.eye(DIM), value * rotation):
+        for iterations in (1, 3, DIM):
+            actual = quadrature(matrix, images, iterations)
+            assert torch.allclose(actual, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_exhausted_quadrature_waits_for_the_others() -> None:
+    matrix, images = torch.eye(DIM), right_sides()
+    matrix[6:, 6:] = near_identity(0.5)[6:, 6:]
+    images[0].view(-1)[6:] = 0
+    images[1].view(-1)[:6] = 0
+    for dtype, tolerance in [(torch.float64, 1e-8), (torch.float32, SINGLE)]:
+        actual = quadrature(matrix.to(dtype), images.to(dtype))
+        expected = half_log(matrix, images)
+        assert torch.allclose(actual, expected, rtol=tolerance, atol=10 * tolerance)
+        assert actual[0].abs() < 10 * tolerance
+
+
+def test_quadratures_do_not_depend_on_each_other() -> None:
+    matrix, images = near_identity(0.5), right_sides()
+    images[1] *= 1e4
+    images[2] *= 1e-4
+    together = quadrature(matrix, images, 4)
+    for index in range(4):
+        alone = quadrature(matrix, images[index : index + 1], 4)[0]
+        assert together[index].item() == pytest.approx(alone.item(), rel=EXACT)
+
+
+def test_quadrature_of_a_singular_matrix_is_minus_infinity() -> None:
+    images = right_sides()
+    for rank in (0, 1, 6):
+        matrix = torch.diag((torch.arange(DIM) < rank).double())
+        assert torch.equal(quadrature(matrix, images), torch.full((4,), -math.inf))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["J", "Jᵀ"])
+def test_quadrature_of_what_is_not_finite_is_nan_in_its_row(what: str, value: float) -> None:
+    matrix, images = near_identity(0.8), right_sides()
+    expected = quadrature(matrix, images, 4)
+    image = product(matrix, images)[1]
+
+    def operator(vectors: Tensor) -> Tensor:
+        result = product(matrix, vectors)
+        return spoil(result, vectors, images[1], value) if what == "J" else result
+
+    def transposed(vectors: Tensor) -> Tensor:
+        result = product(matrix.mT, vectors)
+        return spoil(result, vectors, image, value) if what == "Jᵀ" else result
+
+    actual = log_quadrature(operator, transposed, images, max_iterations=4)
+    assert torch.isnan(actual[1])
+    others = [0, 2, 3]
+    assert torch.allclose(actual[others], expected[others], rtol=EXACT)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_quadrature_in_few_dimensions(dim: int) -> None:
+    matrix = near_identity(0.5)[:dim, :dim]
+    images = torch.randn(3, 1, 1, dim)
+    actual = quadrature(matrix, images, 20)
+    assert torch.allclose(actual, half_log(matrix, images), rtol=1e-8, atol=1e-8)

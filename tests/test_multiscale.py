@@ -466,16 +466,17 @@ def test_levels_are_checked() -> None:
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4), (1, 2, 4, 4), 4, "244", None])
 def test_event_shape_is_checked(shape: object) -> None:
-    message = re.escape(f"expected event_shape (C, H, W); got {shape!r}")
+    message = re.escape(f"expected event_shape (C, H, W), integers >= 1; got {shape!r}")
     with pytest.raises(ValueError, match=message):
         MultiScale([Squeeze2d()], shape)
 
 
 @pytest.mark.parametrize("size", [0, -4, 4.0, "4", None, True])
 def test_sizes_are_checked(size: object) -> None:
-    message = re.escape(f"expected H of event_shape, an integer >= 1; got {size!r}")
+    shape = (2, size, 4)
+    message = re.escape(f"expected event_shape (C, H, W), integers >= 1; got {shape!r}")
     with pytest.raises(ValueError, match=message):
-        MultiScale([Squeeze2d()], (2, size, 4))
+        MultiScale([Squeeze2d()], shape)
 
 
 def test_wrong_input() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyro_snf.surrogate import attach_penalty, implicit_solve, with_gradient
+from pyro_snf.surrogate import attach_penalty, implicit_solve, with_gradient, with_surrogate
 
 
 def test_with_gradient_keeps_the_value_and_its_own_gradient() -> None:
@@ -52,6 +52,59 @@ def test_with_gradient_has_no_second_derivative() -> None:
     assert gradient.tolist() == [1.0, 1.0]
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+def test_with_surrogate_keeps_the_value_and_its_own_gradient() -> None:
+    value = torch.randn(3, requires_grad=True)
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    result = with_surrogate(value, x.square(), [x])
+    assert torch.equal(result, value)
+    cotangent = torch.tensor([-1.0, 0.5, 2.0])
+    (cotangent * result).sum().backward()
+    assert torch.equal(value.grad, cotangent)
+    assert torch.equal(x.grad, cotangent * 2 * x.detach())
+
+
+def test_with_surrogate_of_a_value_that_is_a_constant() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    result = with_surrogate(torch.zeros(2), 5 * x, [x])
+    assert torch.equal(result, torch.zeros(2))
+    (-3 * result.mean()).backward()
+    assert x.grad.tolist() == [-7.5, -7.5]
+
+
+def test_value_of_a_surrogate_is_of_no_account() -> None:
+    x, value = torch.tensor([0.0, 2.0], requires_grad=True), torch.tensor([1.0, -2.0])
+    result = with_surrogate(value, x / 0.0, [x])
+    assert torch.equal(result, value)
+
+
+def test_with_surrogate_reaches_all_that_it_is_computed_from() -> None:
+    # Also what is not named: the inputs are there for the error below alone.
+    first, second, fixed = torch.ones(2, requires_grad=True), torch.ones(2).requires_grad_(), 3.0
+    result = with_surrogate(torch.zeros(2), first * second * fixed, [first, torch.ones(2)])
+    result.sum().backward()
+    assert first.grad.tolist() == second.grad.tolist() == [3.0, 3.0]
+
+
+def test_with_surrogate_nests() -> None:
+    first, second = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    value = with_surrogate(torch.zeros(2), 2 * first, [first])
+    value = with_surrogate(value, -5 * second, [second])
+    value.sum().backward()
+    assert first.grad.tolist() == [2.0, 2.0]
+    assert second.grad.tolist() == [-5.0, -5.0]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_with_surrogate_has_no_second_derivative(which: int) -> None:
+    # In any of the inputs, whichever it is asked for in.
+    inputs = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    value = with_surrogate(torch.zeros(2), (inputs[0] * inputs[1]).square(), inputs)
+    gradients = torch.autograd.grad(value.sum(), inputs, create_graph=True)
+    assert [one.tolist() for one in gradients] == [[2.0, 2.0]] * 2
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradients[0].sum(), inputs[which])
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

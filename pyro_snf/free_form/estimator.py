@@ -15,7 +15,7 @@ from pyro_snf.caching import ParameterCache
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.log_det import (
     estimated_log_abs_det,
-    exact_log_abs_det,
+    exact_slogdet,
     probe_gradient,
 )
 from pyro_snf.free_form.pair import NetworkPair
@@ -84,8 +84,8 @@ class PairEstimator(nn.Module):
         self.num_draws = 0
         #: Changes of the parameters seen so far.
         self.num_steps = 0
-        #: The latest residual, the root mean square of ``‖v − Jᵀ w‖/‖v‖``.
-        self.certificate = math.nan
+        # Of the latest residuals: on a GPU, nobody waits for it until it is asked for.
+        self._mean_square_residual = torch.tensor(math.nan)
         #: What came of the latest inverse; None before the first.
         self.convergence: Convergence | None = None
         #: Whether the networks, in the mode that they are in, were found to be what they must be.
@@ -108,9 +108,9 @@ class PairEstimator(nn.Module):
         :param bool is_constant: whether x and the context have no graph.
         :param parameters: of both networks.
         """
-        step = self._step.get(parameters, self._next_step)
+        self._step.get(parameters, self._next_step)
         generator = self._generator(self.num_draws, near, _GRADIENT)
-        weight = self._weight_at(step)
+        weight = self._current_weight()
         trains_both = self.reconstruction == "both" and not _is_zero(weight)
         fixed = tuple(one.detach() for one in context)
         x = near.source.detach()
@@ -125,7 +125,7 @@ class PairEstimator(nn.Module):
 
         if self.log_det == "exact":
             forward_parameters = tuple(pair.forward_net.parameters())
-            value = exact_log_abs_det(pair.forward, near.source, context, forward_parameters)
+            _, value = exact_slogdet(pair.forward, near.source, context, forward_parameters)
         else:
             probes = self._draw(near, generator)
             surrogate, residual = probe_gradient(
@@ -135,9 +135,9 @@ class PairEstimator(nn.Module):
                 tolerance=self.tolerance,
                 max_iterations=self.max_iterations,
             )
-            self.certificate = residual.square().mean().sqrt().item()
+            self._mean_square_residual = residual.square().mean()
             value = with_surrogate(
-                self._value(near, step).to(surrogate),
+                self._value(near).to(surrogate),
                 surrogate,
                 (near.source, *context, *pair.forward_net.parameters()),
             )
@@ -160,26 +160,32 @@ class PairEstimator(nn.Module):
             factor = weight
         return attach_penalty(value, (factor * error).to(value))
 
+    @property
+    def certificate(self) -> float:
+        """The root mean square of the latest ``‖v − Jᵀ w‖/‖v‖``; NaN before the first."""
+        return self._mean_square_residual.sqrt().item()
+
     def _next_step(self) -> int:
         self.num_steps += 1
         return self.num_steps
 
-    def _weight_at(self, step: int) -> float | GECO:
+    def _current_weight(self) -> float | GECO:
         weight = self.reconstruction_weight
         if isinstance(weight, float | int | GECO):
             return weight
-        number = float(weight(step - 1))
+        step = self.num_steps - 1
+        number = float(weight(step))
         if not 0 <= number < math.inf:
             raise ValueError(
-                f"expected reconstruction_weight({step - 1}) to be a number >= 0; got {number}"
+                f"expected reconstruction_weight({step}) to be a number >= 0; got {number}"
             )
         return number
 
-    def _value(self, near: Linearization, step: int) -> Tensor:
+    def _value(self, near: Linearization) -> Tensor:
         if self.value_iterations == 0:
             return at_least_float32(near.output.new_zeros(len(near.output)))
         # The same probes for the same parameters: a density asked for twice is the same number.
-        probes = self._draw(near, self._generator(step, near, _VALUE))
+        probes = self._draw(near, self._generator(self.num_steps, near, _VALUE))
         return estimated_log_abs_det(near, probes, max_iterations=self.value_iterations)
 
     def _other_latents(self, latent: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -230,7 +236,7 @@ class PairEstimator(nn.Module):
         self.seed = state["seed"]
         self.num_draws = state["num_draws"]
         self.num_steps = state["num_steps"]
-        self.certificate = state["certificate"]
+        self._mean_square_residual = torch.tensor(state["certificate"]).square()
         self._step.clear()
         self._controlled.clear()
 

@@ -72,9 +72,9 @@ class Linearization:
     def product(self, vectors: Tensor) -> Tensor:
         """``J v``, for v as in :meth:`transposed`."""
         if self._transposed_graph is None:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():  # it takes a graph
                 argument = torch.zeros_like(self.output).requires_grad_()
-            self._transposed_graph = argument, self.transposed(argument, create_graph=True)
+                self._transposed_graph = argument, self.transposed(argument, create_graph=True)
         if vectors.dim() > self.output.dim():
             return torch.stack([self.product(part) for part in vectors])
         argument, result = self._transposed_graph

@@ -31,7 +31,7 @@ from pyro_snf.free_form.linearization import Context, Linearization, Network, li
 from pyro_snf.krylov import krylov, log_quadrature
 from pyro_snf.precision import at_least_float32
 
-__all__ = ["estimated_log_abs_det", "exact_log_abs_det", "probe_gradient"]
+__all__ = ["estimated_log_abs_det", "exact_slogdet", "probe_gradient"]
 
 # Numbers in the Jacobians that are in memory at a time.
 _MAX_NUMBERS = 2**24
@@ -41,13 +41,14 @@ _MAX_NUMBERS = 2**24
 _ROWS = 256
 
 
-def exact_log_abs_det(
+def exact_slogdet(
     network: Network, x: Tensor, context: Context, parameters: Sequence[Tensor]
-) -> Tensor:
-    """``log|det J|`` for every x, shape ``(B,)``, by D backward passes and an LU factorization.
+) -> tuple[Tensor, Tensor]:
+    """The sign of ``det J`` and ``log|det J|`` for every x, shapes ``(B,)``.
 
-    Differentiable to any order in x, the context and the parameters, where gradients are recorded.
-    It is −∞ where J is singular.
+    By D backward passes and an LU factorization for each. The logarithm is differentiable to any
+    order in x, the context and the parameters, where gradients are recorded; it is −∞ where
+    J is singular.
 
     :param Tensor x: shape ``(B, *event)``.
     :param parameters: of the network.
@@ -57,26 +58,27 @@ def exact_log_abs_det(
     is_recorded = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
     size = max(1, _MAX_NUMBERS // dim**2)
     chunks = list(zip(*(one.split(size) for one in (x, *context)), strict=True))
-    evaluate = partial(_exact_log_abs_det, network, is_recorded)
+    evaluate = partial(_exact_slogdet, network, is_recorded)
     if is_recorded and len(chunks) > 1:
         # Only one chunk's graph is in memory at a time: the others are recorded again when needed.
-        values = [
+        pairs = [
             checkpoint(evaluate, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
         ]
     else:
-        values = [evaluate(*chunk) for chunk in chunks]
-    return torch.cat(values)
+        pairs = [evaluate(*chunk) for chunk in chunks]
+    signs, values = zip(*pairs, strict=True)
+    return torch.cat(signs), torch.cat(values)
 
 
-def _exact_log_abs_det(network: Network, is_recorded: bool, x: Tensor, *context: Tensor) -> Tensor:
+def _exact_slogdet(
+    network: Network, is_recorded: bool, x: Tensor, *context: Tensor
+) -> tuple[Tensor, Tensor]:
     num_copies = max(1, min(x[0].numel(), _ROWS // len(x)))
     near = linearize(network, x, context, num_copies=num_copies, keep_graph=is_recorded)
-    return _log_abs_det(near.jacobian(num_copies=num_copies, create_graph=is_recorded))
-
-
-def _log_abs_det(jacobian: Tensor) -> Tensor:
-    return torch.linalg.slogdet(at_least_float32(jacobian)).logabsdet
+    jacobian = near.jacobian(num_copies=num_copies, create_graph=is_recorded)
+    sign, logarithm = torch.linalg.slogdet(at_least_float32(jacobian))
+    return sign.detach(), logarithm
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def estimated_log_abs_det(near: Linearization, probes: Tensor, *, max_iterations
     """
     num_products = 2 * max_iterations * len(probes)
     if near.output[0].numel() <= num_products:
-        return _log_abs_det(near.jacobian())
+        return torch.linalg.slogdet(at_least_float32(near.jacobian())).logabsdet
     values = log_quadrature(
         lambda vectors: _batched(near.product, vectors, probes),
         lambda vectors: _batched(near.transposed, vectors, probes),

@@ -130,11 +130,20 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_derivatives(name: str, call: Any, x: Tensor, context: list[Tensor]) -> None:
+    expected = (
+        f"expected {name} to be twice differentiable, for the gradient of log|det J| is one of J"
+    )
     try:
         near = linearize(call, x, tuple(context))
-        near.product(torch.ones_like(x))
+        left = torch.linspace(1, 2, x.numel()).to(near.output).view_as(x)
+        right = left.flip(-1).square()
+        product = near.product(right)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"expected {name} to be twice differentiable, for the gradient of log|det J| is one of "
-            f"J; got: {error}"
-        ) from error
+        raise ValueError(f"{expected}; got: {error}") from error
+    # ⟨l, J r⟩ = ⟨Jᵀ l, r⟩, unless derivatives are lost without an error, as those of a function
+    # that is marked ``once_differentiable`` can be.
+    forward, backward = left * product, near.transposed(left) * right
+    size = torch.linalg.vector_norm(forward) + torch.linalg.vector_norm(backward)
+    tolerance = torch.finfo(left.dtype).eps ** 0.5
+    if (forward.sum() - backward.sum()).abs() > tolerance * size:
+        raise ValueError(f"{expected}; got one whose second derivatives are lost")

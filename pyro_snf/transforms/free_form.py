@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributions.constraints import Constraint
 from pyro_snf.caching import version
 from pyro_snf.free_form.estimator import PairEstimator, Weight
 from pyro_snf.free_form.linearization import Linearization, linearize
-from pyro_snf.free_form.log_det import exact_log_abs_det
+from pyro_snf.free_form.log_det import exact_slogdet
 from pyro_snf.free_form.pair import NetworkPair
 from pyro_snf.free_form.solve import Convergence, implicit_inverse, invert
 from pyro_snf.networks import ResidualMLP
@@ -75,8 +76,9 @@ class SelfNormalizing(InvertibleTransformModule):
     log-determinant, in all three modes, and never changes its value.
 
     **What is not guaranteed** is that f is invertible at all. Where two events have the same image,
-    densities do not integrate to 1. The penalty works against it on the data, and
-    :attr:`convergence` counts the samples for which an inverse was found.
+    densities do not integrate to 1. The penalty works against it; exact log-determinants of both
+    signs give it away, and are warned of; :attr:`convergence` counts the samples for which an
+    inverse was found; and see :func:`~pyro_snf.diagnostics.pair_report`.
 
     ``T.inv(y)`` starts from g(y) and iterates to rounding, by fixed points and Newton's method,
     with implicit gradients; ``inverse="learned"`` is one pass through g, an *approximate* inverse.
@@ -101,11 +103,13 @@ class SelfNormalizing(InvertibleTransformModule):
     :param float tolerance: in (0, 1), for ``"refined"``: of the residuals of the probes' systems,
     :param int max_iterations: and how many Krylov iterations there may be to get there.
     :param value_iterations: of Lanczos' process for the value in training; 0 for the value 0. By
-        default 8 for ``"refined"``, and 0 for ``"learned"``.
+        default 4 for ``"refined"``, and 0 for ``"learned"``.
     :param int seed: of the probes, the noise and the samples of the base.
     :param reconstruction_weight: λ: a number, a function of the number of steps taken, or a
-        :class:`~pyro_snf.GECO`.
-    :param str reconstruction: what the penalty trains, ``"both"`` networks or the ``"inverse"``.
+        :class:`~pyro_snf.GECO`. By default 10 for ``"learned"`` and 1 otherwise, which suits events
+        whose entries have a variance of about 1.
+    :param str reconstruction: what the penalty trains, ``"both"`` networks, or the ``"inverse"``
+        alone, which does nothing to keep f invertible.
     :param float latent_noise: σ; 0 for no such term.
     :param base: a distribution of latents, whose samples are to be reconstructed too.
     :param inverse_tolerance: of ``‖y − T(x)‖ / (‖y‖ + √D)`` in ``T.inv``; by default the 3/4th
@@ -113,7 +117,8 @@ class SelfNormalizing(InvertibleTransformModule):
     :raises ValueError: for options that are not of these; for inputs that are not floating, empty,
         or of another shape or dtype; and for networks that map to another shape, are random, or mix
         the events of a batch.
-    :warns RuntimeWarning: where ``T.inv`` leaves samples that have not converged.
+    :warns RuntimeWarning: where ``T.inv`` leaves samples that have not converged, and where exact
+        log-determinants show that f is not invertible.
 
     References:
 
@@ -127,8 +132,15 @@ class SelfNormalizing(InvertibleTransformModule):
     LOG_DETS = ("refined", "learned", "exact")
     INVERSES = ("refined", "learned")
 
+    #: λ, by default.
+    RECONSTRUCTION_WEIGHTS: ClassVar[dict[str, float]] = {
+        "refined": 1.0,
+        "learned": 10.0,  # g has to be better where it is all that there is
+        "exact": 1.0,
+    }
+
     #: Lanczos iterations for the value in training, by default.
-    VALUE_ITERATIONS: ClassVar[dict[str, int]] = {"refined": 8, "learned": 0, "exact": 0}
+    VALUE_ITERATIONS: ClassVar[dict[str, int]] = {"refined": 4, "learned": 0, "exact": 0}
 
     def __init__(
         self,
@@ -145,7 +157,7 @@ class SelfNormalizing(InvertibleTransformModule):
         max_iterations: int = 4,
         value_iterations: int | None = None,
         seed: int = 0,
-        reconstruction_weight: Weight = 10.0,
+        reconstruction_weight: Weight | None = None,
         reconstruction: str = "both",
         latent_noise: float = 0.0,
         base: Distribution | None = None,
@@ -181,6 +193,8 @@ class SelfNormalizing(InvertibleTransformModule):
         self.inverse_tolerance = inverse_tolerance
         self.forward_net = forward_net
         self.inverse_net = inverse_net
+        if reconstruction_weight is None:
+            reconstruction_weight = self.RECONSTRUCTION_WEIGHTS[log_det]
         if value_iterations is None:
             value_iterations = self.VALUE_ITERATIONS[log_det]
         self.estimator = PairEstimator(
@@ -222,9 +236,11 @@ class SelfNormalizing(InvertibleTransformModule):
         return self._networks().forward(rows, *context).view(shape)
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _Evaluation | None]:
-        if self._training_estimator() is None or torch.is_autocast_enabled(x.device.type):
+        if self._training_estimator() is None:
             return self._call(x), None
         rows, context, shape = self._as_rows(x)
+        if torch.is_autocast_enabled(x.device.type):
+            return self._networks().forward(rows, *context).view(shape), None
         near = linearize(self._networks().forward, rows, context, keep_graph=True)
         # A tensor of its own: a hook tells when *its* gradient is computed, not products with J.
         y = near.output.view(shape)
@@ -236,8 +252,10 @@ class SelfNormalizing(InvertibleTransformModule):
         if self.inverse == "learned":
             # g is a map of its own here: gradients go to its parameters.
             return pair.inverse(rows, *context).view(shape)
+        self._refuse_trace()
         with without_autocast(y.device):
-            rows = rows.to(self._dtype() or rows.dtype)
+            dtype = self._dtype() or rows.dtype
+            rows, context = rows.to(dtype), tuple(one.to(dtype) for one in context)
             tolerance = self.inverse_tolerance or torch.finfo(rows.dtype).eps ** 0.75
             found = invert(pair.forward, pair.inverse, rows, context, tolerance=tolerance)
             self._note_convergence(found.residual, found.converged)
@@ -249,6 +267,7 @@ class SelfNormalizing(InvertibleTransformModule):
             return x.view(shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._refuse_trace()
         rows, context, shape = self._as_rows(x)
         pair = self._networks()
         with without_autocast(x.device):
@@ -257,18 +276,20 @@ class SelfNormalizing(InvertibleTransformModule):
             estimator = self._training_estimator()
             if estimator is None:
                 parameters = tuple(pair.forward_net.parameters())
-                value = exact_log_abs_det(pair.forward, rows, context, parameters)
+                sign, value = exact_slogdet(pair.forward, rows, context, parameters)
+                self._check_orientation(sign)
             else:
-                near = self._near(x, y)
-                if near is None:
-                    near = linearize(pair.forward, rows, context, keep_graph=True)
+                remembered = self._near(x, y)
+                near = remembered or linearize(pair.forward, rows, context, keep_graph=True)
                 value = estimator.training_log_abs_det(
                     pair,
                     near,
                     context,
                     is_constant=not any(one.requires_grad for one in (rows, *context)),
-                    parameters=self._trained_parameters(),
+                    parameters=[one for one in self._network_parameters() if one.requires_grad],
                 )
+                if remembered is not None:  # its backward pass uses the pair's graph up
+                    self._pair.end_with(value)
             return value.view(shape[: len(shape) - self._event_dim])
 
     @property
@@ -319,6 +340,11 @@ class SelfNormalizing(InvertibleTransformModule):
         twin._context_dim = context_dim
         return twin
 
+    def rows_of(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x as a batch of events, shape ``(B, *event)``, and the contexts that go with it."""
+        rows, context, _ = self._as_rows(x)
+        return rows, context
+
     def _networks(self) -> NetworkPair:
         return NetworkPair(self.forward_net, self.inverse_net)
 
@@ -328,15 +354,14 @@ class SelfNormalizing(InvertibleTransformModule):
             # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
             self.estimator.training
             and torch.is_grad_enabled()
-            and not torch.jit.is_tracing()  # a trace would repeat the same probes for ever
-            and len(self._trained_parameters()) > 0
+            and not torch.jit.is_tracing()  # there is none: see _refuse_trace
+            and any(one.requires_grad for one in self._network_parameters())
         ):
             return self.estimator
         return None
 
-    def _trained_parameters(self) -> list[Tensor]:
-        networks = (self.forward_net, self.inverse_net)
-        return [one for network in networks for one in network.parameters() if one.requires_grad]
+    def _network_parameters(self) -> Iterator[Tensor]:
+        return chain(self.forward_net.parameters(), self.inverse_net.parameters())
 
     def _map_parameters(self) -> list[Tensor]:
         return [*self.forward_net.parameters(), *self.forward_net.buffers(), *self._context]
@@ -369,7 +394,7 @@ class SelfNormalizing(InvertibleTransformModule):
                 raise ValueError(
                     f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
                 )
-            event_shape = x.shape[len(x.shape) - self._event_dim :]
+            event_shape = x.shape[x.dim() - self._event_dim :] if isinstance(x, Tensor) else ()
         check_input(self, x, event_shape, self._dtype())
         shape = self.forward_shape(x.shape)
         batch = shape[: len(shape) - self._event_dim]
@@ -388,6 +413,28 @@ class SelfNormalizing(InvertibleTransformModule):
     def _dtype(self) -> torch.dtype | None:
         """Of the networks; None if they have no parameters."""
         return next((p.dtype for p in self.forward_net.parameters()), None)
+
+    def _check_orientation(self, sign: Tensor) -> None:
+        """Say so where f is seen not to be invertible: det J of a bijection of ℝᴰ has one sign."""
+        if self._context:  # each has a map of its own
+            return
+        positive, negative = int((sign > 0).sum()), int((sign < 0).sum())
+        if positive > 0 and negative > 0:
+            warnings.warn(
+                f"forward_net is not invertible: its Jacobian's determinant is positive at "
+                f"{positive} events and negative at {negative}, so that the density does not "
+                "integrate to 1; a larger reconstruction_weight works against it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _refuse_trace(self) -> None:
+        # It would take what a backward pass within it computes for constants.
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{self}: torch.jit cannot trace the derivatives of a network: use no jit, "
+                "Trace_ELBO for JitTrace_ELBO"
+            )
 
     def _note_convergence(self, residual: Tensor, converged: Tensor) -> None:
         count = int(converged.sum())
@@ -409,7 +456,7 @@ def _check_options(
     max_iterations: int,
     value_iterations: int | None,
     seed: int,
-    reconstruction_weight: Weight,
+    reconstruction_weight: Weight | None,
     reconstruction: str,
     latent_noise: float,
     base: Distribution | None,
@@ -427,7 +474,7 @@ def _check_options(
     check_count("seed", seed, 0)
     expect(
         "reconstruction_weight >= 0, a function of the number of steps, or a GECO",
-        is_number or callable(weight),  # a module is callable, too
+        weight is None or is_number or callable(weight),  # a module is callable, too
         weight,
     )
     expect(
@@ -502,6 +549,10 @@ class ConditionalSelfNormalizing(ConditionalTransformModule):
                 f"expected a non-empty context of at least {self.context_dim} dimensions; "
                 f"got {tuple(context.shape)}"
             )
+        dtype = self.transform._dtype()
+        under_autocast = torch.is_autocast_enabled(context.device.type)
+        if dtype not in (None, context.dtype) and not under_autocast:
+            raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
         return self.transform.conditioned(context, self.context_dim)
 
 

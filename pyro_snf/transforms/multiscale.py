@@ -18,7 +18,7 @@ from pyro_snf.transforms.base import (
     check_input,
 )
 from pyro_snf.transforms.compose import Compose
-from pyro_snf.transforms.options import check_count
+from pyro_snf.transforms.options import as_image_shape
 
 __all__ = ["MultiScale"]
 
@@ -64,7 +64,7 @@ class MultiScale(InvertibleTransformModule):
 
     def __init__(self, levels: Sequence[Transform], event_shape: Sequence[int]) -> None:
         super().__init__()
-        self.event_shape = _as_image_shape(event_shape)
+        self.event_shape = as_image_shape(event_shape)
         self.levels = nn.ModuleList(_as_module(level) for level in levels)
         if len(self.levels) == 0:
             raise ValueError("expected at least one level; got none")
@@ -226,14 +226,6 @@ class _Cut:
     def clear(self) -> None:
         for pair in self._pairs:
             pair.clear()
-
-
-def _as_image_shape(shape: Sequence[int]) -> torch.Size:
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
-        raise ValueError(f"expected event_shape (C, H, W); got {shape!r}")
-    for name, size in zip("CHW", shape, strict=True):
-        check_count(f"{name} of event_shape", size)
-    return torch.Size(shape)
 
 
 def _as_module(level: Transform) -> nn.Module:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["as_event_shape", "check_count", "check_floating", "expect", "is_count"]
+__all__ = [
+    "as_event_shape",
+    "as_image_shape",
+    "check_count",
+    "check_floating",
+    "expect",
+    "is_count",
+]
 
 
 def expect(expected: str, fits: bool, got: object) -> None:
@@ -46,3 +53,13 @@ def as_event_shape(shape: int | Sequence[int]) -> torch.Size:
     is_shape = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0
     expect("event_shape, integers >= 1", is_shape and all(map(is_count, sizes)), shape)
     return torch.Size(sizes)
+
+
+def as_image_shape(shape: Sequence[int]) -> torch.Size:
+    """The shape (C, H, W) of an image.
+
+    :raises ValueError: unless it is three integers from 1.
+    """
+    is_shape = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
+    expect("event_shape (C, H, W), integers >= 1", is_shape and all(map(is_count, shape)), shape)
+    return torch.Size(shape)

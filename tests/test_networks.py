@@ -1,0 +1,184 @@
+"""Residual networks against their formula, and what they start as."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_snf import ResidualMLP
+from tests.registry import COPIES
+
+# Float64, the same operations.
+EXACT = 1e-12
+
+
+def network(
+    dim: int = 3, widths: tuple[int, ...] = (5, 4), *, context_dim: int = 0, **options: object
+) -> ResidualMLP:
+    """One whose every parameter is random."""
+    result = ResidualMLP(dim, widths, context_dim=context_dim, **options)
+    with torch.no_grad():
+        for parameter in result.parameters():
+            parameter.normal_()
+    return result
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize("widths", [(4,), (5, 4)])
+def test_formula(widths: tuple[int, ...], num_blocks: int, context_dim: int) -> None:
+    result = network(3, widths, num_blocks=num_blocks, context_dim=context_dim)
+    x, context = torch.randn(7, 3), torch.randn(7, context_dim)
+    parameters = iter(result.parameters())
+    expected = x
+    for _ in range(num_blocks):
+        hidden = torch.cat([expected, context], dim=-1)
+        for width in widths:
+            weight, bias = next(parameters), next(parameters)
+            assert weight.shape == (width, hidden.shape[-1])
+            hidden = hidden @ weight.mT + bias
+            hidden = hidden * hidden.sigmoid()  # SiLU
+        weight, bias = next(parameters), next(parameters)
+        expected = expected + hidden @ weight.mT + bias
+    assert not list(parameters)
+    actual = result(x, context) if context_dim else result(x)
+    assert torch.allclose(actual, expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus, lambda: nn.ELU(0.5)])
+def test_activation_is_what_it_is_told(activation: Callable[[], nn.Module]) -> None:
+    result, x = network(3, (4,), num_blocks=1, activation=activation), torch.randn(7, 3)
+    weight, bias, last_weight, last_bias = result.parameters()
+    hidden = activation()(x @ weight.mT + bias)
+    assert torch.allclose(result(x), x + hidden @ last_weight.mT + last_bias, rtol=EXACT)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 1, 3)])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_any_batch_shape(context_dim: int, shape: tuple[int, ...]) -> None:
+    result, x = network(context_dim=context_dim), torch.randn(shape)
+    contexts = [torch.randn(*shape[:-1], context_dim)] if context_dim else []
+    y = result(x, *contexts)
+    assert y.shape == shape
+    rows = [one.reshape(-1, one.shape[-1]) for one in (x, *contexts)]
+    assert torch.allclose(y.reshape(-1, 3), result(*rows), rtol=EXACT)
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_start_is_the_identity_whatever_the_context(context_dim: int) -> None:
+    result, x = ResidualMLP(3, [8, 8], context_dim=context_dim), torch.randn(5, 3)
+    contexts = [10 * torch.randn(5, 2)] if context_dim else []
+    assert torch.equal(result(x, *contexts), x)
+
+
+def test_start_can_be_left() -> None:
+    # At the start the last layers have a gradient, and after a step all do.
+    result, x = ResidualMLP(3, [8]), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (result(x) - x.roll(1, -1)).square().sum().backward()
+        optimizer.step()
+    for name, parameter in result.named_parameters():
+        assert (parameter.grad != 0).any(), name
+
+
+def test_context_enters_every_block() -> None:
+    x, context = torch.randn(5, 3), torch.randn(5, 2)
+    for silenced in (0, 1):
+        result = network(context_dim=2)
+        with torch.no_grad():
+            result.blocks[silenced][0].weight[:, 3:] = 0
+        assert not torch.allclose(result(x, context), result(x, -context))
+
+
+def test_networks_start_from_different_numbers() -> None:
+    first, second = ResidualMLP(3, [8]), ResidualMLP(3, [8])
+    assert not torch.equal(first.blocks[0][0].weight, second.blocks[0][0].weight)
+    blocks = first.blocks
+    assert not torch.equal(blocks[0][0].weight, blocks[1][0].weight)
+
+
+def test_defaults_are_of_some_use() -> None:
+    result, x = ResidualMLP(4), torch.randn(2, 4)
+    assert torch.equal(result(x), x)
+    assert sum(parameter.numel() for parameter in result.parameters()) > 100
+
+
+# --- Types, devices, copies ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_built_on_the_device_and_of_the_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    result = ResidualMLP(3, [4], context_dim=2, device=device, dtype=dtype)
+    for name, parameter in result.named_parameters():
+        assert parameter.device.type == device.type, name
+        assert parameter.dtype == dtype, name
+        assert parameter.is_contiguous(), name
+    x = torch.ones(5, 3, device=device, dtype=dtype)
+    assert result(x, torch.ones(5, 2, device=device, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("make_copy", COPIES)
+def test_copies(make_copy: Callable[[nn.Module], nn.Module]) -> None:
+    result, x = network(), torch.randn(5, 3)
+    twin = make_copy(result)
+    assert torch.equal(twin(x), result(x))
+    other = network()
+    other.load_state_dict(copy.deepcopy(result.state_dict()))
+    assert torch.equal(other(x), result(x))
+
+
+# --- Bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden_dims", [[], (), [0], [4, -1], [4.0], [True], 8, "44", None])
+def test_hidden_dims_are_checked(hidden_dims: object) -> None:
+    message = f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ResidualMLP(3, hidden_dims)
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "minimum"),
+    [
+        ("input_dim", [0, -1, 2.0, "3", None, True], 1),
+        ("num_blocks", [0, -1, 1.5, None], 1),
+        ("context_dim", [-1, 2.0, None], 0),
+    ],
+)
+def test_counts_are_checked(option: str, values: list[object], minimum: int) -> None:
+    for value in values:
+        message = f"expected {option}, an integer >= {minimum}; got {value!r}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ResidualMLP(**{"input_dim": 3, option: value})
+
+
+def test_dtype_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+        ResidualMLP(3, dtype=torch.int64)
+
+
+def test_options_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        ResidualMLP(3, [4], 2)
+
+
+def inputs_of_wrong_sizes() -> list[tuple[Tensor, ...]]:
+    return [(torch.zeros(5, 2),), (torch.zeros(5, 3), torch.zeros(5, 1))]
+
+
+@pytest.mark.parametrize("given", inputs_of_wrong_sizes(), ids=["features", "context"])
+def test_inputs_of_wrong_sizes_are_an_error(given: tuple[Tensor, ...]) -> None:
+    # Torch's own: a network of one's own has no other.
+    result = network(context_dim=2 if len(given) == 2 else 0)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        result(*(one.double() for one in given))
