@@ -47,7 +47,8 @@ class PairEstimator(nn.Module):
     :param int seed: of all random numbers.
     :param reconstruction_weight: λ.
     :param str reconstruction: what the penalty trains, ``"both"`` or ``"inverse"``.
-    :param float latent_noise: σ.
+    :param float data_noise: σ of events around those of the data.
+    :param float latent_noise: σ of latents around those of the data.
     :param base: whose samples are reconstructed; None for none.
     """
 
@@ -65,6 +66,7 @@ class PairEstimator(nn.Module):
         seed: int,
         reconstruction_weight: Weight,
         reconstruction: str,
+        data_noise: float,
         latent_noise: float,
         base: Distribution | None,
     ) -> None:
@@ -78,6 +80,7 @@ class PairEstimator(nn.Module):
         self.seed = seed
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction = reconstruction
+        self.data_noise = data_noise
         self.latent_noise = latent_noise
         self.base = base
         #: Batches of probes drawn so far.
@@ -150,6 +153,10 @@ class PairEstimator(nn.Module):
         for other in self._other_latents(latent.detach(), generator):
             again = forward(pair.inverse(other, *fixed), *fixed)
             error = error + _square(again - other)
+        if self.data_noise > 0:
+            other = x + self.data_noise * _noise_like(x, generator)
+            again = pair.inverse(forward(other, *fixed), *fixed)
+            error = error + _square(again - other)
         self.num_draws += 1
         factor: float | Tensor
         if isinstance(weight, GECO):
@@ -192,8 +199,7 @@ class PairEstimator(nn.Module):
         """Latents to be reconstructed besides those of the data."""
         others = []
         if self.latent_noise > 0:
-            noise = draw_probes("gaussian", 1, latent.shape, generator, latent.dtype)[0]
-            others.append(latent + self.latent_noise * noise)
+            others.append(latent + self.latent_noise * _noise_like(latent, generator))
         if self.base is not None:
             sample = self._sample_base(len(latent), latent.device).to(latent)
             if sample.shape != latent.shape:
@@ -243,6 +249,10 @@ class PairEstimator(nn.Module):
 
 def _is_zero(weight: float | GECO) -> bool:
     return not isinstance(weight, GECO) and weight == 0
+
+
+def _noise_like(events: Tensor, generator: torch.Generator) -> Tensor:
+    return draw_probes("gaussian", 1, events.shape, generator, events.dtype)[0]
 
 
 def _square(difference: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ class _State:
         :return: whether it does, for each of the rows.
         """
         residual = self.y[rows] - self.forward(trial, *self.context_of(rows))
-        before = self.length(self.residual[rows], rows)
-        is_better = self.length(residual, rows) <= factor * before
+        before, after = self.length(self.residual[rows], rows), self.length(residual, rows)
+        is_better = (after <= factor * before) & torch.isfinite(after)
         better = rows[is_better]
         self.x[better] = trial[is_better]
         self.residual[better] = residual[is_better]

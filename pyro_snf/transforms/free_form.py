@@ -69,11 +69,12 @@ class SelfNormalizing(InvertibleTransformModule):
     systems is 0, which :attr:`certificate` measures. What makes it small is the penalty
 
     .. math::
-        \lambda \left( \|g(f(x)) - x\|^2 + \|f(g(\tilde y)) - \tilde y\|^2 \right), \qquad
-        \tilde y = f(x) + \sigma\varepsilon,
+        \lambda \left( \|g(f(x)) - x\|^2 + \|g(f(\tilde x)) - \tilde x\|^2
+        + \|f(g(\tilde y)) - \tilde y\|^2 \right), \qquad
+        \tilde x = x + \sigma_x \varepsilon, \quad \tilde y = f(x) + \sigma_y \varepsilon',
 
-    the second term with ``latent_noise``, and once more with samples of a ``base``. It rides on the
-    log-determinant, in all three modes, and never changes its value.
+    the second term with ``data_noise``, the third with ``latent_noise``, and once more with samples
+    of a ``base``. It rides on the log-determinant, in all three modes, and never changes its value.
 
     **What is not guaranteed** is that f is invertible at all. Where two events have the same image,
     densities do not integrate to 1. The penalty works against it; exact log-determinants of both
@@ -110,7 +111,9 @@ class SelfNormalizing(InvertibleTransformModule):
         whose entries have a variance of about 1.
     :param str reconstruction: what the penalty trains, ``"both"`` networks, or the ``"inverse"``
         alone, which does nothing to keep f invertible.
-    :param float latent_noise: σ; 0 for no such term.
+    :param float data_noise: :math:`\sigma_x`; 0 for no such term. It is what keeps f from folding
+        what lies beside the data onto their latents.
+    :param float latent_noise: :math:`\sigma_y`; 0 for no such term.
     :param base: a distribution of latents, whose samples are to be reconstructed too.
     :param inverse_tolerance: of ``‖y − T(x)‖ / (‖y‖ + √D)`` in ``T.inv``; by default the 3/4th
         power of the unit roundoff, 6e-6 in float32 and 2e-12 in float64.
@@ -159,6 +162,7 @@ class SelfNormalizing(InvertibleTransformModule):
         seed: int = 0,
         reconstruction_weight: Weight | None = None,
         reconstruction: str = "both",
+        data_noise: float = 0.0,
         latent_noise: float = 0.0,
         base: Distribution | None = None,
         inverse_tolerance: float | None = None,
@@ -179,6 +183,7 @@ class SelfNormalizing(InvertibleTransformModule):
             seed=seed,
             reconstruction_weight=reconstruction_weight,
             reconstruction=reconstruction,
+            data_noise=data_noise,
             latent_noise=latent_noise,
             base=base,
             inverse_tolerance=inverse_tolerance,
@@ -207,6 +212,7 @@ class SelfNormalizing(InvertibleTransformModule):
             seed=seed,
             reconstruction_weight=reconstruction_weight,
             reconstruction=reconstruction,
+            data_noise=data_noise,
             latent_noise=latent_noise,
             base=base,
         )
@@ -458,6 +464,7 @@ def _check_options(
     seed: int,
     reconstruction_weight: Weight | None,
     reconstruction: str,
+    data_noise: float,
     latent_noise: float,
     base: Distribution | None,
     inverse_tolerance: float | None,
@@ -482,6 +489,7 @@ def _check_options(
         reconstruction in reconstructions,
         reconstruction,
     )
+    expect("data_noise >= 0", 0 <= data_noise < math.inf, data_noise)
     expect("latent_noise >= 0", 0 <= latent_noise < math.inf, latent_noise)
     expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
     fits = inverse_tolerance is None or 0 < inverse_tolerance < 1
