@@ -142,7 +142,9 @@ def krylov(
         is_exhausted = ~(basis[:, step] != 0).any(1)
         hessenberg[:, step, step].masked_fill_(is_exhausted.cpu(), 1.0)
         current = hessenberg[:, : step + 2, : step + 1]
-        weights = torch.linalg.lstsq(current, target[:, : step + 2]).solution
+        # The default, gelsy, starts from pivots that torch leaves uninitialized: each time, other
+        # last digits.
+        weights = torch.linalg.lstsq(current, target[:, : step + 2], driver="gelsd").solution
         residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
         if residual.max() <= tolerance or step + 1 == max_iterations:
             break

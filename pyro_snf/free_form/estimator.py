@@ -23,7 +23,7 @@ from pyro_snf.free_form.solve import Convergence
 from pyro_snf.geco import GECO
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import draw_probes, probe_generator
-from pyro_snf.surrogate import attach_penalty, with_surrogate
+from pyro_snf.surrogate import attach_penalty, gated, with_surrogate
 
 __all__ = ["PairEstimator", "Weight"]
 
@@ -47,6 +47,8 @@ class PairEstimator(nn.Module):
     :param int seed: of all random numbers.
     :param reconstruction_weight: λ.
     :param str reconstruction: what the penalty trains, ``"both"`` or ``"inverse"``.
+    :param float reconstruction_tolerance: τ, the root mean square error of an element up to which
+        the penalty leaves f alone.
     :param float data_noise: σ of events around those of the data.
     :param float latent_noise: σ of latents around those of the data.
     :param base: whose samples are reconstructed; None for none.
@@ -66,6 +68,7 @@ class PairEstimator(nn.Module):
         seed: int,
         reconstruction_weight: Weight,
         reconstruction: str,
+        reconstruction_tolerance: float,
         data_noise: float,
         latent_noise: float,
         base: Distribution | None,
@@ -80,6 +83,7 @@ class PairEstimator(nn.Module):
         self.seed = seed
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction = reconstruction
+        self.reconstruction_tolerance = reconstruction_tolerance
         self.data_noise = data_noise
         self.latent_noise = latent_noise
         self.base = base
@@ -114,17 +118,13 @@ class PairEstimator(nn.Module):
         self._step.get(parameters, self._next_step)
         generator = self._generator(self.num_draws, near, _GRADIENT)
         weight = self._current_weight()
-        trains_both = self.reconstruction == "both" and not _is_zero(weight)
         fixed = tuple(one.detach() for one in context)
         x = near.source.detach()
 
-        if not trains_both:
-            latent = near.output.detach().requires_grad_()
-        elif is_constant:
-            latent = near.output
-        else:  # gradients of the penalty are to go to f, but not to where x comes from
-            latent = pair.forward(x, *fixed)
-        back = Linearization(latent, pair.inverse(latent, *fixed))
+        # Gradients of the penalty are to go to f, but not to where x comes from.
+        is_shared = is_constant or not self._trains_forward
+        latent = near.output if is_shared else pair.forward(x, *fixed)
+        back, data_error = self._reconstruct(pair, x, latent, fixed)
 
         if self.log_det == "exact":
             forward_parameters = tuple(pair.forward_net.parameters())
@@ -147,16 +147,15 @@ class PairEstimator(nn.Module):
         if _is_zero(weight):
             self.num_draws += 1
             return value
-        data_error = _square(back.output - x)
         error = data_error
-        forward = pair.forward if self.reconstruction == "both" else pair.frozen_forward
         for other in self._other_latents(latent.detach(), generator):
-            again = forward(pair.inverse(other, *fixed), *fixed)
-            error = error + _square(again - other)
+            is_free = self._trains_forward and self.reconstruction_tolerance == 0
+            forward = pair.forward if is_free else pair.frozen_forward
+            error = error + _square(forward(pair.inverse(other, *fixed), *fixed) - other)
         if self.data_noise > 0:
             other = x + self.data_noise * _noise_like(x, generator)
-            again = pair.inverse(forward(other, *fixed), *fixed)
-            error = error + _square(again - other)
+            _, other_error = self._reconstruct(pair, other, pair.forward(other, *fixed), fixed)
+            error = error + other_error
         self.num_draws += 1
         factor: float | Tensor
         if isinstance(weight, GECO):
@@ -171,6 +170,29 @@ class PairEstimator(nn.Module):
     def certificate(self) -> float:
         """The root mean square of the latest ``‖v − Jᵀ w‖/‖v‖``; NaN before the first."""
         return self._mean_square_residual.sqrt().item()
+
+    @property
+    def _trains_forward(self) -> bool:
+        return self.reconstruction == "both" and not _is_zero(self.reconstruction_weight)
+
+    def _reconstruct(
+        self, pair: NetworkPair, x: Tensor, latent: Tensor, context: Context
+    ) -> tuple[Linearization, Tensor]:
+        """g near the latents, and ``‖g(f(x)) − x‖²`` for every event, shape ``(B,)``.
+
+        Of the latter's gradient, f has none where it is within the tolerance.
+
+        :param Tensor latent: ``f(x)``, with the graph of f's parameters.
+        """
+        is_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if not self._trains_forward:
+            latent = latent.detach().requires_grad_()
+        elif self.reconstruction_tolerance > 0:
+            latent = gated(latent, is_open)
+        back = Linearization(latent, pair.inverse(latent, *context))
+        error = _square(back.output - x)
+        is_open.copy_(error > self.reconstruction_tolerance**2 * x[0].numel())
+        return back, error
 
     def _next_step(self) -> int:
         self.num_steps += 1
@@ -247,8 +269,8 @@ class PairEstimator(nn.Module):
         self._controlled.clear()
 
 
-def _is_zero(weight: float | GECO) -> bool:
-    return not isinstance(weight, GECO) and weight == 0
+def _is_zero(weight: Weight) -> bool:
+    return isinstance(weight, float | int) and weight == 0
 
 
 def _noise_like(events: Tensor, generator: torch.Generator) -> Tensor:

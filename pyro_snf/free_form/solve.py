@@ -53,7 +53,7 @@ class Inversion(NamedTuple):
     """What came of solving ``y = f(x)`` for a batch of B events."""
 
     x: Tensor
-    """The solutions, shape ``(B, *event)``; NaN where y is not finite."""
+    """The solutions, shape ``(B, *event)``; NaN where y is not finite, or no ``f(x)`` was."""
     residual: Tensor
     """``‖y − f(x)‖ / (‖y‖ + √D)``, shape ``(B,)``."""
     converged: Tensor
@@ -78,8 +78,9 @@ def invert(
     _iterate_to_fixed_point(inverse, state)
     _iterate_by_newton(inverse, state)
     length = state.length(state.residual)
+    is_known = state.is_finite & torch.isfinite(length)
     return Inversion(
-        x=torch.where(state.is_finite.view(-1, *[1] * (y.dim() - 1)), state.x, torch.nan),
+        x=torch.where(is_known.view(-1, *[1] * (y.dim() - 1)), state.x, torch.nan),
         residual=length.masked_fill(~state.is_finite, torch.nan),
         converged=(length <= tolerance) & state.is_finite,
     )
@@ -103,7 +104,7 @@ class _State:
     def length(self, residual: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Of residuals, relative to y; infinite where they are not finite."""
         norm = torch.linalg.vector_norm(at_least_float32(residual).flatten(1), dim=1)
-        return torch.nan_to_num(norm / self.scale[rows], nan=torch.inf)
+        return torch.nan_to_num(norm / self.scale[rows], nan=torch.inf, posinf=torch.inf)
 
     def open_rows(self) -> Tensor:
         """The indices of events that are to be solved for yet."""

@@ -111,6 +111,8 @@ class SelfNormalizing(InvertibleTransformModule):
         whose entries have a variance of about 1.
     :param str reconstruction: what the penalty trains, ``"both"`` networks, or the ``"inverse"``
         alone, which does nothing to keep f invertible.
+    :param float reconstruction_tolerance: τ, the root mean square error of an element up to which
+        an event's penalty trains g alone. With it, latents' terms train g alone too.
     :param float data_noise: :math:`\sigma_x`; 0 for no such term. It is what keeps f from folding
         what lies beside the data onto their latents.
     :param float latent_noise: :math:`\sigma_y`; 0 for no such term.
@@ -162,6 +164,7 @@ class SelfNormalizing(InvertibleTransformModule):
         seed: int = 0,
         reconstruction_weight: Weight | None = None,
         reconstruction: str = "both",
+        reconstruction_tolerance: float = 0.0,
         data_noise: float = 0.0,
         latent_noise: float = 0.0,
         base: Distribution | None = None,
@@ -183,6 +186,7 @@ class SelfNormalizing(InvertibleTransformModule):
             seed=seed,
             reconstruction_weight=reconstruction_weight,
             reconstruction=reconstruction,
+            reconstruction_tolerance=reconstruction_tolerance,
             data_noise=data_noise,
             latent_noise=latent_noise,
             base=base,
@@ -212,6 +216,7 @@ class SelfNormalizing(InvertibleTransformModule):
             seed=seed,
             reconstruction_weight=reconstruction_weight,
             reconstruction=reconstruction,
+            reconstruction_tolerance=reconstruction_tolerance,
             data_noise=data_noise,
             latent_noise=latent_noise,
             base=base,
@@ -464,6 +469,7 @@ def _check_options(
     seed: int,
     reconstruction_weight: Weight | None,
     reconstruction: str,
+    reconstruction_tolerance: float,
     data_noise: float,
     latent_noise: float,
     base: Distribution | None,
@@ -489,6 +495,8 @@ def _check_options(
         reconstruction in reconstructions,
         reconstruction,
     )
+    tau = reconstruction_tolerance
+    expect("reconstruction_tolerance >= 0", 0 <= tau < math.inf, tau)
     expect("data_noise >= 0", 0 <= data_noise < math.inf, data_noise)
     expect("latent_noise >= 0", 0 <= latent_noise < math.inf, latent_noise)
     expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
