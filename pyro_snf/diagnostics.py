@@ -54,6 +54,9 @@ class GradientError(NamedTuple):
     """The cosine of the angle between the two."""
 
 
+# Numbers in the probes that are in memory at a time.
+_MAX_NUMBERS = 2**20
+
 # Relative distance of an event from what its inverse comes to, up to which it is the same.
 _RECOVERED = 1e-4
 
@@ -184,7 +187,8 @@ class PairReport(NamedTuple):
 def pair_report(transform: Transform, x: Tensor) -> PairReport:
     """How good the pair of networks of a :class:`~pyro_snf.SelfNormalizing` is, at some data.
 
-    It takes some D passes through the networks for every event.
+    It takes some D passes through the networks, and D² numbers, for every event: some hundred of
+    them tell enough.
 
     >>> layer = self_normalizing(3)  # the identity, so far
     >>> pair_report(layer, torch.randn(100, 3)).num_recovered
@@ -205,25 +209,10 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     near = linearize(pair.forward, rows, context)
     back = linearize(pair.inverse, near.output, context)
     jacobian, inverse = near.jacobian(), back.jacobian()
+    sign = torch.linalg.slogdet(jacobian).sign
     eye = torch.eye(dim, dtype=rows.dtype, device=rows.device)
     error = (inverse @ jacobian - eye).square().sum((1, 2)).mean() / dim
 
-    parameters = tuple(pair.forward_net.parameters())
-    # Unit vectors for probes give the trace itself.
-    probes = dim**0.5 * eye.view(dim, 1, *rows.shape[1:]).expand(-1, *rows.shape)
-    with torch.enable_grad():
-        surrogate, _ = probe_gradient(
-            near,
-            back,
-            probes,
-            tolerance=layer.estimator.tolerance,
-            max_iterations=layer.estimator.max_iterations,
-        )
-        sign, exact = exact_slogdet(pair.forward, rows, context, parameters)
-        gradients = [
-            torch.cat([one.flatten() for one in _gradients(value, parameters)])
-            for value in (exact, surrogate)
-        ]
     recovered = invert(
         pair.forward, pair.inverse, near.output.detach(), context, tolerance=_RECOVERED**2
     )
@@ -232,7 +221,7 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     return PairReport(
         reconstruction_error=(back.output - rows).square().mean().sqrt().item(),
         inverse_error=error.sqrt().item(),
-        gradient=_gradient_error(gradients[1], gradients[0]),
+        gradient=_pair_gradient_error(layer, pair, rows, context),
         condition=torch.linalg.cond(jacobian).median().item(),
         num_events=len(rows),
         num_oriented=max(int((sign > 0).sum()), int((sign < 0).sum())),
@@ -240,10 +229,38 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     )
 
 
-def _gradients(value: Tensor, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        value.mean(), tuple(parameters), retain_graph=True, materialize_grads=True
-    )
+@torch.enable_grad()
+def _pair_gradient_error(
+    layer: SelfNormalizing, pair: NetworkPair, rows: Tensor, context: tuple[Tensor, ...]
+) -> GradientError:
+    parameters = [one.requires_grad_() for one in pair.forward_net.parameters()]
+    if not parameters:
+        return GradientError(math.nan, math.nan)
+
+    def gradient_of(value: Tensor) -> Tensor:
+        found = torch.autograd.grad(
+            value.mean(), parameters, retain_graph=True, materialize_grads=True
+        )
+        return torch.cat([one.flatten() for one in found])
+
+    exact = gradient_of(exact_slogdet(pair.forward, rows, context, parameters)[1])
+    near = linearize(pair.forward, rows, context)
+    back = linearize(pair.inverse, near.output, context)
+    # Unit vectors for probes give the trace itself.
+    dim = rows[0].numel()
+    eye = torch.eye(dim, dtype=rows.dtype, device=rows.device)
+    surrogate = torch.zeros_like(exact)
+    for units in eye.split(max(1, _MAX_NUMBERS // rows.numel())):
+        probes = units.view(-1, 1, *rows.shape[1:]).expand(-1, *rows.shape)
+        mean, _ = probe_gradient(
+            near,
+            back,
+            probes,
+            tolerance=layer.estimator.tolerance,
+            max_iterations=layer.estimator.max_iterations,
+        )
+        surrogate += len(units) * gradient_of(mean)
+    return _gradient_error(surrogate, exact)
 
 
 @dataclass(frozen=True)

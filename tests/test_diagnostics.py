@@ -13,11 +13,29 @@ import pytest
 import torch
 from pyro.distributions.transforms import ComposeTransformModule, iterated
 from pyro.infer.autoguide import AutoNormalizingFlow
+from torch import Tensor, nn
 
-from pyro_snf import Compose, SelfNormalizingLinear, SmoothLeakyReLU, self_normalizing_linear
+from pyro_snf import (
+    Compose,
+    SelfNormalizing,
+    SelfNormalizingLinear,
+    SmoothLeakyReLU,
+    self_normalizing_linear,
+)
 from pyro_snf.conv import kernels
-from pyro_snf.diagnostics import gradient_error, inverse_error, report
-from tests.registry import CASES, LOG_DETS, conv, linear, nudge_inverses, train
+from pyro_snf.diagnostics import gradient_error, inverse_error, pair_report, report
+from tests.pairs import jacobians, trace_surrogate
+from tests.registry import (
+    CASES,
+    LOG_DETS,
+    conditional_pair,
+    conv,
+    exact_pair,
+    free_form,
+    linear,
+    nudge_inverses,
+    train,
+)
 
 # Float64: the same definitions, summed in another order.
 EXACT = 1e-9
@@ -195,7 +213,7 @@ def test_report_without_layers_is_an_error(nothing: object) -> None:
 @pytest.mark.parametrize("measure", [inverse_error, gradient_error])
 @pytest.mark.parametrize("other", [SmoothLeakyReLU(), flow(), dist.transforms.Spline(3)])
 def test_other_transforms_are_refused(measure: object, other: object) -> None:
-    with pytest.raises(ValueError, match="expected a self-normalizing layer or its inverse; got"):
+    with pytest.raises(ValueError, match="expected a dense or convolutional .* or its inverse; got"):
         measure(other)
 
 
@@ -276,3 +294,88 @@ def test_report_of_a_singular_convolution() -> None:
         layer.theta[:, :, 1, 1] = -math.sqrt(18) * torch.eye(2)  # a = 0
     (row,) = report(layer).layers
     assert row.condition == math.inf
+
+
+# --- Pairs of networks --------------------------------------------------------------------------
+
+
+def test_pair_report_is_its_definitions() -> None:
+    layer, x = free_form(3, log_det="learned"), torch.randn(20, 3)
+    f, g = layer.forward_net, layer.inverse_net
+    found = pair_report(layer, x)
+    back = g(f(x)).detach()
+    assert found.reconstruction_error == pytest.approx((back - x).square().mean().sqrt().item())
+    forward, inverse = jacobians(f, x), jacobians(g, f(x)).detach()
+    errors = (inverse @ forward.detach() - torch.eye(3)).square().sum((1, 2))
+    assert found.inverse_error == pytest.approx((errors.mean() / 3).sqrt().item(), rel=EXACT)
+    assert found.condition == pytest.approx(torch.linalg.cond(forward).median().item(), rel=EXACT)
+
+    exact, surrogate = (
+        torch.cat(
+            [
+                one.flatten()
+                for one in torch.autograd.grad(
+                    trace_surrogate(forward, matrix).mean(),
+                    list(f.parameters()),
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+            ]
+        )
+        for matrix in (torch.linalg.inv(forward), inverse)
+    )
+    relative = ((surrogate - exact).norm() / exact.norm()).item()
+    assert found.gradient.relative == pytest.approx(relative, rel=1e-6)
+    assert 1e-3 < relative < 1
+    assert (found.num_events, found.num_oriented, found.num_recovered) == (20, 20, 20)
+    assert pair_report(layer.inv, x) == found
+
+
+def test_pair_report_of_an_exact_inverse() -> None:
+    found = pair_report(exact_pair(3), torch.randn(5, 3))
+    assert max(found.reconstruction_error, found.inverse_error, found.gradient.relative) < EXACT
+    assert found.gradient.cosine == pytest.approx(1.0)
+
+
+def test_pair_report_of_a_conditioned_pair_in_float32() -> None:
+    layer = conditional_pair().float().condition(torch.randn(6, 2, dtype=torch.float32))
+    assert pair_report(layer, torch.randn(6, 3, dtype=torch.float32)).num_recovered == 6
+
+
+def test_pair_report_of_a_fold() -> None:
+    class Fold(nn.Module):
+        """``|x|``, to which the sign is lost."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (1 + x * x).sqrt()
+
+    layer = SelfNormalizing(Fold(), nn.Identity(), event_shape=1)
+    x = torch.tensor([[1.0], [2.0], [-3.0], [1.5]])
+    found = pair_report(layer, x)
+    assert (found.num_events, found.num_oriented, found.num_recovered) == (4, 3, 3)
+
+
+def test_pair_report_changes_nothing() -> None:
+    layer = free_form(3)
+    before = copy.deepcopy(layer.state_dict())
+    pair_report(layer, torch.randn(4, 3))
+    assert str(layer.state_dict()) == str(before)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_pair_report_of_other_transforms() -> None:
+    with pytest.raises(ValueError, match=r"expected a SelfNormalizing or its inverse; got Self.*"):
+        pair_report(linear(3), torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"expected a dense or convolutional .*; got Self"):
+        inverse_error(free_form(3))
+
+
+def test_report_of_pairs() -> None:
+    flow = Compose([free_form(3), SelfNormalizing(nn.Identity(), nn.Identity(), event_dim=1)])
+    first, second = report(flow).layers
+    assert (first.dim, second.dim) == (3, 0)
+    assert math.isnan(first.condition)
+    assert math.isnan(first.inverse_error)
+    flow.log_abs_det_jacobian(torch.randn(4, 3), torch.randn(4, 3))
+    assert report(flow).layers[0].certificate == flow.parts[0].certificate
+    assert "refined" in str(report(flow))

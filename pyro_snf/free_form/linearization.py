@@ -6,7 +6,7 @@ transposed of Jᵀ, which is J. A network has to be twice differentiable for tha
 the surrogate gradient anyway; it need not be differentiable in forward mode.
 
 In forward mode, J v has to be evaluated anew with each v, the network's own values included: three
-to four times as expensive (``benchmarks/free_form.py products``).
+to five times as expensive (``benchmarks/free_form.py products``).
 """
 
 from __future__ import annotations

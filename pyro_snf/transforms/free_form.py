@@ -104,7 +104,7 @@ class SelfNormalizing(InvertibleTransformModule):
     :param float tolerance: in (0, 1), for ``"refined"``: of the residuals of the probes' systems,
     :param int max_iterations: and how many Krylov iterations there may be to get there.
     :param value_iterations: of Lanczos' process for the value in training; 0 for the value 0. By
-        default 4 for ``"refined"``, and 0 for ``"learned"``.
+        default 8 for ``"refined"``, and 0 for ``"learned"``.
     :param int seed: of the probes, the noise and the samples of the base.
     :param reconstruction_weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO`. By default 10 for ``"learned"`` and 1 otherwise, which suits events
@@ -145,7 +145,7 @@ class SelfNormalizing(InvertibleTransformModule):
     }
 
     #: Lanczos iterations for the value in training, by default.
-    VALUE_ITERATIONS: ClassVar[dict[str, int]] = {"refined": 4, "learned": 0, "exact": 0}
+    VALUE_ITERATIONS: ClassVar[dict[str, int]] = {"refined": 8, "learned": 0, "exact": 0}
 
     def __init__(
         self,
