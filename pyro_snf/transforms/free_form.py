@@ -102,13 +102,14 @@ class SelfNormalizing(InvertibleTransformModule):
     :param str probe: ``"gaussian"``, ``"rademacher"`` or ``"orthogonal"``; see
         :func:`~pyro_snf.probes.draw_probes`.
     :param float tolerance: in (0, 1), for ``"refined"``: of the residuals of the probes' systems,
-    :param int max_iterations: and how many Krylov iterations there may be to get there.
+    :param int max_iterations: and how many Krylov iterations there may be to get there. The first
+        one alone gains next to nothing.
     :param value_iterations: of Lanczos' process for the value in training; 0 for the value 0. By
         default 8 for ``"refined"``, and 0 for ``"learned"``.
     :param int seed: of the probes, the noise and the samples of the base.
     :param reconstruction_weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO`. By default 10 for ``"learned"`` and 1 otherwise, which suits events
-        whose entries have a variance of about 1.
+        of some tens of entries with a variance of about 1; more, for larger ones.
     :param str reconstruction: what the penalty trains, ``"both"`` networks, or the ``"inverse"``
         alone, which does nothing to keep f invertible.
     :param float reconstruction_tolerance: τ, the root mean square error of an element up to which
