@@ -23,6 +23,7 @@ from pyro_snf import (
     GECO,
     ActNorm,
     Compose,
+    ConditionalSelfNormalizing,
     ConditionalSelfNormalizingLinear,
     CouplingNet,
     ImageCoupling,
@@ -30,15 +31,19 @@ from pyro_snf import (
     LowRankAutoregressive,
     MultiScale,
     RationalQuadraticSpline,
+    ResidualMLP,
+    SelfNormalizing,
     SelfNormalizingConv2d,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
     Squeeze2d,
     actnorm,
+    conditional_self_normalizing,
     conditional_self_normalizing_linear,
     image_coupling,
     low_rank_autoregressive,
     rational_quadratic_spline,
+    self_normalizing,
     self_normalizing_conv2d,
     self_normalizing_linear,
     smooth_leaky_relu,
@@ -57,6 +62,11 @@ INVERSES = ["refined", "learned", "exact"]
 SPREAD = 0.5
 
 
+# ‖∂r‖₂ of the blocks of random residual networks, ``h + r(h)``: each is a contraction away from the
+# identity, hence invertible, and its singular values lie in [0.6, 1.4].
+BLOCK_SPREAD = 0.4
+
+
 def norm_bound(kernel: Tensor) -> Tensor:
     """A bound of ``‖J‖₂`` of a convolution, on images of any size: ``(‖J‖₁ ‖J‖_∞)^½``."""
     size = kernel.abs()
@@ -66,7 +76,8 @@ def norm_bound(kernel: Tensor) -> Tensor:
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Give every parameter a random value, well conditioned, and every layer an exact R.
 
-    For the exceptions with convolutions, see :func:`make_inverse_exact`.
+    For the exceptions with convolutions and with pairs of networks, see :func:`make_inverse_exact`
+    and :func:`make_inverse_near`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -101,6 +112,45 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             elif isinstance(part, dist.transforms.Spline):
                 for parameter in part.parameters():
                     parameter.copy_(normal(parameter).sigmoid())
+            elif isinstance(part, SelfNormalizing):
+                _randomize_network(part.forward_net, normal)
+                make_inverse_near(part)
+
+
+@torch.no_grad()
+def _randomize_network(network: nn.Module, normal: Callable[[Tensor], Tensor]) -> None:
+    """Blocks whose layers' norms have the product :data:`BLOCK_SPREAD`, or a pair's matrices."""
+    for block in getattr(network, "blocks", [network]):
+        layers = [part for part in block.modules() if hasattr(part, "weight")]
+        for layer in layers:
+            noise = normal(layer.weight)
+            if isinstance(network, Sinh):
+                noise = SPREAD / torch.linalg.matrix_norm(noise, 2) * noise
+                layer.weight.copy_(torch.eye(len(noise)) + noise)
+            else:
+                size = torch.linalg.matrix_norm(noise, 2) if noise.dim() == 2 else norm_bound(noise)
+                layer.weight.copy_(BLOCK_SPREAD ** (1 / len(layers)) / size * noise)
+            layer.bias.copy_(0.3 * normal(layer.bias))
+
+
+@torch.no_grad()
+def make_inverse_near(transform: SelfNormalizing) -> None:
+    """Make g nearly the inverse of f, or the inverse itself for a pair of :class:`Sinh`.
+
+    Of a block ``h + r(h)`` that is ``h − r(h)``; what it leaves is of second order in r.
+    """
+    f, g = transform.forward_net, transform.inverse_net
+    if isinstance(f, Sinh):
+        for layer, other in ((g.first, f.last), (g.last, f.first)):
+            inverse = torch.linalg.inv(other.weight)
+            layer.weight.copy_(inverse)
+            layer.bias.copy_(-inverse @ other.bias)
+        return
+    for block, other in zip(g.blocks, reversed(f.blocks), strict=True):
+        block.load_state_dict(other.state_dict())
+        last = [part for part in block.modules() if hasattr(part, "weight")][-1]
+        last.weight.neg_()
+        last.bias.neg_()
 
 
 @torch.no_grad()
@@ -132,9 +182,13 @@ def set_kernel(theta: Tensor, kernel: Tensor) -> None:
 
 @torch.no_grad()
 def nudge_inverses(module: nn.Module, size: float, seed: int = 1) -> None:
-    """Add noise of norm ``size`` per row to every R that is learned or tracked."""
+    """Add noise of norm ``size`` per row to every R that is learned or tracked, and to every g."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
+        if isinstance(layer, SelfNormalizing):
+            for parameter in layer.inverse_net.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(noise, alpha=size / math.sqrt(parameter[0].numel()))
         if not isinstance(layer, SelfNormalizingLinear | SelfNormalizingConv2d):
             continue
         estimator, scale = layer.estimator, size
@@ -148,6 +202,77 @@ def nudge_inverses(module: nn.Module, size: float, seed: int = 1) -> None:
             continue
         noise = torch.randn(target.shape, generator=generator, dtype=target.dtype)
         target.add_(noise, alpha=scale)
+
+
+class Sinh(nn.Module):
+    """``A sinh(B x + b) + a``, or the like with asinh: the inverse of one is one of the other."""
+
+    def __init__(self, dim: int, function: Callable[[Tensor], Tensor] = torch.sinh) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+class ResidualConv(nn.Module):
+    """``x + W tanh(V x + b) + a`` on images of any size, W and V being convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first = nn.Conv2d(channels, 3, (1, 3), padding=(0, 1))
+        last = nn.Conv2d(3, channels, (3, 1), padding=(1, 0), padding_mode="circular")
+        self.blocks = nn.ModuleList([nn.Sequential(first, nn.Tanh(), last)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.blocks[0](x)
+
+
+def rising_weight(step: int) -> float:
+    """A schedule of λ that can be pickled."""
+    return 1.0 + 0.1 * step
+
+
+def free_form(
+    dim: int = 3, *, width: int = 4, num_blocks: int = 1, seed: int = 0, **options: object
+) -> SelfNormalizing:
+    """A pair of random residual networks in float64, g being near the inverse."""
+
+    def build() -> SelfNormalizing:
+        pair = _pair(dim, width=width, num_blocks=num_blocks)
+        return SelfNormalizing(*pair, event_shape=dim, **options)
+
+    return _randomized(build)(seed)
+
+
+def exact_pair(dim: int = 3, *, seed: int = 0, **options: object) -> SelfNormalizing:
+    """A pair of random networks in float64, g being the inverse."""
+    make = _randomized(lambda: SelfNormalizing(*_exact_pair(dim), event_shape=dim, **options))
+    return make(seed)
+
+
+def conditional_pair(
+    dim: int = 3, context_dim: int = 2, *, seed: int = 0, **options: object
+) -> ConditionalSelfNormalizing:
+    """The same, with a context for both."""
+
+    def build() -> ConditionalSelfNormalizing:
+        pair = _pair(dim, context_dim=context_dim)
+        return ConditionalSelfNormalizing(*pair, event_shape=dim, **options)
+
+    return _randomized(build)(seed)
+
+
+def _pair(
+    dim: int, *, width: int = 4, num_blocks: int = 1, context_dim: int = 0
+) -> tuple[ResidualMLP, ...]:
+    options = {"num_blocks": num_blocks, "context_dim": context_dim, "activation": nn.Tanh}
+    return tuple(ResidualMLP(dim, [width], **options) for _ in range(2))
+
+
+def _exact_pair(dim: int) -> tuple[Sinh, Sinh]:
+    return Sinh(dim), Sinh(dim, torch.asinh)
 
 
 def linear(dim: int = 5, *, seed: int = 0, **options: object) -> SelfNormalizingLinear:
@@ -209,6 +334,25 @@ def _conv_case(
 ) -> Case:
     make = _randomized(lambda: SelfNormalizingConv2d(shape[0], **_fresh(options)))
     return Case(make, shape, "SelfNormalizingConv2d", remembers_inverse)
+
+
+def _free_form_case(
+    dim: int = 3,
+    *,
+    make_pair: Callable[[int], tuple[nn.Module, ...]] = _pair,
+    remembers_inverse: bool = True,
+    **options: object,
+) -> Case:
+    def build() -> SelfNormalizing:
+        return SelfNormalizing(*make_pair(dim), event_shape=dim, **_fresh(options))
+
+    return Case(_randomized(build), (dim,), "SelfNormalizing", remembers_inverse)
+
+
+def _image_pair() -> SelfNormalizing:
+    # Nothing but the number of dimensions is known: images of any size will do.
+    options = {"log_det": "learned", "value_iterations": 0}
+    return SelfNormalizing(ResidualConv(2), ResidualConv(2), event_dim=3, **options)
 
 
 def _autoregressive_case(dim: int, hidden_dim: int = 64, **options: float) -> Case:
@@ -353,6 +497,40 @@ CASES: dict[str, Case] = {
     "image coupling by the factory": Case(
         _randomized(lambda: _coupling(4)), (4, 3, 3), "image_coupling"
     ),
+    # Enough iterations for the value in training to be exact, whatever the default is.
+    "free form refined": _free_form_case(value_iterations=4),
+    "free form refined D=1": _free_form_case(1, value_iterations=4),
+    "free form refined k=2 rademacher, a schedule": _free_form_case(
+        num_probes=2,
+        probe="rademacher",
+        value_iterations=3,
+        reconstruction_weight=rising_weight,
+        reconstruction_tolerance=0.05,
+    ),
+    "free form learned": _free_form_case(log_det="learned", value_iterations=0),
+    "free form learned k=2 orthogonal GECO": _free_form_case(
+        log_det="learned", value_iterations=0, num_probes=2, probe="orthogonal", geco=True
+    ),
+    "free form learned k=2 gaussian, latents": _free_form_case(
+        2,
+        log_det="learned",
+        value_iterations=0,
+        num_probes=2,
+        probe="gaussian",
+        data_noise=0.1,
+        latent_noise=0.1,
+        base=dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    ),
+    "free form exact, g only": _free_form_case(2, log_det="exact", reconstruction="inverse"),
+    "free form inverse=learned (approximate)": _free_form_case(
+        make_pair=_exact_pair, value_iterations=4, inverse="learned", remembers_inverse=False
+    ),
+    "free form on images": Case(_randomized(_image_pair), (2, 2, 3), "SelfNormalizing"),
+    "free form by the factory": Case(
+        _randomized(lambda: self_normalizing(2, [4], num_blocks=2, value_iterations=4)),
+        (2,),
+        "self_normalizing",
+    ),
     "multi-scale": Case(_randomized(_glow), (1, 4, 6), "MultiScale", output_shape=(24,)),
     "inverse of multi-scale": Case(
         _randomized(lambda: _glow().inv), (24,), "InverseTransformModule", output_shape=(1, 4, 6)
@@ -410,7 +588,7 @@ CASES: dict[str, Case] = {
 class ConditionalCase(NamedTuple):
     """One named constructor of a transform that is to be conditioned."""
 
-    make: Callable[..., ConditionalSelfNormalizingLinear]
+    make: Callable[..., ConditionalSelfNormalizingLinear | ConditionalSelfNormalizing]
     """``make(seed)`` returns a random one in float64, R being exact, the network smooth."""
     input_dim: int
     context_dim: int
@@ -441,6 +619,18 @@ def _conditional_case(
     return ConditionalCase(make, dim, 2, api)
 
 
+def _conditional_pair_case(*, by_factory: bool = False, **options: object) -> ConditionalCase:
+    def build() -> ConditionalSelfNormalizing:
+        if by_factory:
+            return conditional_self_normalizing(3, 2, [4], num_blocks=2, **options)
+        return ConditionalSelfNormalizing(
+            *_pair(3, context_dim=2), event_shape=3, **_fresh(options)
+        )
+
+    api = "conditional_self_normalizing" if by_factory else "ConditionalSelfNormalizing"
+    return ConditionalCase(_randomized(build), 3, 2, api)
+
+
 CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional linear refined": _conditional_case(),
     "conditional linear refined rank=2": _conditional_case(rank=2),
@@ -454,6 +644,12 @@ CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional linear exact rank=2": _conditional_case(rank=2, log_det="exact"),
     "conditional linear by the factory": _conditional_case(by_factory=True, init_scale=0.5),
     "conditional linear by the factory rank=1": _conditional_case(by_factory=True, rank=1),
+    "conditional free form refined": _conditional_pair_case(value_iterations=4),
+    "conditional free form learned": _conditional_pair_case(log_det="learned", value_iterations=0),
+    "conditional free form exact GECO": _conditional_pair_case(log_det="exact", geco=True),
+    "conditional free form by the factory": _conditional_pair_case(
+        by_factory=True, value_iterations=4, latent_noise=0.1
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -128,3 +129,84 @@ def test_times_of_convolutions(
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2
     assert all(row.count("|") == header.count("|") for row in rows)
+
+
+@pytest.fixture
+def free_form(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import free_form
+
+    yield free_form
+    sys.modules.pop("free_form")
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Markdown tables, as rows of cells, the header among them."""
+    found = [[]]
+    for line in text.splitlines():
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif found[-1] and not line.startswith("|--"):
+            found.append([])
+    return [rows for rows in found if rows]
+
+
+def test_the_bias_of_refined_falls(
+    free_form: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--dim", "6", "--batch", "3", "--sizes", "0.1", "0.3", "--num-steps", "2"]
+    free_form.main(["bias", *arguments])
+    ((_, *rows),) = tables(capsys.readouterr().out)
+    assert len(rows) == 3
+    for row in rows[:2]:
+        errors = [float(cell.split(" ")[0]) for cell in row[1:]]
+        assert all(after < before for before, after in pairwise(errors[1:6]))
+        assert errors[-1] < EXACT
+
+
+# torch's forward mode scripts its decompositions, in a way that torch itself warns of.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("command", "arguments", "num_rows"),
+    [
+        ("products", ["--dims", "3", "5", "--widths", "4", "4", "--turns", "1"], [2, 2]),
+        ("probes", ["--max-iterations", "0", "1", "--turns", "1"], [3, 3]),
+        ("value", ["--turns", "1"], [5]),
+        ("time", ["--dims", "2", "3", "--batch", "2", "--turns", "1"], [2]),
+    ],
+)
+def test_tables_of_pairs(
+    free_form: ModuleType,
+    command: str,
+    arguments: list[str],
+    num_rows: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if command != "time":
+        arguments = [*arguments, "--num-steps", "2", "--num-draws", "2"]
+    free_form.main([command, *arguments])
+    found = tables(capsys.readouterr().out)
+    assert [len(rows) - 1 for rows in found] == num_rows
+    assert all(len(row) == len(rows[0]) for rows in found for row in rows)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "conv + mlp"])
+def test_densities_of_pairs(
+    free_form: ModuleType,
+    network: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"network": network, "width": 8, "num_blocks": 1, "spline": True}
+    monkeypatch.setitem(free_form.SETTINGS, "learned", options)
+    arguments = ["--settings", "learned", "--num-steps", "3", "--every", "2"]
+    free_form.main(["digits", *arguments, "--output", str(tmp_path)])
+    ((header, row),) = tables(capsys.readouterr().out)
+    found = dict(zip(header, row, strict=True))
+    # After three steps, the pair is the identity but for a little.
+    assert found["det J > 0"] == found["T.inv(T(x)) = x"] == "100.0%"
+    result = json.loads((tmp_path / "free_form_learned_0.json").read_text())
+    assert float(found["test NLL"]) == pytest.approx(result["nll"], abs=0.01)
+    assert list(result["validation"]) == ["2", "3"]

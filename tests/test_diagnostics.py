@@ -213,7 +213,9 @@ def test_report_without_layers_is_an_error(nothing: object) -> None:
 @pytest.mark.parametrize("measure", [inverse_error, gradient_error])
 @pytest.mark.parametrize("other", [SmoothLeakyReLU(), flow(), dist.transforms.Spline(3)])
 def test_other_transforms_are_refused(measure: object, other: object) -> None:
-    with pytest.raises(ValueError, match="expected a dense or convolutional .* or its inverse; got"):
+    with pytest.raises(
+        ValueError, match=r"expected a dense or convolutional .* or its inverse; got"
+    ):
         measure(other)
 
 

@@ -23,6 +23,8 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import Tensor
 
+from pyro_snf import SelfNormalizing
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # An empty picture with its axes takes a few thousand bytes.
@@ -42,6 +44,15 @@ def svi_guide(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def density_digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("density_digits")
+
+
+@pytest.fixture
+def density_2d(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("density_2d")
+    for name, value in {"NUM_TEST": 500, "NUM_LATENTS": 100, "NUM_CELLS": 100}.items():
+        monkeypatch.setattr(module, name, value)  # quicker to evaluate
+    return module
 
 
 @pytest.fixture
@@ -307,6 +318,183 @@ def test_digits_go_on_after_an_interrupt(
     for run in runs.values():
         assert run.num_steps == 7  # two of the calls are for the validation and the test data
         assert run.evaluations[-1].step == 7
+
+
+#: The densities of examples/density_2d.py.
+DENSITIES = ["eight-gaussians", "one-gaussian", "sine", "moons", "trimodal", "smile"]
+DENSITIES += ["two-spirals", "checkerboard", "rings"]
+
+#: Its flows.
+FLOWS = ["exact", "refined", "learned", "spline_coupling", "affine_autoregressive"]
+
+
+def test_density_2d_runs(
+    density_2d: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--seconds", "0.05", "--densities", "moons", "checkerboard", "--seed", "3"]
+    result = density_2d.main([*arguments, "--output-dir", str(tmp_path)])
+    _check_outputs(tmp_path, result, {"densities.png"})
+    rows = result["table"]
+    assert [(row["density"], row["flow"]) for row in rows] == [
+        (density, flow) for density in ("moons", "checkerboard") for flow in FLOWS
+    ]
+    for row in rows:
+        assert math.isfinite(row["nll"])
+        if row["flow"] in FLOWS[:3]:  # those of Pyro are rough at first, and the grid is coarse
+            assert row["mass"] == pytest.approx(1, abs=0.02)
+            assert row["nll"] > row["true NLL"]
+        # Nothing has moved far enough to fold.
+        assert (row["recovered"], row["inverted"]) == (1, 1)
+        assert row["steps"] >= 1
+        assert row["ms/step"] > 0
+    printed = capsys.readouterr().out
+    for name in ["moons", "checkerboard", *FLOWS, "truth", "Integral of p"]:
+        assert name in printed
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_plane_densities_are_those_of_their_samples(density_2d: ModuleType, name: str) -> None:
+    assert list(density_2d.DENSITIES) == DENSITIES
+    density = density_2d.DENSITIES[name]()
+    samples, again = (
+        density.sample(20_000, torch.Generator().manual_seed(seed)) for seed in (0, 0)
+    )
+    assert torch.equal(samples, again)
+
+    line = (torch.arange(320) + 0.5) / 32 - 5
+    points = torch.cartesian_prod(line, line)
+    log_prob = density.log_prob(points)
+    masses = log_prob.exp() / 32**2
+    # Where p jumps, a sum over cells is off by a share of those at the jump.
+    assert masses.sum() == pytest.approx(1, abs=2e-2 if name == "checkerboard" else 2e-3)
+
+    # Means, of coordinates and of log p, are those of the samples, within 5 standard errors.
+    def check(values: Tensor, expected: Tensor) -> None:
+        error = values.std() / math.sqrt(len(values))
+        assert (values.mean() - expected).abs() < 5 * error + 1e-2  # the latter of the sum
+
+    is_inside = log_prob > -math.inf
+    check(density.log_prob(samples), (masses * log_prob)[is_inside].sum() / masses.sum())
+    for axis in range(2):
+        for power in (1, 2):
+            expected = (masses * points[:, axis] ** power).sum() / masses.sum()
+            check(samples[:, axis] ** power, expected)
+        assert abs(samples[:, axis].mean()) < 0.05
+        assert 0.7 < samples[:, axis].std() < 1.4
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_plane_flows_are_normalized(
+    density_2d: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert list(density_2d.FLOWS) == FLOWS
+    monkeypatch.setattr(density_2d, "WARM_UP", 1e-9)  # 60 steps are its start
+    monkeypatch.setattr(density_2d, "NUM_CELLS", 400)  # splines are rough at first
+    density = density_2d.DENSITIES["trimodal"]()
+    test = density.sample(500, torch.Generator().manual_seed(1))
+    run = density_2d.Run(name, seconds=100.0, seed=0)
+    before = run.evaluate(test)
+    for _ in range(60):
+        run.step(density.sample(100, run.data_generator))
+    assert run.num_steps == 60
+    assert run.seconds > 0
+    after = run.evaluate(test)
+    assert after.nll < before.nll - 0.1
+    assert after.mass == pytest.approx(1, abs=0.05)
+    assert (after.recovered, after.inverted) == (1, 1)
+
+    x = test[0]
+    jacobian = torch.autograd.functional.jacobian(lambda x: run._to_latent(x.unsqueeze(0))[0], x)
+    latent = run._to_latent(x.unsqueeze(0))
+    expected = dist.Normal(0.0, 1.0).log_prob(latent).sum()
+    expected = expected + torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(run.log_prob(x.unsqueeze(0))[0], expected)
+    assert run.sample(7, seed=0).shape == (7, 2)
+    assert torch.equal(run.sample(7, seed=0), run.sample(7, seed=0))
+
+
+class _Fold(torch.nn.Module):
+    """``x₁³ − 3 x₁``, which takes the values from −2 to 2 three times each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.unbind(1)
+        return torch.stack([first**3 - 3 * first, second], 1)
+
+
+def test_folds_are_found(density_2d: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = SelfNormalizing(_Fold(), torch.nn.Linear(2, 2), event_shape=2)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    run = density_2d.Run("exact", seconds=1.0, seed=0)
+    run.flow = density_2d.Flow(dist.TransformedDistribution(base, [pair.inv]), pair, pair)
+    monkeypatch.setattr(density_2d, "NUM_CELLS", 1000)
+    found = run.evaluate(torch.randn(100, 2))
+    once_more = 2 * (2 * dist.Normal(0.0, 1.0).cdf(torch.tensor(2.0)).item() - 1)
+    assert found.mass == pytest.approx(1 + once_more, rel=1e-3)
+    assert found.recovered < 0.9
+
+
+def test_plane_flows_have_the_same_time_and_data(density_2d: ModuleType) -> None:
+    densities = {name: density_2d.DENSITIES[name]() for name in ("sine", "rings")}
+    flows = ["exact", "affine_autoregressive"]
+    runs = density_2d.train(densities, flows, seconds=0.3, batch_size=10, show_progress=False)
+    assert list(runs) == list(densities)
+    for name, begun in runs.items():
+        assert list(begun) == flows
+        for run in begun.values():
+            assert run.num_steps > 1
+            assert run.seconds >= 0.3  # the last step ends late
+            # After n batches of a seed comes the same batch, whichever the flow.
+            fresh = torch.Generator().manual_seed(0)
+            for _ in range(run.num_steps):
+                densities[name].sample(10, fresh)
+            assert torch.equal(fresh.get_state(), run.data_generator.get_state())
+
+
+def test_plane_densities_go_on_after_an_interrupt(
+    density_2d: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = density_2d.Run.step
+    calls = 0
+
+    def interrupted(run: Any, batch: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise KeyboardInterrupt
+        step(run, batch)
+
+    monkeypatch.setattr(density_2d.Run, "step", interrupted)
+    densities = {name: make() for name, make in density_2d.DENSITIES.items()}
+    limit = 10
+    runs = density_2d.train(densities, FLOWS[:2], seconds=100.0, show_progress=False)
+    assert list(runs) == DENSITIES[:1]
+    assert sum(run.num_steps for run in runs[DENSITIES[0]].values()) == 9
+
+    calls, limit = 0, 2  # before each flow has had a step
+    with pytest.raises(KeyboardInterrupt):
+        density_2d.train(densities, FLOWS[:2], seconds=100.0, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seconds", "0", "expected a number > 0; got '0'"),
+        ("--batch-size", "0", "expected an integer >= 1; got '0'"),
+        ("--densities", "spiral", "invalid choice: 'spiral'"),
+        ("--flows", "lu", "invalid choice: 'lu'"),
+        ("--device", "nonsense", "no device 'nonsense' here"),
+    ],
+)
+def test_bad_plane_options_are_named(
+    density_2d: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        density_2d.main([option, value])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def _small_options(folder: Path) -> list[str]:

@@ -155,6 +155,18 @@ def test_right_sides_do_not_depend_on_each_other() -> None:
         assert relative_error(together[index], alone) < EXACT
 
 
+def test_same_numbers_give_the_same_to_the_last_bit() -> None:
+    # A run that is resumed goes on as it would have, and all ranks of a distributed run alike.
+    matrix, images = near_identity(0.8), right_sides(20)
+    expected = space(matrix, images, max_iterations=4)
+    for index in range(300):
+        for size in (1, 2, 3, 4):  # what is left in memory that nobody uses any more
+            torch.full((size,), index, dtype=torch.int32)
+        result = space(matrix, images, max_iterations=4)
+        assert torch.equal(result.solution, expected.solution)
+        assert torch.equal(result.residual, expected.residual)
+
+
 def test_float32() -> None:
     matrix, images = near_identity(0.5).float(), right_sides().float()
     result = space(matrix, images, tolerance=1e-6)

@@ -92,6 +92,33 @@ def test_fields_share_one_colour_scale(number: int) -> None:
     assert _png(figure)
 
 
+def test_densities_are_beside_their_samples() -> None:
+    points = torch.rand(50, 2) - 0.5
+
+    def log_density(x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.get_default_dtype()
+        assert not torch.is_grad_enabled()
+        return (x[:, 0] + 100 * x[:, 1]).masked_fill(x[:, 0] > 1, -torch.inf)
+
+    panels = {"samples": points, "p": log_density, "q": lambda x: 1000 + x[:, 0]}
+    rows = {"first": panels, "second": panels}
+    figure = plotting.plot_densities(rows, limit=2.0, resolution=5, title="t")
+    assert [axes.get_title() for axes in figure.axes] == ["samples", "p", "q", "", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["first", "", "", "second", "", ""]
+    samples, p, q = figure.axes[:3]
+    assert torch.equal(torch.as_tensor(samples.lines[0].get_xydata()), points.double())
+    for axes in (samples, p, q):
+        assert (axes.get_xlim(), axes.get_ylim()) == ((-2, 2), (-2, 2))
+    # The row of y = 2, at the top, has the highest values; those 8 nats below it are all alike.
+    shown = torch.as_tensor(p.images[0].get_array().data)
+    assert shown[4].tolist() == [198, 199, 200, 201, 193]
+    assert (shown[:4] == 193).all()
+    assert p.images[0].origin == "lower"
+    assert (p.images[0].norm.vmin, p.images[0].norm.vmax) == (193, 201)
+    assert (q.images[0].norm.vmin, q.images[0].norm.vmax) == (193, 201)
+    assert _differ(figure, plotting.plot_densities({"first": panels, "x": panels}, limit=2.0))
+
+
 def test_integers_and_float32_are_welcome() -> None:
     assert _png(plotting.plot_image_grid(torch.zeros(2, 3, 3, dtype=torch.uint8), columns=2))
     assert _png(plotting.plot_fields({"a": torch.ones(2, 2).float()}, colorbar_label="events"))
@@ -141,3 +168,25 @@ def test_bad_input_is_named() -> None:
         plotting.plot_fields({"a": torch.ones(9)}, colorbar_label="events")
     with pytest.raises(ValueError, match="field 'a': expected values >= 0; got -1"):
         plotting.plot_fields({"a": -torch.ones(3, 3)}, colorbar_label="events")
+
+    def density(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(1)
+
+    with pytest.raises(ValueError, match=r"rows of as many panels each, at least one; got \[\]"):
+        plotting.plot_densities({}, limit=1.0)
+    with pytest.raises(ValueError, match=r"rows of as many panels each, at least one; got \[0\]"):
+        plotting.plot_densities({"a": {}}, limit=1.0)
+    with pytest.raises(ValueError, match=r"rows of as many panels each, .* got \[1, 2\]"):
+        plotting.plot_densities({"a": {"p": density}, "b": {"p": density, "q": density}}, limit=1.0)
+    with pytest.raises(
+        ValueError, match=r"samples 'x' of 'a': expected shape \(N, 2\); got \(5, 3\)"
+    ):
+        plotting.plot_densities({"a": {"x": torch.zeros(5, 3)}}, limit=1.0)
+    with pytest.raises(
+        ValueError, match=r"log density 'p' of 'a': expected shape \(9,\); got \(9, 2\)"
+    ):
+        plotting.plot_densities({"a": {"p": lambda x: x}}, limit=1.0, resolution=3)
+    with pytest.raises(ValueError, match="expected limit > 0; got 0"):
+        plotting.plot_densities({"a": {"p": density}}, limit=0.0)
+    with pytest.raises(ValueError, match="expected resolution >= 2; got 1"):
+        plotting.plot_densities({"a": {"p": density}}, limit=1.0, resolution=1)

@@ -95,8 +95,9 @@ class PairEstimator(nn.Module):
         self._mean_square_residual = torch.tensor(math.nan)
         #: What came of the latest inverse; None before the first.
         self.convergence: Convergence | None = None
-        #: Whether the networks, in the mode that they are in, were found to be what they must be.
-        self.is_checked = False
+        #: What was found to be right with the networks, in the mode that they are in: nothing yet,
+        #: "values", or the values and the "derivatives".
+        self.checked: str | None = None
         self._step: ParameterCache[int] = ParameterCache()
         self._controlled: ParameterCache[bool] = ParameterCache()
 

@@ -45,14 +45,14 @@ class NetworkPair:
         with differentiable_twice():
             return functional_call(self.forward_net, parameters, (x, *context))
 
-    def check(self, x: Tensor, context: tuple[Tensor, ...], *, is_trained: bool) -> None:
+    def check(self, x: Tensor, context: tuple[Tensor, ...], *, derivatives: bool) -> None:
         """Raise unless both networks map each event for itself, always alike, and smoothly.
 
         The random stream stays as it is. A network that would keep statistics of its batches is
         found before it is called.
 
         :param Tensor x: shape ``(B, *event)``.
-        :param bool is_trained: whether the surrogate gradient, a second derivative, is wanted.
+        :param bool derivatives: whether those of log|det J|, second ones of f, are wanted.
         :raises ValueError: if one of them does not.
         """
         x, *rest = (one[:_NUM_TRIALS].detach() for one in (x, *context))
@@ -63,7 +63,7 @@ class NetworkPair:
         ):
             _check_modules(name, network)
             _check_outputs(name, call, x, rest)
-            if is_trained and name == "forward_net":
+            if derivatives and name == "forward_net":
                 _check_derivatives(name, call, x, rest)
 
 

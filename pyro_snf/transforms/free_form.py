@@ -90,7 +90,7 @@ class SelfNormalizing(InvertibleTransformModule):
     >>> loss = -density.log_prob(torch.ones(8, 2)).mean()
     >>> loss.backward()
 
-    :param forward_net: f, twice differentiable, deterministic, event by event. Attention, normal
+    :param forward_net: f, twice differentiable, deterministic, event by event. Attention, dense
         layers and convolutions will do; dropout and batch statistics will not.
     :param inverse_net: g, likewise; once differentiable will do.
     :param event_shape: of events, an integer for vectors. Give this,
@@ -336,7 +336,7 @@ class SelfNormalizing(InvertibleTransformModule):
 
     def train(self, mode: bool = True) -> SelfNormalizing:
         # The other mode may turn on what a network must not have.
-        self.estimator.is_checked = False
+        self.estimator.checked = None
         return super().train(mode)
 
     def conditioned(self, context: Tensor, context_dim: int) -> SelfNormalizing:
@@ -417,9 +417,16 @@ class SelfNormalizing(InvertibleTransformModule):
             for one in self._context
         )
         rows = x.expand(shape).reshape(-1, *event_shape)
-        if not self.estimator.is_checked and not torch.jit.is_tracing():
-            self._networks().check(rows, context, is_trained=self.estimator.training)
-            self.estimator.is_checked = True
+        wanted = "derivatives" if torch.is_grad_enabled() else "values"
+        if self.estimator.checked not in (wanted, "derivatives") and not torch.jit.is_tracing():
+            dtype = self._dtype() or x.dtype
+            with without_autocast(x.device):
+                self._networks().check(
+                    rows.to(dtype),
+                    tuple(one.to(dtype) for one in context),
+                    derivatives=wanted == "derivatives",
+                )
+            self.estimator.checked = wanted
         return rows, context, shape
 
     def _dtype(self) -> torch.dtype | None:

@@ -1,0 +1,118 @@
+"""Oracles for pairs of networks: dense Jacobians, by another way than the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from torch.func import jacrev, vmap
+
+from pyro_snf import SelfNormalizing
+
+
+def jacobians(network: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
+    """J of a network at every event, shape ``(B, D, D)``, with a graph."""
+
+    def one(x: Tensor, *context: Tensor) -> Tensor:
+        rows = (each.unsqueeze(0) for each in (x, *context))
+        return network(*rows).squeeze(0).flatten()
+
+    dim = x[0].numel()
+    return vmap(jacrev(one))(x, *context).reshape(len(x), dim, dim)
+
+
+class Dense(Transform):
+    """The oracle: the same map by the same network, with dense Jacobians and nothing but autograd.
+
+    :param Tensor context: of as many rows as inputs have, if there is one.
+    """
+
+    bijective = True
+
+    def __init__(
+        self, network: nn.Module, *context: Tensor, event_shape: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.context = context
+        self.event_shape = event_shape
+        dim = 1 if event_shape is None else len(event_shape)
+        self.domain = self.codomain = constraints.independent(constraints.real, dim)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        shape = x.shape[-1:] if self.event_shape is None else self.event_shape
+        return x.reshape(-1, *shape)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.network(self._rows(x), *self.context).reshape(x.shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        # Newton's method, whose last step has the graph: dx = J⁻¹ (dy − ∂_θ f dθ).
+        rows = self._rows(y)
+        x = rows.detach()
+        for step in range(30):
+            with torch.set_grad_enabled(step == 29 and torch.is_grad_enabled()):
+                residual = (rows - self.network(x, *self.context)).flatten(1)
+                jacobian = jacobians(self.network, x, *self.context).detach()
+                x = x + torch.linalg.solve(jacobian, residual.unsqueeze(2)).view_as(x)
+        return x.reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = self._rows(x)
+        value = torch.linalg.slogdet(jacobians(self.network, rows, *self.context)).logabsdet
+        return value.reshape(x.shape[: x.dim() - self.domain.event_dim])
+
+
+class Perturbed(nn.Module):
+    """``h + ε N h`` of the outputs h of a network, with ``‖N‖_F = √D``: it is off by ε."""
+
+    def __init__(self, network: nn.Module, dim: int, size: float, seed: int = 0) -> None:
+        super().__init__()
+        noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("noise", size * dim**0.5 * noise / noise.norm())
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.network(x)
+        return h + h @ self.noise.mT
+
+
+class Recorder(nn.Module):
+    """A network that remembers what it was given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        self.inputs.append(x)
+        return self.network(x, *context)
+
+
+def log_det_of(transform: Transform, x: Tensor) -> Tensor:
+    return transform.log_abs_det_jacobian(x, transform(x))
+
+
+def trace_surrogate(jacobian: Tensor, inverse: Tensor) -> Tensor:
+    """A function with the gradient ``tr(M ∂J)``, M being constant, for every event."""
+    return (inverse.detach().mT * jacobian).sum((1, 2))
+
+
+def gradients_of(
+    transform: Transform, x: Tensor, parameters: dict[str, Tensor], loss: Tensor
+) -> dict[str, Tensor]:
+    """Of a loss in x and in named parameters."""
+    named = {"x": x, **parameters}
+    found = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def parameters_of_f(layer: SelfNormalizing) -> dict[str, Tensor]:
+    return dict(layer.forward_net.named_parameters())
+
+
+def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
