@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_snf import ResidualMLP
+from pyro_snf import (
+    ResidualMLP,
+    SelfNormalizing,
+    conditional_self_normalizing,
+    self_normalizing,
+)
 from tests.registry import COPIES
 
 # Float64, the same operations.
@@ -182,3 +187,16 @@ def test_inputs_of_wrong_sizes_are_an_error(given: tuple[Tensor, ...]) -> None:
     result = network(context_dim=2 if len(given) == 2 else 0)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         result(*(one.double() for one in given))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        self_normalizing(2, [4], activation=nn.Tanh),
+        conditional_self_normalizing(2, 3, [4], activation=nn.Tanh).transform,
+    ],
+    ids=["plain", "conditional"],
+)
+def test_factories_pass_the_activation_on(transform: SelfNormalizing) -> None:
+    for network in (transform.forward_net, transform.inverse_net):
+        assert any(isinstance(module, nn.Tanh) for module in network.modules())

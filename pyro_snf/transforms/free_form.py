@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -585,6 +585,7 @@ def self_normalizing(
     hidden_dims: Sequence[int] = (64, 64),
     *,
     num_blocks: int = 2,
+    activation: Callable[[], nn.Module] = nn.SiLU,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
@@ -597,12 +598,19 @@ def self_normalizing(
     :param int input_dim: D, the number of features.
     :param hidden_dims: the widths of the hidden layers of a block.
     :param int num_blocks: of each network.
+    :param activation: makes the activations.
     :param device: of the parameters.
     :param dtype: of the parameters.
     :param kwargs: the keyword arguments of :class:`SelfNormalizing`.
     """
     make = partial(
-        ResidualMLP, input_dim, hidden_dims, num_blocks=num_blocks, device=device, dtype=dtype
+        ResidualMLP,
+        input_dim,
+        hidden_dims,
+        num_blocks=num_blocks,
+        activation=activation,
+        device=device,
+        dtype=dtype,
     )
     return SelfNormalizing(make(), make(), event_shape=input_dim, **kwargs)
 
@@ -613,6 +621,7 @@ def conditional_self_normalizing(
     hidden_dims: Sequence[int] = (64, 64),
     *,
     num_blocks: int = 2,
+    activation: Callable[[], nn.Module] = nn.SiLU,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
@@ -628,6 +637,7 @@ def conditional_self_normalizing(
     :param int context_dim: the number of features of a context.
     :param hidden_dims: the widths of the hidden layers of a block.
     :param int num_blocks: of each network.
+    :param activation: makes the activations.
     :param device: of the parameters.
     :param dtype: of the parameters.
     :param kwargs: the keyword arguments of :class:`SelfNormalizing`.
@@ -639,6 +649,7 @@ def conditional_self_normalizing(
         hidden_dims,
         num_blocks=num_blocks,
         context_dim=context_dim,
+        activation=activation,
         device=device,
         dtype=dtype,
     )
