@@ -442,7 +442,7 @@ class SelfNormalizing(InvertibleTransformModule):
             warnings.warn(
                 f"forward_net is not invertible: its Jacobian's determinant is positive at "
                 f"{positive} events and negative at {negative}, so that the density does not "
-                "integrate to 1; a larger reconstruction_weight works against it",
+                "integrate to 1; a larger reconstruction_weight and data_noise work against it",
                 RuntimeWarning,
                 stacklevel=3,
             )
