@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +98,6 @@ class PairEstimator(nn.Module):
         #: "values", or the values and the "derivatives".
         self.checked: str | None = None
         self._step: ParameterCache[int] = ParameterCache()
-        self._controlled: ParameterCache[bool] = ParameterCache()
 
     def training_log_abs_det(
         self,
@@ -116,8 +114,11 @@ class PairEstimator(nn.Module):
         :param bool is_constant: whether x and the context have no graph.
         :param parameters: of both networks.
         """
+        steps_before = self.num_steps
         self._step.get(parameters, self._next_step)
-        generator = self._generator(self.num_draws, near, _GRADIENT)
+        draw = self.num_draws
+        self.num_draws += 1
+        generator = self._generator(draw, near, _GRADIENT)
         weight = self._current_weight()
         fixed = tuple(one.detach() for one in context)
         x = near.source.detach()
@@ -146,22 +147,21 @@ class PairEstimator(nn.Module):
                 (near.source, *context, *pair.forward_net.parameters()),
             )
         if _is_zero(weight):
-            self.num_draws += 1
             return value
         error = data_error
-        for other in self._other_latents(latent.detach(), generator):
-            is_free = self._trains_forward and self.reconstruction_tolerance == 0
-            forward = pair.forward if is_free else pair.frozen_forward
+        is_free = self._trains_forward and self.reconstruction_tolerance == 0
+        forward = pair.forward if is_free else pair.frozen_forward
+        for other in self._other_latents(latent.detach(), generator, draw):
             error = error + _square(forward(pair.inverse(other, *fixed), *fixed) - other)
         if self.data_noise > 0:
             other = x + self.data_noise * _noise_like(x, generator)
             _, other_error = self._reconstruct(pair, other, pair.forward(other, *fixed), fixed)
             error = error + other_error
-        self.num_draws += 1
         factor: float | Tensor
         if isinstance(weight, GECO):
-            mean_square = data_error.detach().mean() / x[0].numel()
-            self._controlled.get(parameters, partial(weight.update, mean_square))
+            # One step for each step of the optimizer, however often a log-determinant is asked for.
+            if self.num_steps > steps_before:
+                weight.update(data_error.detach().mean() / x[0].numel())
             factor = weight.weight
         else:
             factor = weight
@@ -218,13 +218,13 @@ class PairEstimator(nn.Module):
         probes = self._draw(near, self._generator(self.num_steps, near, _VALUE))
         return estimated_log_abs_det(near, probes, max_iterations=self.value_iterations)
 
-    def _other_latents(self, latent: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def _other_latents(self, latent: Tensor, generator: torch.Generator, draw: int) -> list[Tensor]:
         """Latents to be reconstructed besides those of the data."""
         others = []
         if self.latent_noise > 0:
             others.append(latent + self.latent_noise * _noise_like(latent, generator))
         if self.base is not None:
-            sample = self._sample_base(len(latent), latent.device).to(latent)
+            sample = self._sample_base(len(latent), latent.device, draw).to(latent)
             if sample.shape != latent.shape:
                 raise ValueError(
                     f"expected a base of events of shape {tuple(latent.shape[1:])}; "
@@ -233,10 +233,10 @@ class PairEstimator(nn.Module):
             others.append(sample)
         return others
 
-    def _sample_base(self, count: int, device: torch.device) -> Tensor:
+    def _sample_base(self, count: int, device: torch.device, draw: int) -> Tensor:
         """Samples that leave the global random stream, which distributions draw from, as it is."""
         assert self.base is not None
-        seed = probe_generator(self.seed, self.num_draws, device, stream=_BASE).initial_seed()
+        seed = probe_generator(self.seed, draw, device, stream=_BASE).initial_seed()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
@@ -267,7 +267,6 @@ class PairEstimator(nn.Module):
         self.num_steps = state["num_steps"]
         self._mean_square_residual = torch.tensor(state["certificate"]).square()
         self._step.clear()
-        self._controlled.clear()
 
 
 def _is_zero(weight: Weight) -> bool:

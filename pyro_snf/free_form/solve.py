@@ -35,7 +35,7 @@ _MAX_ITERATIONS = 20
 # Of Newton's directions: each step that the linear system describes well gains three digits.
 _DIRECTION_TOLERANCE = 1e-3
 
-# Numbers in the Jacobians that are in memory at a time, and products with J that are worth one.
+# Numbers in the Jacobians that are in memory at a time.
 _MAX_NUMBERS = 2**24
 
 
@@ -106,9 +106,12 @@ class _State:
         norm = torch.linalg.vector_norm(at_least_float32(residual).flatten(1), dim=1)
         return torch.nan_to_num(norm / self.scale[rows], nan=torch.inf, posinf=torch.inf)
 
-    def open_rows(self) -> Tensor:
-        """The indices of events that are to be solved for yet."""
-        return (self.length(self.residual) > self.tolerance).nonzero().squeeze(1)
+    def all_rows(self) -> Tensor:
+        return torch.arange(len(self.y), device=self.y.device)
+
+    def open_among(self, rows: Tensor) -> Tensor:
+        """The indices of events, among these, that are to be solved for yet."""
+        return rows[self.length(self.residual[rows], rows) > self.tolerance]
 
     def context_of(self, rows: Tensor) -> Context:
         return tuple(one[rows] for one in self.context)
@@ -128,16 +131,15 @@ class _State:
 
 
 def _iterate_to_fixed_point(inverse: Network, state: _State) -> None:
-    rows = state.open_rows()
+    rows = state.open_among(state.all_rows())
     while len(rows) > 0:
         context, y = state.context_of(rows), state.y[rows]
         correction = inverse(y, *context) - inverse(y - state.residual[rows], *context)
-        rows = rows[state.try_move(rows, state.x[rows] + correction, 0.5)]
-        rows = rows[state.length(state.residual[rows], rows) > state.tolerance]
+        rows = state.open_among(rows[state.try_move(rows, state.x[rows] + correction, 0.5)])
 
 
 def _iterate_by_newton(inverse: Network, state: _State) -> None:
-    rows = state.open_rows()
+    rows = state.open_among(state.all_rows())
     for _ in range(_MAX_NEWTON_STEPS):
         if len(rows) == 0:
             return
@@ -156,8 +158,7 @@ def _iterate_by_newton(inverse: Network, state: _State) -> None:
             is_open[left] = ~state.try_move(
                 rows[left], start[left] + step * direction[left], 1 - 1e-4 * step
             )
-        rows = rows[~is_open]
-        rows = rows[state.length(state.residual[rows], rows) > state.tolerance]
+        rows = state.open_among(rows[~is_open])
 
 
 def _solve(

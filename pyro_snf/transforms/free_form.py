@@ -266,8 +266,7 @@ class SelfNormalizing(InvertibleTransformModule):
             return pair.inverse(rows, *context).view(shape)
         self._refuse_trace()
         with without_autocast(y.device):
-            dtype = self._dtype() or rows.dtype
-            rows, context = rows.to(dtype), tuple(one.to(dtype) for one in context)
+            rows, context = self._in_own_dtype(rows, context)
             tolerance = self.inverse_tolerance or torch.finfo(rows.dtype).eps ** 0.75
             found = invert(pair.forward, pair.inverse, rows, context, tolerance=tolerance)
             self._note_convergence(found.residual, found.converged)
@@ -283,8 +282,7 @@ class SelfNormalizing(InvertibleTransformModule):
         rows, context, shape = self._as_rows(x)
         pair = self._networks()
         with without_autocast(x.device):
-            dtype = self._dtype() or x.dtype
-            rows, context = rows.to(dtype), tuple(one.to(dtype) for one in context)
+            rows, context = self._in_own_dtype(rows, context)
             estimator = self._training_estimator()
             if estimator is None:
                 parameters = tuple(pair.forward_net.parameters())
@@ -419,12 +417,9 @@ class SelfNormalizing(InvertibleTransformModule):
         rows = x.expand(shape).reshape(-1, *event_shape)
         wanted = "derivatives" if torch.is_grad_enabled() else "values"
         if self.estimator.checked not in (wanted, "derivatives") and not torch.jit.is_tracing():
-            dtype = self._dtype() or x.dtype
             with without_autocast(x.device):
                 self._networks().check(
-                    rows.to(dtype),
-                    tuple(one.to(dtype) for one in context),
-                    derivatives=wanted == "derivatives",
+                    *self._in_own_dtype(rows, context), derivatives=wanted == "derivatives"
                 )
             self.estimator.checked = wanted
         return rows, context, shape
@@ -432,6 +427,13 @@ class SelfNormalizing(InvertibleTransformModule):
     def _dtype(self) -> torch.dtype | None:
         """Of the networks; None if they have no parameters."""
         return next((p.dtype for p in self.forward_net.parameters()), None)
+
+    def _in_own_dtype(
+        self, rows: Tensor, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Under autocast, what comes in may be of another one."""
+        dtype = self._dtype() or rows.dtype
+        return rows.to(dtype), tuple(one.to(dtype) for one in context)
 
     def _check_orientation(self, sign: Tensor) -> None:
         """Say so where f is seen not to be invertible: det J of a bijection of ℝᴰ has one sign."""
