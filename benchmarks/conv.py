@@ -12,9 +12,9 @@ estimates of ``∂ log|det J|/∂a`` with the exact one, in float64:
   minimizes ``‖r ⋆ (J x) − x‖²`` over white images x; the estimate is ``flip(r) ⊙ m``. With n
   iterations, it is from 8 probes v, ``Σ ⟨v, ∂J u⟩/8``, after n steps ``u ← u + r ⋆ (v − J u)``, of
   which the best is kept; or from GMRES, preconditioned by r.
-- *torus*, *factors*: ``log_det="refined"``, that is, the probes see nothing but the difference to a
-  reference P. On the torus of the same kernel; or the factors of J as it was before the kernel
-  moved, by as much as the layer lets pass at most (‖(J − P)P⁻¹‖_F/√D = 0.05).
+- *periodic*, *factors*: ``log_det="refined"``, that is, the probes estimate only what J and a
+  control variate P differ by. P is the convolution with the same kernel and a periodic boundary; or
+  J as it was before the kernel moved, by as much as the layer admits (‖(J − P)P⁻¹‖_F/√D = 0.05).
 
 ``step`` trains one layer on images with a power-law spectrum. The methods take turns of some steps;
 the median over turns counts, but for refined the mean over all steps: it does some things only now
@@ -29,17 +29,19 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyro_snf.conv import kernels, refined
-from pyro_snf.conv.exact import ConvFactors
-from pyro_snf.conv.solve import one_pass_kernel
+from pyro_snf import SelfNormalizingConv2d
 from pyro_snf.krylov import krylov
-from pyro_snf.transforms.conv import SelfNormalizingConv2d
+from pyro_snf.log_dets import krylov_log_det
+from pyro_snf.maps import kernels
+from pyro_snf.maps.convolution_factors import ConvolutionFactors
+from pyro_snf.maps.convolution_solve import one_pass_kernel
 
 CONDITIONS = (3, 10, 100, 1000)
 WINDOWS = (3, 5, 7)
@@ -86,19 +88,34 @@ def richardson(
     return best
 
 
+def periodic_gradient(factors: ConvolutionFactors) -> Tensor:
+    """``∂ tr(P⁻¹ J)/∂a``, P having a periodic boundary and J zeros beyond the edges."""
+    inverse = kernels.flip(factors.inverse_kernel((3, 3)))
+    size, device = factors.image_size, inverse.device
+    return inverse * kernels.multiplicity((3, 3), size, "zeros", inverse.dtype, device)
+
+
 def refined_gradient(
-    kernel: Tensor, reference: ConvFactors, gradient: Tensor, probes: Tensor, num_iterations: int
+    kernel: Tensor,
+    factors: ConvolutionFactors,
+    gradient: Tensor,
+    probes: Tensor,
+    num_iterations: int,
 ) -> Tensor:
-    """What :mod:`pyro_snf.conv.refined` does with a reference, for a number of iterations."""
+    """What :mod:`pyro_snf.log_dets.krylov_log_det` estimates in a number of iterations.
+
+    :param factors: of the control variate P.
+    :param Tensor gradient: ``∂ tr(P⁻¹ J)/∂a``.
+    """
     if num_iterations == 0:
         return gradient
-    start = reference.solve(probes)
+    start = factors.solve(probes)
     space = krylov(
         lambda images: kernels.convolve(images, kernel, "zeros"),
-        reference.solve,
+        factors.solve,
         probes,
         tolerance=0.0,
-        max_iterations=num_iterations,
+        max_steps=num_iterations,
     )
     correction = kernels.kernel_gradient(space.solution - start, probes, (3, 3), "zeros")
     return gradient + correction / len(probes)
@@ -125,25 +142,24 @@ def estimates(
                 lambda images, r=inverse: kernels.convolve(images, r, "zeros"),
                 probes,
                 tolerance=0.0,
-                max_iterations=num_iterations,
+                max_steps=num_iterations,
             )
             gradient = kernels.kernel_gradient(space.solution, probes, (3, 3), "zeros")
             found[f"{name}, GMRES", num_iterations] = gradient / NUM_PROBES
-    torus = ConvFactors(kernel, size, "circular")
-    before = moved(kernel, size, generator)
-    factors = ConvFactors(before, size, "zeros")
+    periodic = ConvolutionFactors(kernel, size, "circular")
+    earlier = ConvolutionFactors(moved(kernel, size, generator), size, "zeros")
     for num_iterations in ITERATIONS:
-        found["refined, torus", num_iterations] = refined_gradient(
-            kernel, torus, refined.torus_gradient(torus, "zeros"), probes, num_iterations
+        found["refined, periodic", num_iterations] = refined_gradient(
+            kernel, periodic, periodic_gradient(periodic), probes, num_iterations
         )
         found["refined, factors", num_iterations] = refined_gradient(
-            kernel, factors, factors.kernel_gradient, probes, num_iterations
+            kernel, earlier, earlier.gradient, probes, num_iterations
         )
     return found
 
 
 def moved(kernel: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """The kernel some steps earlier: as far away as the layer lets a reference be."""
+    """The kernel some steps earlier: as far away as the layer admits."""
     direction = torch.randn(kernel.shape, generator=generator)
 
     def drift(scale: float) -> float:
@@ -153,7 +169,7 @@ def moved(kernel: Tensor, size: tuple[int, int], generator: torch.Generator) -> 
 
     scale = 1e-6
     for _ in range(20):
-        scale *= refined._MAX_DRIFT / drift(scale)
+        scale *= krylov_log_det._MAX_DRIFT / drift(scale)
     return kernel - scale * direction
 
 
@@ -169,7 +185,7 @@ def gradient(args: argparse.Namespace) -> None:
             for seed in range(args.num_kernels):
                 generator = torch.Generator().manual_seed(seed)
                 kernel = kernel_of_condition(channels, size, condition, generator)
-                exact = ConvFactors(kernel, size, "zeros").kernel_gradient
+                exact = ConvolutionFactors(kernel, size, "zeros").gradient
                 for key, value in estimates(kernel, size, generator).items():
                     error = ((value - exact).norm() / exact.norm()).item()
                     errors[key][condition].append(error)
@@ -196,8 +212,8 @@ def plot(tables: dict[str, dict[tuple[str, int], list[float]]]) -> Figure:
         ("learned kernel 7 × 7", 0): ("tab:red", "s--"),
         ("learned kernel 7 × 7", 10): ("tab:orange", "s-"),
         ("learned kernel 7 × 7, GMRES", 10): ("tab:orange", "s--"),
-        ("refined, torus", 0): ("tab:blue", "o:"),
-        ("refined, torus", 10): ("tab:blue", "o-"),
+        ("refined, periodic", 0): ("tab:blue", "o:"),
+        ("refined, periodic", 10): ("tab:blue", "o-"),
         ("refined, factors", 3): ("tab:green", "o-"),
     }
     for axis, (title, medians) in zip(axes, tables.items(), strict=True):
@@ -297,7 +313,7 @@ MAX_DENSE = 3200
 
 def step(args: argparse.Namespace) -> None:
     kernel_size = 3
-    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d | refreshes |")
+    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d | refactorizations |")
     print("|---|---|" + "---|" * (len(args.methods) + 2))
     for channels, height, width in args.images:
         generator = torch.Generator().manual_seed(0)
@@ -320,7 +336,7 @@ def step(args: argparse.Namespace) -> None:
         cells = [f"{runs[m].milliseconds():.2f}" if m in runs else "–" for m in args.methods]
         ratio = runs["refined"].milliseconds() / runs["conv2d"].milliseconds()
         refined_run = runs["refined"]
-        share = f"{refined_run.layer.num_refreshes} in {refined_run.count}"
+        share = f"{refined_run.layer.num_refactorizations} in {refined_run.count}"
         print(
             f"| {channels} | {height}×{width} | {' | '.join(cells)} | {ratio:.2f} | {share} |",
             flush=True,
@@ -435,8 +451,8 @@ def pointwise(args: argparse.Namespace) -> None:
 
 
 def exact(args: argparse.Namespace) -> None:
-    from pyro_snf.conv.exact import _Dense as DenseFactors
-    from pyro_snf.conv.exact import _Sparse as SparseFactors
+    from pyro_snf.maps.convolution_factors import _Dense as DenseFactors
+    from pyro_snf.maps.convolution_factors import _Sparse as SparseFactors
 
     print("| C | image | D | value, s | and gradient, s | SciPy splu, value, s | dense, value, s |")
     print("|---|---|---|---|---|---|---|")
@@ -455,8 +471,9 @@ def exact(args: argparse.Namespace) -> None:
         theta = 0.3 * torch.randn(channels, channels, 3, 3, generator=generator)
         kernel = kernels.near_identity(theta)
         dim = channels * height * width
-        value = seconds(lambda k=kernel, s=size: ConvFactors(k, s, "zeros").log_abs_det, 5)
-        both = seconds(lambda k=kernel, s=size: ConvFactors(k, s, "zeros").kernel_gradient, 5)
+        factors = partial(ConvolutionFactors, kernel, size, "zeros")
+        value = seconds(lambda make=factors: make().log_abs_det, 5)
+        both = seconds(lambda make=factors: make().gradient, 5)
         sparse = seconds(lambda k=kernel, s=size: SparseFactors(k, s).log_abs_det, 3)
         dense = "–"
         if dim <= 4096:

@@ -1,7 +1,7 @@
 """Pairs of free networks: the gradient's cost, bias and noise, the value's error, and densities.
 
     python benchmarks/free_form.py products      (J_gᵀ v against J_g v in forward mode)
-    python benchmarks/free_form.py bias          (of refined, against the number of iterations)
+    python benchmarks/free_form.py bias          (of refined, against the number of Krylov steps)
     python benchmarks/free_form.py probes        (noise: kinds and numbers of probes)
     python benchmarks/free_form.py value         (the value in training, against the exact one)
     python benchmarks/free_form.py digits        (exact test likelihood, 8 × 8)
@@ -43,7 +43,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pyro_snf import ActNorm, Compose, RationalQuadraticSpline, ResidualMLP, SelfNormalizing
+from pyro_snf import (
+    ActNorm,
+    Compose,
+    PairLearned,
+    PairMethod,
+    PairRefined,
+    RationalQuadraticSpline,
+    Reconstruction,
+    ResidualMLP,
+    SelfNormalizingPair,
+)
 from pyro_snf.free_form.linearization import Linearization, linearize
 from pyro_snf.free_form.log_det import (
     estimated_log_abs_det,
@@ -66,6 +76,9 @@ NUM_VALIDATION, NUM_TEST = 100, 500
 NUM_TRIED = 250
 #: Of ‖T.inv(T(x)) − x‖/(‖x‖ + √D), for the two to be the same: float32's, times the condition.
 SAME = 1e-3
+
+#: The value in training is not looked at.
+REFINED, LEARNED = PairRefined(lanczos_steps=0), PairLearned()
 
 
 # --- Networks, data and training ----------------------------------------------------------------
@@ -167,15 +180,15 @@ class Run:
         num_blocks: int = 4,
         learning_rate: float = 1e-3,
         seed: int = 0,
-        **options: Any,
+        log_det: PairMethod = REFINED,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.data, self.num_steps = data, num_steps
         self.dim = data.train.shape[1]
         pair = (make_network(self.dim, network, width, num_blocks) for _ in range(2))
-        # Nobody looks at the value in training.
-        self.transform = SelfNormalizing(
-            *pair, event_shape=self.dim, seed=seed, value_iterations=0, **options
+        self.transform = SelfNormalizingPair(
+            *pair, event_shape=self.dim, log_det=log_det, reconstruction=reconstruction
         )
         elementwise = [ActNorm(self.dim, event_dim=1)]
         if spline:
@@ -287,40 +300,30 @@ class Run:
         return (sign > 0).float().mean().item()
 
 
-#: Of a run: of the pair, and of its training. What is not said is as :class:`Run` has it.
+#: Of a run: of the pair, and of its training. What is not said is as :class:`Run` has it, λ as the
+#: method has it: 1 for refined, 10 for learned.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "refined": {"log_det": "refined", "reconstruction_weight": 1.0},
-    "refined, λ = 10": {"log_det": "refined", "reconstruction_weight": 10.0},
+    "refined": {"log_det": REFINED},
+    "refined, λ = 10": {"log_det": REFINED, "reconstruction": Reconstruction(10.0)},
     "refined, λ = 3, data noise": {
-        "log_det": "refined",
-        "reconstruction_weight": 3.0,
-        "data_noise": 0.5,
+        "log_det": REFINED,
+        "reconstruction": Reconstruction(3.0, data_noise_std=0.5),
     },
     "refined, noise 0.3": {
-        "log_det": "refined",
-        "reconstruction_weight": 1.0,
-        "latent_noise": 0.3,
+        "log_det": REFINED,
+        "reconstruction": Reconstruction(latent_noise_std=0.3),
     },
-    "refined, g alone": {"log_det": "refined", "reconstruction": "inverse"},
-    "refined, conv": {"log_det": "refined", "reconstruction_weight": 1.0, "network": "conv"},
-    "refined, conv + mlp": {
-        "log_det": "refined",
-        "reconstruction_weight": 1.0,
-        "network": "conv + mlp",
-    },
-    "learned": {"log_det": "learned", "reconstruction_weight": 10.0},
-    "learned, λ = 3": {"log_det": "learned", "reconstruction_weight": 3.0},
-    "learned, λ = 1": {"log_det": "learned", "reconstruction_weight": 1.0},
+    "refined, g alone": {"log_det": REFINED, "reconstruction": Reconstruction(trains="inverse")},
+    "refined, conv": {"log_det": REFINED, "network": "conv"},
+    "refined, conv + mlp": {"log_det": REFINED, "network": "conv + mlp"},
+    "learned": {"log_det": LEARNED},
+    "learned, λ = 3": {"log_det": LEARNED, "reconstruction": Reconstruction(3.0)},
+    "learned, λ = 1": {"log_det": LEARNED, "reconstruction": Reconstruction(1.0)},
     "learned, λ = 1, data noise": {
-        "log_det": "learned",
-        "reconstruction_weight": 1.0,
-        "data_noise": 0.5,
+        "log_det": LEARNED,
+        "reconstruction": Reconstruction(1.0, data_noise_std=0.5),
     },
-    "learned, rate 3e-3": {
-        "log_det": "learned",
-        "reconstruction_weight": 10.0,
-        "learning_rate": 3e-3,
-    },
+    "learned, rate 3e-3": {"log_det": LEARNED, "learning_rate": 3e-3},
 }
 
 
@@ -364,10 +367,10 @@ class _Point:
     def exact(self) -> Tensor:
         return self.gradient(exact_slogdet(self.forward, self.x, (), self.parameters)[1])
 
-    def estimate(self, probes: Tensor, max_iterations: int) -> tuple[Tensor, float]:
-        """The gradient by probes, and its certificate."""
+    def estimate(self, probes: Tensor, krylov_steps: int) -> tuple[Tensor, float]:
+        """The gradient by probes, and the estimate of its error."""
         surrogate, residual = probe_gradient(
-            self.near, self.back, probes, tolerance=0.0, max_iterations=max_iterations
+            self.near, self.back, probes, tolerance=0.0, krylov_steps=krylov_steps
         )
         return self.gradient(surrogate), residual.square().mean().sqrt().item()
 
@@ -416,8 +419,8 @@ def reverse_step(forward: nn.Module, inverse: nn.Module, x: Tensor, probes: Tens
     """``w = J_gᵀ v`` by a backward pass; then ``⟨v, J_fᵀ w⟩``."""
     near = linearize(forward, x)
     back = Linearization(near.output, inverse(near.output))
-    solution = back.transposed(probes)
-    surrogate = (near.transposed(solution, create_graph=True) * probes).sum(1)
+    solution = back.vjp(probes)
+    surrogate = (near.vjp(solution, create_graph=True) * probes).sum(1)
     return autoencoder_loss(x, near.output, back.output) - surrogate.mean()
 
 
@@ -425,7 +428,7 @@ def forward_step(forward: nn.Module, inverse: nn.Module, x: Tensor, probes: Tens
     """``u = J_g v`` along with g in forward mode; then ``⟨J_fᵀ v, u⟩``, as Free-form flows do."""
     near = linearize(forward, x)
     output, tangent = torch.func.jvp(inverse, (near.output,), (probes,))
-    surrogate = (near.transposed(probes, create_graph=True) * tangent.detach()).sum(1)
+    surrogate = (near.vjp(probes, create_graph=True) * tangent.detach()).sum(1)
     return autoencoder_loss(x, near.output, output) - surrogate.mean()
 
 
@@ -437,7 +440,8 @@ def plain_step(forward: nn.Module, inverse: nn.Module, x: Tensor) -> Tensor:
 def products(args: argparse.Namespace) -> None:
     print("Milliseconds of one product, of vectors with a graph that is there, and of a step\n")
     print_header(
-        *("D", "width", "forward pass", "Jᵀ v", "J v", "J v, its graph too", "jvp", "jvp / J v"),
+        *("D", "width", "forward pass", "Jᵀ v", "J v", "J v, its graph too"),
+        *("J v, forward mode", "forward mode / J v"),
         *("step, reverse", "step, forward", "autoencoder", "forward / reverse"),
     )
     for dim, width in zip(args.dims, args.widths, strict=True):
@@ -448,10 +452,10 @@ def products(args: argparse.Namespace) -> None:
         )
         x, v = (torch.randn(BATCH, dim, generator=generator) for _ in range(2))
         near = linearize(forward, x)
-        near.product(v)
+        near.jvp(v)
 
-        def fresh_product(near: Linearization = near, v: Tensor = v) -> Tensor:
-            return Linearization(near.source, near.output).product(v)
+        def fresh_jvp(near: Linearization = near, v: Tensor = v) -> Tensor:
+            return Linearization(near.source, near.output).jvp(v)
 
         steps = {
             "reverse": partial(reverse_step, forward, inverse, x, v),
@@ -466,10 +470,10 @@ def products(args: argparse.Namespace) -> None:
         ms = race(
             {
                 "pass": partial(no_grad, forward, x),
-                "transposed": partial(near.transposed, v),
-                "product": partial(near.product, v),
-                "fresh": fresh_product,
-                "jvp": partial(no_grad, torch.func.jvp, forward, (x,), (v,)),
+                "vjp": partial(near.vjp, v),
+                "jvp": partial(near.jvp, v),
+                "fresh jvp": fresh_jvp,
+                "forward mode": partial(no_grad, torch.func.jvp, forward, (x,), (v,)),
                 **{name: lambda step=step: step().backward() for name, step in steps.items()},
             },
             args.turns,
@@ -477,8 +481,8 @@ def products(args: argparse.Namespace) -> None:
         print_row(
             dim,
             width,
-            *(f"{ms[name]:.2f}" for name in ("pass", "transposed", "product", "fresh", "jvp")),
-            f"{ms['jvp'] / ms['product']:.2f}",
+            *(f"{ms[name]:.2f}" for name in ("pass", "vjp", "jvp", "fresh jvp", "forward mode")),
+            f"{ms['forward mode'] / ms['jvp']:.2f}",
             *(f"{ms[name]:.2f}" for name in ("reverse", "forward", "plain")),
             f"{ms['forward'] / ms['reverse']:.2f}",
         )
@@ -496,8 +500,8 @@ def products(args: argparse.Namespace) -> None:
     def forward_mode(probes: Tensor) -> Tensor:
         latent = point.back.source.detach()
         (tangent,) = torch.func.jvp(run.transform.inverse_net, (latent,), (probes[0],))[1:]
-        transposed = point.near.transposed(probes[0], create_graph=True)
-        return point.gradient((transposed * tangent.detach()).sum(1))
+        product = point.near.vjp(probes[0], create_graph=True)
+        return point.gradient((product * tangent.detach()).sum(1))
 
     exact = point.exact()
     for name, estimate in [("⟨v, J_fᵀ (J_gᵀ v)⟩", reverse), ("⟨J_fᵀ v, J_g v⟩", forward_mode)]:
@@ -524,12 +528,12 @@ def moments(draws: Iterable[Tensor], exact: Tensor) -> tuple[float, float]:
 
 # --- Bias ----------------------------------------------------------------------------------------
 
-ITERATIONS = (0, 1, 2, 3, 4, 6, 8)
+KRYLOV_STEPS = (0, 1, 2, 3, 4, 6, 8)
 
 
 def bias(args: argparse.Namespace) -> None:
-    print("Relative error of the mean gradient (certificate), k = D orthogonal probes\n")
-    print_header("pair", *(f"{n} iterations" for n in ITERATIONS))
+    print("Relative error of the mean gradient (its estimate), k = D orthogonal probes\n")
+    print_header("pair", *(f"{n} steps" for n in KRYLOV_STEPS))
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     dim = args.dim
@@ -539,7 +543,7 @@ def bias(args: argparse.Namespace) -> None:
     point = _Point(forward, nn.Identity(), x)
     jacobian = point.near.jacobian()
     condition = torch.linalg.cond(jacobian).median().item()
-    # One for all events: errors that differ from event to event would be averaged away.
+    # One for all rows of x: errors that differ from row to row would be averaged away.
     error = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
     for size in args.sizes:
         inexact = torch.linalg.inv(jacobian) @ (torch.eye(dim, dtype=torch.float64) + size * error)
@@ -560,10 +564,10 @@ def _print_bias(name: str, point: _Point, generator: torch.Generator) -> None:
     exact = point.exact()
     probes = draw_probes("orthogonal", dim, point.x.shape, generator, point.x.dtype)
     cells = []
-    for iterations in ITERATIONS:
-        estimate, certificate = point.estimate(probes, iterations)
-        error = (estimate - exact).norm().item() / exact.norm().item()
-        cells.append(f"{error:.1e} ({certificate:.1e})")
+    for krylov_steps in KRYLOV_STEPS:
+        gradient, estimate = point.estimate(probes, krylov_steps)
+        error = (gradient - exact).norm().item() / exact.norm().item()
+        cells.append(f"{error:.1e} ({estimate:.1e})")
     print_row(name, *cells)
 
 
@@ -588,12 +592,12 @@ def probes(args: argparse.Namespace) -> None:
         f"gradient of the whole loss over batches of {BATCH}: {of_batches:.1f}\n"
     )
     print("Standard deviation over probes, to the norm (to that of the batches); ms of an estimate")
-    for max_iterations in args.max_iterations:
-        print(f"\n{max_iterations} iterations\n")
+    for krylov_steps in args.krylov_steps:
+        print(f"\n{krylov_steps} Krylov steps\n")
         print_header("probes", *(f"k = {k}" for k in NUM_PROBES))
         times = race(
             {
-                f"{kind} {k}": partial(_draw_gradient, point, kind, k, max_iterations, args.seed)
+                f"{kind} {k}": partial(_draw_gradient, point, kind, k, krylov_steps, args.seed)
                 for kind in PROBES
                 for k in NUM_PROBES
             },
@@ -602,22 +606,22 @@ def probes(args: argparse.Namespace) -> None:
         for kind in PROBES:
             cells = []
             for k in NUM_PROBES:
-                draw = partial(_draw_gradient, point, kind, k, max_iterations)
+                draw = partial(_draw_gradient, point, kind, k, krylov_steps)
                 deviation, _ = moments(map(draw, range(args.num_draws)), exact)
                 relative = deviation * exact.norm().item() / of_batches
                 cells.append(f"{deviation:.3f} ({relative:.2f}); {times[f'{kind} {k}']:.1f}")
             print_row(kind, *cells)
 
 
-def _draw_gradient(point: _Point, kind: str, k: int, max_iterations: int, number: int) -> Tensor:
+def _draw_gradient(point: _Point, kind: str, k: int, krylov_steps: int, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(number)
     probes = draw_probes(kind, k, point.x.shape, generator, point.x.dtype)
-    return point.estimate(probes, max_iterations)[0]
+    return point.estimate(probes, krylov_steps)[0]
 
 
 # --- Value ---------------------------------------------------------------------------------------
 
-VALUE_ITERATIONS = (1, 2, 4, 8, 16)
+LANCZOS_STEPS = (1, 2, 4, 8, 16)
 
 
 def value(args: argparse.Namespace) -> None:
@@ -635,31 +639,30 @@ def value(args: argparse.Namespace) -> None:
             f"\n{name}, {args.setting}: log|det J| = {exact.mean():.1f} ± {exact.std():.1f} over "
             f"images, cond J = {condition:.1f}. Of a value in training, nats:\n"
         )
-        steps = {0: partial(_value_step, run, 0)}
-        steps |= {n: partial(_value_step, run, n) for n in VALUE_ITERATIONS}
-        times = race({str(n): step for n, step in steps.items()}, args.turns)
+        steps = {str(n): partial(_value_step, run, n) for n in (0, *LANCZOS_STEPS)}
+        times = race(steps, args.turns)
         print_header(
-            *("iterations", "bias", "± its error", "sd of an image", "sd of a batch of 100"),
+            *("Lanczos steps", "bias", "± its error", "sd of an image", "sd of a batch of 100"),
             *("ms a step", "share of the step"),
         )
         generator = torch.Generator().manual_seed(args.seed)
         few_near = linearize(pair.forward_net, few)
-        for iterations in VALUE_ITERATIONS:
+        for lanczos_steps in LANCZOS_STEPS:
             errors = torch.stack(
                 [
                     estimated_log_abs_det(
                         few_near,
                         draw_probes("orthogonal", 1, few.shape, generator, few.dtype),
-                        max_iterations=iterations,
+                        lanczos_steps=lanczos_steps,
                     )
                     - exact
                     for _ in range(args.num_draws)
                 ]
             )
             of_an_image = errors.var(0).mean().sqrt().item()
-            ms, rest = times[str(iterations)], times["0"]
+            ms, rest = times[str(lanczos_steps)], times["0"]
             print_row(
-                iterations,
+                lanczos_steps,
                 f"{errors.mean():+.2f}",
                 f"{of_an_image / math.sqrt(errors.numel()):.2f}",
                 f"{of_an_image:.2f}",
@@ -669,8 +672,8 @@ def value(args: argparse.Namespace) -> None:
             )
 
 
-def _value_step(run: Run, iterations: int) -> None:
-    run.transform.estimator.value_iterations = iterations
+def _value_step(run: Run, lanczos_steps: int) -> None:
+    run.transform.log_det.lanczos_steps = lanczos_steps
     pixels = next(run.batches)
     run.optimizer.zero_grad()
     (-run.density.log_prob(pixels).mean()).backward()
@@ -682,7 +685,7 @@ def _value_step(run: Run, iterations: int) -> None:
 def densities(args: argparse.Namespace) -> None:
     data = digits() if args.data_dir is None else mnist(args.data_dir)
     print_header(
-        *("setting", "test NLL", "±", "at step", "validation", "train", "certificate"),
+        *("setting", "test NLL", "±", "at step", "validation", "train", "error estimate"),
         *("T.inv(T(x)) = x", "T.inv(z) found", "det J > 0", "halfway", "g(f(x)) − x"),
         *("ms a step", "minutes"),
     )
@@ -692,7 +695,7 @@ def densities(args: argparse.Namespace) -> None:
             curve = run.train(every=args.every, name=name)
             at = min(curve, key=curve.__getitem__)
             found = run.evaluate()
-            certificate = run.transform.certificate
+            estimate = run.transform.error_estimate
             train_nll = run.nll(data.train[: len(data.validation)]).mean().item()
             print_row(
                 f"{name}, seed {seed}",
@@ -701,7 +704,7 @@ def densities(args: argparse.Namespace) -> None:
                 f"{at} of {run.count}",
                 f"{curve[at]:.2f}",
                 f"{train_nll:.2f}",
-                "exact" if certificate is None else f"{certificate:.3f}",
+                "exact" if estimate is None else f"{estimate:.3f}",
                 *(f"{x:.1%}" for x in (found.same, found.found, found.positive, found.halfway)),
                 f"{found.reconstruction:.3f}",
                 f"{1e3 * run.seconds / run.count:.1f}",
@@ -723,14 +726,14 @@ MAX_EXACT = 512
 
 
 def step_times(args: argparse.Namespace) -> None:
-    options: dict[str, dict[str, Any]] = {
-        "learned": {"log_det": "learned"},
-        "refined": {"log_det": "refined"},
-        "refined, value 0": {"log_det": "refined", "value_iterations": 0},
-        "exact": {"log_det": "exact"},
+    log_dets: dict[str, str | PairMethod] = {
+        "learned": "learned",
+        "refined": "refined",
+        "refined, value 0": REFINED,
+        "exact": "exact",
     }
     print(f"Milliseconds a step (to the autoencoder's), batch {args.batch}\n")
-    print_header("D", "width", "autoencoder", *options)
+    print_header("D", "width", "autoencoder", *log_dets)
     for dim in args.dims:
         width = max(64, dim)
         generator = torch.Generator().manual_seed(args.seed)
@@ -738,10 +741,10 @@ def step_times(args: argparse.Namespace) -> None:
         forward, inverse = (perturbed(ResidualMLP(dim, [width]), 0.2, generator) for _ in range(2))
         x = torch.randn(args.batch, dim, generator=generator)
         methods = {"autoencoder": lambda f=forward, g=inverse, x=x: plain_step(f, g, x).backward()}
-        for name, keywords in options.items():
+        for name, log_det in log_dets.items():
             if name == "exact" and dim > MAX_EXACT:
                 continue
-            transform = SelfNormalizing(forward, inverse, event_shape=dim, **keywords)
+            transform = SelfNormalizingPair(forward, inverse, event_shape=dim, log_det=log_det)
             methods[name] = partial(_flow_step, transform, x)
         # By itself: its memory goes back to the system, and the next would wait for new one.
         exact = methods.pop("exact", None)
@@ -749,11 +752,11 @@ def step_times(args: argparse.Namespace) -> None:
         if exact is not None:
             ms |= race({"exact": exact}, min(args.turns, 3))
         limit = ms["autoencoder"]
-        cells = [f"{ms[m]:.2f} ({ms[m] / limit:.1f})" if m in ms else "–" for m in options]
+        cells = [f"{ms[m]:.2f} ({ms[m] / limit:.1f})" if m in ms else "–" for m in log_dets]
         print_row(dim, width, f"{limit:.2f}", *cells)
 
 
-def _flow_step(transform: SelfNormalizing, x: Tensor) -> None:
+def _flow_step(transform: SelfNormalizingPair, x: Tensor) -> None:
     transform.zero_grad()
     y = transform(x)
     loss = y.square().sum(1) / 2 - transform.log_abs_det_jacobian(x, y)
@@ -789,7 +792,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--sizes", type=float, nargs="+", default=[0.01, 0.1, 0.3])
     add_training(command, 0)
     command = add("probes", probes)
-    command.add_argument("--max-iterations", type=int, nargs="+", default=[0, 4])
+    command.add_argument("--krylov-steps", type=int, nargs="+", default=[0, 4])
     command.add_argument("--turns", type=int, default=20)
     add_training(command, 100)
     command = add("value", value)

@@ -1,9 +1,9 @@
-"""Random or aimed probes? Trackers of the same weights side by side, on MNIST.
+"""Random probes, or a subspace iteration? Tracked inverses of the same weights, on MNIST.
 
 The two-layer flow of ``mnist_fc.py`` is trained with the exact gradient and a warm-up over 10
-epochs; trackers that do not take part follow its layers. Each does one round a step: the block
-Broyden update of ``pyro_snf.dense.tracked`` with k probes, either Gaussian, or aimed at the error
-E = I − RA by one subspace iteration. Nothing is ever refreshed.
+epochs; trackers that do not take part follow its layers. Each does one update a step: the block
+Broyden update of :mod:`pyro_snf.log_dets.tracked_inverse` along k directions, either Gaussian, or
+turned towards the error E = I − RA by one subspace iteration. Nothing is ever refactorized.
 
     python benchmarks/probes.py --data-dir DIR      (DIR has the IDX files, gzipped or not)
 """
@@ -21,34 +21,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_snf import SelfNormalizingLinear
-from pyro_snf.dense import near_identity
+from pyro_snf.maps import Dense
 
 DIM = 784
+DENSE = Dense()
 #: Singular directions of E whose share of its energy is reported.
 LARGEST = 16
 
 
 class Tracker:
-    def __init__(self, num_probes: int, aimed: bool) -> None:
-        self.num_probes, self.aimed = num_probes, aimed
+    def __init__(self, num_probes: int, iterates: bool) -> None:
+        self.num_probes, self.iterates = num_probes, iterates
         self.inverse_t = torch.eye(DIM)
         self.generator = torch.Generator().manual_seed(1)
 
     def update(self, theta: Tensor) -> None:
         probes = torch.randn(self.num_probes, DIM, generator=self.generator)
-        if self.aimed:
-            residual = probes - near_identity.multiply(theta, probes) @ self.inverse_t
-            probes = residual - near_identity.multiply_transposed(
-                theta, residual @ self.inverse_t.mT
-            )
+        if self.iterates:
+            residual = probes - DENSE.multiply(theta, probes) @ self.inverse_t
+            probes = residual - DENSE.multiply_transposed(theta, residual @ self.inverse_t.mT)
         probes = torch.linalg.qr(probes.mT).Q.mT
-        image = near_identity.multiply(theta, probes) @ self.inverse_t
+        image = DENSE.multiply(theta, probes) @ self.inverse_t
         step = torch.linalg.solve((probes @ image.mT).mT, probes - image)
         self.inverse_t.addmm_((probes @ self.inverse_t.mT).mT, step)
 
     def measure(self, theta: Tensor) -> tuple[float, float, float]:
         """‖E‖_F/√D, the relative error of the gradient, and the energy in few directions."""
-        matrix = near_identity.matrix(theta)
+        matrix = DENSE.weight(theta)
         inverse_t = torch.linalg.inv(matrix).mT
         energies = torch.linalg.svdvals(torch.eye(DIM) - self.inverse_t.mT @ matrix).square()
         return (
@@ -72,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer, warm_up = make_optimizer(flow, 1e-4, len(images) // BATCH)
     trackers = [
         {
-            f"{kind}, k = {k}": Tracker(k, kind == "aimed")
-            for kind, k in [("random", 8), ("random", 16), ("aimed", 4), ("aimed", 8)]
+            f"{kind}, k = {k}": Tracker(k, kind == "iterated")
+            for kind, k in [("random", 8), ("random", 16), ("iterated", 4), ("iterated", 8)]
         }
         for _ in layers
     ]
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---|---|---|---|")
     for number, (layer, followers) in enumerate(zip(layers, trackers, strict=True), start=1):
         for name, tracker in followers.items():
-            # The weights of one step later: as the next round would find R.
+            # The weights of one step later: as the next update would find R.
             error, gradient, share = tracker.measure(layer.theta.detach())
             print(f"| {number} | {name} | {error:.4f} | {gradient:.2%} | {share:.0%} |")
 

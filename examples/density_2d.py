@@ -2,7 +2,7 @@
 
 The toy densities of the paper's code, each about as wide as a standard normal. The flows:
 
-    exact, refined, learned    SelfNormalizing: residual networks f and g, and one of the log-dets
+    exact, refined, learned    SelfNormalizingPair: residual networks f and g, one of the log-dets
     spline_coupling            Pyro's, layers with permutations between them
     affine_autoregressive      Pyro's, likewise
 
@@ -60,7 +60,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm
 
-from pyro_snf import ResidualMLP, SelfNormalizing, plotting
+from pyro_snf import Reconstruction, ResidualMLP, SelfNormalizingPair, plotting
 
 LOG_DETS = ("exact", "refined", "learned")
 SPLINE, AFFINE = "spline_coupling", "affine_autoregressive"
@@ -93,7 +93,7 @@ NUM_BLOCKS, HIDDEN_DIMS = 3, [64, 64]
 FREQUENCY = 2.0
 #: λ at the start and at the end, between which it grows geometrically: late, where the learning
 #: rate is low, it holds nothing up. And the width of the noise around the data.
-RECONSTRUCTION_WEIGHTS, DATA_NOISE = (10.0, 100.0), 0.5
+RECONSTRUCTION_WEIGHTS, DATA_NOISE_STD = (10.0, 100.0), 0.5
 
 #: Of all flows' gradients. Where f nearly folds, those of log|det J| are large.
 MAX_GRADIENT_NORM = 1.0
@@ -256,7 +256,7 @@ class Flow(NamedTuple):
     density: dist.TransformedDistribution
     module: nn.Module
     """All that has parameters in it."""
-    pair: SelfNormalizing | None = None
+    pair: SelfNormalizingPair | None = None
     """The pair of free networks, if it is one."""
 
 
@@ -275,14 +275,8 @@ def make_flow(
             ResidualMLP(2, HIDDEN_DIMS, num_blocks=NUM_BLOCKS, activation=SineActivation)
             for _ in range(2)
         )
-        pair = SelfNormalizing(
-            f,
-            g,
-            event_shape=2,
-            log_det=name,
-            reconstruction_weight=reconstruction_weight,
-            data_noise=DATA_NOISE,
-        )
+        penalty = Reconstruction(reconstruction_weight, data_noise_std=DATA_NOISE_STD)
+        pair = SelfNormalizingPair(f, g, event_shape=2, log_det=name, reconstruction=penalty)
         transforms: list[Transform] = [pair.inv]
         module: nn.Module = pair
     else:
@@ -321,7 +315,8 @@ class Run:
         self, name: str, *, seconds: float, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         torch.manual_seed(seed)
-        self.flow = make_flow(name, self._reconstruction_weight, device)
+        # A function, for layers copy their options: a bound method would copy this run as well.
+        self.flow = make_flow(name, lambda _: self._reconstruction_weight(), device)
         self.learning_rate = LEARNING_RATES[name]
         self.budget = seconds
         self.device = device
@@ -354,7 +349,7 @@ class Run:
         """Of the time there is, from 0 to 1."""
         return min(self.seconds / self.budget, 1.0)
 
-    def _reconstruction_weight(self, _: int) -> float:
+    def _reconstruction_weight(self) -> float:
         """λ. It goes by time, as the learning rate does, not by steps."""
         first, last = RECONSTRUCTION_WEIGHTS
         return first * (last / first) ** self._progress()

@@ -60,6 +60,7 @@ from common import (
     write_result,
 )
 from density_digits import LEVELS as DIGIT_LEVELS
+from density_digits import LOG_DETS
 from density_digits import load_data as load_digits
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -67,6 +68,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from pyro_snf import (
+    Learned,
     MultiScale,
     SelfNormalizingConv2d,
     SelfNormalizingLinear,
@@ -113,7 +115,7 @@ COLUMNS, SAMPLE_ROWS = 12, 2
 #: Of images whose layers are reported on, which takes their singular values.
 MAX_REPORTED_DIM = 1000
 
-SelfNormalizing = SelfNormalizingLinear | SelfNormalizingConv2d
+Layer = SelfNormalizingLinear | SelfNormalizingConv2d
 
 
 class Data(NamedTuple):
@@ -144,13 +146,11 @@ def make_flow(args: argparse.Namespace, event_shape: torch.Size) -> Any:
 
     :raises ValueError: for images that do not fit.
     """
-    torch.manual_seed(args.seed)  # of Glow's rotations, and of its networks
-    options = {
-        "log_det": args.log_det,
-        "seed": args.seed,
-        "reconstruction_weight": args.reconstruction_weight,
-        "device": args.device,
-    }
+    torch.manual_seed(args.seed)  # of the layers' probes, Glow's rotations, and its networks
+    log_det: str | Learned = args.log_det
+    if log_det == "learned":
+        log_det = Learned(reconstruction_weight=args.reconstruction_weight)
+    options = {"log_det": log_det, "device": args.device}
     if args.model == "fc":
         return flows.fully_connected(event_shape, activation=args.activation, **options)
     if args.model == "conv":
@@ -377,9 +377,9 @@ def train(run: Run, *, num_epochs: int, checkpoint: Path, show_progress: bool = 
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def layers_of(flow: Any) -> list[SelfNormalizing]:
+def layers_of(flow: Any) -> list[Layer]:
     """The self-normalizing layers, in their order."""
-    return [module for module in flow.modules() if isinstance(module, SelfNormalizing)]
+    return [module for module in flow.modules() if isinstance(module, Layer)]
 
 
 @contextmanager
@@ -400,7 +400,7 @@ def inverted(flow: Any, method: str) -> Iterator[None]:
 
 @torch.no_grad()
 def decode(run: Run, latents: Tensor, method: str) -> Tensor:
-    """Integer pixels for latents, by the layers' ``"learned"`` or ``"exact"`` inverses.
+    """Integer pixels for latents, by the layers' ``"one_pass"`` or ``"exact"`` inverses.
 
     A pixel that is NaN, for approximate inverses may diverge, is black.
     """
@@ -426,16 +426,14 @@ def encode(run: Run, pixels: Tensor) -> Tensor:
     return run.flow(images.LogitTransform(run.data.num_levels)(values))
 
 
-def layers_with_shapes(
-    flow: Any, event_shape: torch.Size
-) -> Iterator[tuple[SelfNormalizing, torch.Size]]:
+def layers_with_shapes(flow: Any, event_shape: torch.Size) -> Iterator[tuple[Layer, torch.Size]]:
     """The self-normalizing layers, with the shapes of what they are given."""
     stacks: Sequence[Any] = flow.levels if isinstance(flow, MultiScale) else [flow]
     for index, stack in enumerate(stacks):
         if index > 0:
             event_shape = torch.Size([event_shape[0] // 2, *event_shape[1:]])
         for part in stack.parts:
-            if isinstance(part, SelfNormalizing):
+            if isinstance(part, Layer):
                 yield part, event_shape
             event_shape = part.forward_shape(event_shape)
 
@@ -474,8 +472,8 @@ def draw_pictures(run: Run, seed: int, folder: Path) -> dict[str, float]:
     """Write the pictures of a flow; return how far its one-pass inverse is off."""
     latents = draw_latents(run, COLUMNS * SAMPLE_ROWS, seed)
     shown = run.data.test[:COLUMNS]
-    samples = [decode(run, latents, method) for method in ("learned", "exact")]
-    again = [decode(run, encode(run, shown), method) for method in ("learned", "exact")]
+    samples = [decode(run, latents, method) for method in ("one_pass", "exact")]
+    again = [decode(run, encode(run, shown), method) for method in ("one_pass", "exact")]
     labels = ["one pass", "exact"]
     sample_labels = [label if row == 0 else "" for label in labels for row in range(SAMPLE_ROWS)]
     pictures = {
@@ -546,7 +544,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--log-det",
-        choices=SelfNormalizingConv2d.TRAINING_VALUES,
+        choices=LOG_DETS,
         default="refined",
         help="how log-determinants are had in training (default refined)",
     )

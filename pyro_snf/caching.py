@@ -1,10 +1,10 @@
-"""Remembering what is expensive, and forgetting it as soon as it is no longer true."""
+"""Caches of what is expensive to compute, dropped as soon as what it was computed from changes."""
 
 from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -17,8 +17,8 @@ from pyro_snf.precision import at_least_float32, without_autocast
 __all__ = [
     "Memo",
     "PairCache",
-    "ParameterCache",
     "ParameterState",
+    "StateCache",
     "TensorMemo",
     "TensorState",
     "fixed_directions",
@@ -28,17 +28,23 @@ __all__ = [
 
 Value = TypeVar("Value")
 
+# Values of one state that a cache keeps, such as the factors for images of several sizes.
+_MAX_VALUES = 4
+
 
 def version(tensor: Tensor) -> int:
     """Autograd's counter of writes in place; inference tensors have none."""
+    # The name is private, but is the one that torch's own documentation of autograd gives.
     return -1 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=16)
-def fixed_directions(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same random directions at every call, as rows, shape ``(count, D)``.
+def fixed_directions(
+    count: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The same random vectors at every call, each of shape ``(D,)``.
 
-    The entries have random signs and distinct sizes, none near 0, and mean square 1 in each row:
+    The entries have random signs and distinct sizes, none near 0, and mean square 1 in each vector:
     ``‖M w‖²`` is an unbiased estimate of ``‖M‖_F²``.
     """
     generator = np.random.Generator(np.random.PCG64(dim))
@@ -46,28 +52,32 @@ def fixed_directions(count: int, dim: int, dtype: torch.dtype, device: torch.dev
     rows = generator.uniform(0.5, 1.5, shape) * generator.choice([-1, 1], shape)
     rows /= np.sqrt(np.mean(rows**2, axis=-1, keepdims=True))
     with torch.inference_mode(False):  # for use outside it too
-        return torch.tensor(rows, dtype=dtype, device=device)
+        return torch.tensor(rows, dtype=dtype, device=device).unbind()
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """A copy of a vector; of a matrix, a fixed combination of its columns. O(numel) to compute.
+    """A copy of a vector; of a matrix, a fixed combination of its columns. O(numel).
 
-    The combination weighs every column differently, so permuted rows or columns show too. What it
-    cannot see is a change below the rounding of a row sum.
+    The combination gives every column another weight, so that permuted rows or columns show too.
+    It does not show changes below the rounding of a row sum.
     """
     tensor = tensor.detach()
     if tensor.dim() < 2:
         return tensor.clone()
+    if tensor.dim() > 2:
+        tensor = tensor.flatten(1)
     tensor = at_least_float32(tensor)  # else the products would round away small changes
+    (direction,) = fixed_directions(1, tensor.shape[-1], tensor.dtype, tensor.device)
     with without_autocast(tensor.device):  # which would do the same
-        return tensor @ fixed_directions(1, tensor.shape[-1], tensor.dtype, tensor.device)[0]
+        return torch.mv(tensor, direction)
 
 
 class TensorState:
     """What a tensor was at one moment, to be compared with what it is now.
 
-    Autograd's version counter alone is not enough: writing to ``parameter.data``, as Pyro's own
-    ``ClippedAdam`` does at every step, leaves it where it was. So the contents are compared too.
+    Autograd's version counter alone is not enough. Writes to ``parameter.data``, as Pyro's own
+    ``ClippedAdam`` makes them, do not change it, nor do the steps of torch's fused optimizers. So
+    the contents are compared too.
 
     :param Tensor tensor: the tensor, dense.
     """
@@ -75,12 +85,14 @@ class TensorState:
     def __init__(self, tensor: Tensor) -> None:
         self.version = version(tensor)
         # A trace (torch.jit) records operations on tensors, and would record the comparison's
-        # outcome as a constant. Within one trace nobody writes to parameters.
+        # outcome as a constant. Within one trace no parameter is written to.
         #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
         self.fingerprint = None if torch.jit.is_tracing() else _fingerprint(tensor)
 
     def __eq__(self, other: object) -> bool:
         """Whether the tensor was the same at both moments. NaNs never are."""
+        if self is other:
+            return True
         if not isinstance(other, TensorState):
             return NotImplemented
         if self.version != other.version:
@@ -104,8 +116,8 @@ def state_of(parameters: Iterable[Tensor]) -> ParameterState:
     return tuple(map(TensorState, parameters))
 
 
-class ParameterCache(Generic[Value]):
-    """One value that is computed from parameters, kept until one of them changes.
+class StateCache(Generic[Value]):
+    """Values computed from some tensors, kept until one of the tensors changes.
 
     Copies and pickles of a cache are empty.
     """
@@ -114,27 +126,37 @@ class ParameterCache(Generic[Value]):
         self.clear()
 
     def clear(self) -> None:
-        self._state: ParameterState | None = None
-        self._value: Value | None = None
+        self._state: object = None
+        self._values: dict[Hashable, Value] = {}
 
-    def get(self, parameters: Sequence[Tensor], compute: Callable[[], Value]) -> Value:
-        """The kept value if the parameters are what they were, else ``compute()``, kept."""
-        state = state_of(parameters)
-        if self._value is None or self._state != state:
-            self._value = compute()
+    def get(self, state: object, compute: Callable[[], Value], key: Hashable = None) -> Value:
+        """The cached value of a key if the state is what it was, else ``compute()``, cached.
+
+        :param state: of the tensors, from :class:`TensorState` or :func:`state_of`.
+        :param key: distinguishes values of the same state; the latest four are kept.
+        """
+        if self._state != state:
+            self._values = {}
             self._state = state
-        return self._value
+        if key in self._values:
+            value = self._values.pop(key)
+        else:
+            value = compute()
+            if len(self._values) >= _MAX_VALUES:
+                del self._values[next(iter(self._values))]  # the one not used for longest
+        self._values[key] = value
+        return value
 
-    def __reduce__(self) -> tuple[type[ParameterCache[Value]], tuple[()]]:
+    def __reduce__(self) -> tuple[type[StateCache[Value]], tuple[()]]:
         return type(self), ()
 
 
 class Memo(Protocol):
-    """What else came of the computation of a pair."""
+    """A by-product of the computation of a pair that its log-determinant can use."""
 
     @property
     def handle(self) -> Tensor:
-        """A tensor that is a part of the pair's graph, and dies with it."""
+        """A tensor of the pair's graph."""
 
 
 class TensorMemo(NamedTuple):
@@ -144,13 +166,13 @@ class TensorMemo(NamedTuple):
 
 
 class PairCache:
-    """The last pair ``(x, y = T(x))``, for as long as it is true.
+    """The last pair ``(x, y = T(x))``, for as long as it is valid.
 
-    A pair dies when a parameter changes or is replaced, when ``x`` or ``y`` is written to in place,
-    and when the graph between them would be another one now: gradients are recorded and were not
-    (a pair from under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a gradient
-    and did not; and the other way round; likewise with autocast and inference mode. And it dies
-    when a backward pass uses its graph up. Copies and pickles of a cache are empty.
+    A pair is dropped when a parameter changes or is replaced, when ``x`` or ``y`` is written to in
+    place, and when the graph between them would now be a different one: gradients are recorded and
+    were not (a pair from under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a
+    gradient and did not; and the other way round; likewise with autocast and inference mode. It is
+    also dropped when a backward pass frees its graph. Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
@@ -179,7 +201,7 @@ class PairCache:
         :param parameters: those of the map.
         :param state: their state when the pair was computed.
         :param Tensor computed: the one of the two that was computed from the other.
-        :param memo: what else came of it.
+        :param memo: a by-product of the computation.
         """
         self._pair = (x, y)
         self._conditions = self._current_conditions(parameters)
@@ -188,12 +210,12 @@ class PairCache:
         self._state = state
         self._memo = memo
         if self._has_graph and not torch.jit.is_tracing():
-            self.end_with(computed)
-            if memo is not None:
-                self.end_with(memo.handle)
+            self.drop_at_backward(computed)
+            if memo is not None and memo.handle.requires_grad:
+                self.drop_at_backward(memo.handle)
 
-    def end_with(self, tensor: Tensor) -> None:
-        """Drop the pair when the gradient of a tensor is computed, which uses the graph up."""
+    def drop_at_backward(self, tensor: Tensor) -> None:
+        """Drop the pair when the gradient of a tensor is computed, which frees the graph."""
         # Weakly: a strong reference in the graph would keep this cache, which keeps the graph.
         cache = weakref.ref(self)
         tensor.register_hook(lambda gradient: _clear_if_alive(cache))
@@ -210,26 +232,39 @@ class PairCache:
             return self._pair[0]
         return None
 
-    def memo_of(
-        self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Memo, ParameterState] | None:
-        """What came of the computation of this very pair, and the parameters' state then.
+    def memo_of(self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> Memo | None:
+        """The by-product of the computation of this very pair, or None.
 
-        The parameters may have been written to since, past the version counters: the memo is that
-        of the pair all the same.
+        It belongs to the pair even if parameters have been written to since then.
         """
         pair = self._pair
-        if pair is None or self._memo is None or pair[0] is not x or pair[1] is not y:
+        if pair is None or pair[0] is not x or pair[1] is not y:
             return None
-        return (self._memo, self._state) if self._is_under_conditions(parameters) else None
+        return self._memo if self._is_under_conditions(parameters) else None
+
+    def state_at(
+        self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[ParameterState | None, Memo | None]:
+        """The parameters' state when this very pair was computed, and the by-product.
+
+        Both are None if the parameters are not what they were. Autograd's version counters decide,
+        which is cheaper than comparing contents, and enough within one training step.
+        """
+        pair = self._pair
+        if pair is None or pair[0] is not x or pair[1] is not y:
+            return None, None
+        for state, parameter in zip(self._state, parameters, strict=True):
+            if state.version != version(parameter):
+                return None, None
+        return (self._state, self._memo) if self._is_under_conditions(parameters) else (None, None)
 
     def _is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
         if not self._is_under_conditions(parameters):
             return False
         assert self._pair is not None
         if self._pair[0].is_cuda and self._has_graph:
-            # To compare contents would be to wait for the device. In training there is no need: a
-            # backward pass, after which parameters are written to, ends the pair.
+            # Comparing contents would wait for the device. In training it is not necessary: the
+            # backward pass, after which parameters are written to, drops the pair.
             return [one.version for one in state] == [one.version for one in self._state]
         return state == self._state
 
@@ -249,7 +284,7 @@ class PairCache:
             version(y),
             x.requires_grad,
             y.requires_grad,
-            *[tensor.requires_grad for tensor in parameters],
+            *(tensor.requires_grad for tensor in parameters),
         ]
 
     def __reduce__(self) -> tuple[type[PairCache], tuple[()]]:

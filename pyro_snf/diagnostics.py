@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, TransformedDistribution
 
-from pyro_snf.conv.exact import ConvFactors
-from pyro_snf.conv.kernels import convolve, near_identity, theta_scale
 from pyro_snf.free_form.linearization import linearize
 from pyro_snf.free_form.log_det import exact_slogdet, probe_gradient
-from pyro_snf.free_form.pair import NetworkPair
+from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
-from pyro_snf.transforms.conv import SelfNormalizingConv2d
-from pyro_snf.transforms.free_form import SelfNormalizing
-from pyro_snf.transforms.linear import SelfNormalizingLinear
+from pyro_snf.transforms.pair import SelfNormalizingPair
+from pyro_snf.transforms.self_normalizing import (
+    AffineSelfNormalizingTransform,
+    SelfNormalizingTransform,
+)
 
 __all__ = [
     "PSIS",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-# Columns of a convolution's matrix that are in memory at a time.
+# Unit events that are in memory at a time.
 _CHUNK = 256
 
 
@@ -57,15 +57,13 @@ class GradientError(NamedTuple):
 # Numbers in the probes that are in memory at a time.
 _MAX_NUMBERS = 2**20
 
-# Relative distance of an event from what its inverse comes to, up to which it is the same.
+# Relative distance between an event and T.inv(T(event)) up to which it counts as recovered.
 _RECOVERED = 1e-4
 
-Layer = SelfNormalizingLinear | SelfNormalizingConv2d
 
-
-def _layer(transform: Transform) -> Layer:
+def _layer(transform: Transform) -> AffineSelfNormalizingTransform:
     inner = getattr(transform, "transform", transform)  # T.inv holds T
-    if not isinstance(inner, Layer):
+    if not isinstance(inner, AffineSelfNormalizingTransform):
         raise ValueError(
             f"expected a dense or convolutional self-normalizing layer or its inverse; "
             f"got {transform!r}"
@@ -73,19 +71,24 @@ def _layer(transform: Transform) -> Layer:
     return inner
 
 
-def _size_of(layer: SelfNormalizingConv2d, image_size: tuple[int, int] | None) -> tuple[int, int]:
-    size = layer.image_size if image_size is None else image_size
-    if size is None:
+def _event_shape(
+    layer: AffineSelfNormalizingTransform, image_size: tuple[int, int] | None
+) -> torch.Size:
+    if image_size is not None and layer.log_det.linear_map.event_dim == 3:
+        return torch.Size([len(layer.theta), *image_size])
+    if layer.event_shape is None:
         raise ValueError(f"expected image_size, for {layer} has not seen an image yet; got None")
-    return size
+    return layer.event_shape
 
 
 @torch.no_grad()
 def inverse_error(transform: Transform, image_size: tuple[int, int] | None = None) -> float:
     """``‖I − RW‖_F/√D`` of a layer, with R as it stands. 0 is exact, 1 is as good as no inverse.
 
-    Of a convolution, R is the one pass of ``inverse="learned"``: a learned kernel, or the window of
-    an exact inverse on a torus. It costs D² operations, times the size of the kernel.
+    R is the approximate inverse of ``inverse="one_pass"``: tracked or learned; or for other
+    convolutions a kernel of their ``inverse_kernel_size``, fitted by least squares up to 1024
+    entries for each channel, and beyond a window of the inverse with a periodic boundary. The error
+    costs D² operations, times D or the size of the kernels.
 
     >>> inverse_error(SelfNormalizingLinear(3))
     0.0
@@ -95,20 +98,14 @@ def inverse_error(transform: Transform, image_size: tuple[int, int] | None = Non
     :raises ValueError: for other transforms, and for a convolution without an image size.
     """
     layer = _layer(transform)
-    if isinstance(layer, SelfNormalizingConv2d):
-        return _kernel_error(layer, _size_of(layer, image_size))
-    product = layer.inverse_weight.double() @ layer.weight.double()
-    eye = torch.eye(layer.input_dim, dtype=product.dtype, device=product.device)
-    return (torch.linalg.norm(eye - product) / math.sqrt(layer.input_dim)).item()
-
-
-def _kernel_error(layer: SelfNormalizingConv2d, size: tuple[int, int]) -> float:
-    kernel, inverse = layer.weight.double(), layer.inverse_weight(size).double()
-    dim = layer.channels * size[0] * size[1]
-    total = 0.0
-    for indices in torch.arange(dim, device=kernel.device).split(_CHUNK):
-        units = nn.functional.one_hot(indices, dim).double().view(-1, layer.channels, *size)
-        back = convolve(convolve(units, kernel, layer.padding_mode), inverse, layer.padding_mode)
+    event_shape = _event_shape(layer, image_size)
+    linear_map, theta = layer.log_det.linear_map, layer.theta.double()
+    inverse = layer.log_det.inverse_weight(layer.theta, event_shape).double()
+    dim, total = event_shape.numel(), 0.0
+    for indices in torch.arange(dim, device=theta.device).split(_CHUNK):
+        units = nn.functional.one_hot(indices, dim).double().view(-1, *event_shape)
+        # The scale e^s of W and its inverse cancel: I − RW is that of A.
+        back = linear_map.apply_weight(inverse, linear_map.multiply(theta, units))
         total += (back - units).square().sum().item()
     return math.sqrt(total / dim)
 
@@ -119,12 +116,10 @@ def gradient_error(
 ) -> GradientError:
     """The surrogate gradient of a layer's log-determinant in its weight, against the exact one.
 
-    For a dense layer, ``Rᵀ`` against ``W⁻ᵀ``, with R as it stands; the next training step of a
-    ``"refined"`` layer brings it up to date first. For a convolution, what the next training step
-    would take.
+    It is the gradient that the next training step would take, for weights as they are now.
 
-    >>> gradient_error(SelfNormalizingLinear(3)).relative
-    0.0
+    >>> gradient_error(SelfNormalizingLinear(3)).relative < 1e-6
+    True
     >>> gradient_error(SelfNormalizingConv2d(3), (8, 8)).relative < 1e-6
     True
 
@@ -134,32 +129,23 @@ def gradient_error(
     :raises torch.linalg.LinAlgError: if the layer is singular.
     """
     layer = _layer(transform)
-    if isinstance(layer, SelfNormalizingConv2d):
-        size = _size_of(layer, image_size)
-        kernel = near_identity(layer.theta.double())
-        exact = ConvFactors(kernel, size, layer.padding_mode).kernel_gradient
-        surrogate = _kernel_gradient(layer, size).double()
-    else:
-        surrogate = layer.inverse_weight.double()
-        exact = torch.linalg.inv(layer.weight.double())
-    return _gradient_error(surrogate, exact)
+    event_shape = _event_shape(layer, image_size)
+    linear_map = layer.log_det.linear_map
+    exact = linear_map.factorize(layer.theta.double(), event_shape).gradient
+    training = copy.deepcopy(layer).train()  # not to change the layer's own state
+    training.theta.requires_grad_()
+    with torch.enable_grad():
+        x = training.theta.new_zeros(1, *event_shape)
+        log_det = training.log_abs_det_jacobian(x, x).sum()
+        (gradient,) = torch.autograd.grad(log_det, training.theta)
+    return _compare(gradient.double() / linear_map.theta_scale(layer.theta), exact)
 
 
-def _gradient_error(surrogate: Tensor, exact: Tensor) -> GradientError:
+def _compare(surrogate: Tensor, exact: Tensor) -> GradientError:
     length = torch.linalg.vector_norm(exact)
     relative = torch.linalg.vector_norm(surrogate - exact) / length
     cosine = (surrogate * exact).sum() / (torch.linalg.vector_norm(surrogate) * length)
     return GradientError(relative.item(), cosine.item())
-
-
-def _kernel_gradient(layer: SelfNormalizingConv2d, size: tuple[int, int]) -> Tensor:
-    """In a, the kernel without the scale, as the layer would have it in training."""
-    twin = copy.deepcopy(layer).train()  # the layer itself is to draw its own probes
-    twin.theta.requires_grad_()
-    with torch.enable_grad():
-        x = twin.theta.new_zeros(1, layer.channels, *size)
-        (gradient,) = torch.autograd.grad(twin.log_abs_det_jacobian(x, x).sum(), twin.theta)
-    return gradient / theta_scale(layer.theta)
 
 
 class PairReport(NamedTuple):
@@ -185,12 +171,12 @@ class PairReport(NamedTuple):
 
 @torch.no_grad()
 def pair_report(transform: Transform, x: Tensor) -> PairReport:
-    """How good the pair of networks of a :class:`~pyro_snf.SelfNormalizing` is, at some data.
+    """How good the pair of networks of a :class:`~pyro_snf.SelfNormalizingPair` is, at some data.
 
     It takes some D passes through the networks, and D² numbers, for every event: some hundred of
     them tell enough.
 
-    >>> layer = self_normalizing(3)  # the identity, so far
+    >>> layer = self_normalizing_pair(3)  # the identity, so far
     >>> pair_report(layer, torch.randn(100, 3)).num_recovered
     100
 
@@ -199,8 +185,8 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     :raises ValueError: for other transforms, and for inputs that do not fit it.
     """
     layer = getattr(transform, "transform", transform)  # T.inv holds T
-    if not isinstance(layer, SelfNormalizing):
-        raise ValueError(f"expected a SelfNormalizing or its inverse; got {transform!r}")
+    if not isinstance(layer, SelfNormalizingPair):
+        raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {transform!r}")
     rows, context = layer.rows_of(x)
     rows, context = rows.detach().double(), tuple(one.detach().double() for one in context)
     networks = (layer.forward_net, layer.inverse_net)
@@ -231,7 +217,7 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
 
 @torch.enable_grad()
 def _pair_gradient_error(
-    layer: SelfNormalizing, pair: NetworkPair, rows: Tensor, context: tuple[Tensor, ...]
+    layer: SelfNormalizingPair, pair: NetworkPair, rows: Tensor, context: tuple[Tensor, ...]
 ) -> GradientError:
     parameters = [one.requires_grad_() for one in pair.forward_net.parameters()]
     if not parameters:
@@ -256,11 +242,11 @@ def _pair_gradient_error(
             near,
             back,
             probes,
-            tolerance=layer.estimator.tolerance,
-            max_iterations=layer.estimator.max_iterations,
+            tolerance=layer.log_det.tolerance,
+            krylov_steps=layer.log_det.krylov_steps,
         )
         surrogate += len(units) * gradient_of(mean)
-    return _gradient_error(surrogate, exact)
+    return _compare(surrogate, exact)
 
 
 @dataclass(frozen=True)
@@ -270,20 +256,21 @@ class LayerReport:
     name: str
     """The layer's name within the flow."""
     dim: int
-    """D; for a convolution C·H·W, of the latest images, or C if there were none; for a pair of
-    networks without an event shape 0."""
+    """D; for a convolution C·H·W, of the latest images. 0 where no shape of events is known."""
     log_det: str
-    """The layer's ``log_det``."""
+    """The name of its log-determinant method."""
     condition: float
-    """Of a dense layer, an estimate of the condition number of W in the 1-norm, ``‖W‖₁‖R‖₁``; of a
-    convolution, one in the 2-norm, from the exact factors. NaN for one that has seen no images, and
-    for a pair of networks, whose every event has its own: see :func:`pair_report`."""
+    """An estimate of the condition number of the layer's weight as a linear map, in the 2-norm. NaN
+    for a convolution that has seen no images, and for a pair of networks, whose Jacobian depends on
+    the event: see :func:`pair_report`."""
     inverse_error: float
     """See :func:`inverse_error`. NaN for a convolution that has seen no images, and for a pair."""
-    certificate: float | None
-    """The layer's own latest estimate of the same; None where it keeps none."""
-    refreshes: int | None
-    """Exact refreshes so far; None where there are none."""
+    error_estimate: float | None
+    """The method's own latest estimate of its error; None where it makes none. Of the same error
+    as ``inverse_error`` for a matrix (dense, or of a 1 × 1 convolution); for another convolution
+    and for a pair, the residual of the probes' solves."""
+    num_refactorizations: int | None
+    """Factorizations in training so far; None where the method makes none."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +280,7 @@ class Report:
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        header = ["layer", "D", "log_det", "condition", "inverse error", "certificate", "refreshes"]
+        header = ["layer", "D", "log_det", "condition", "inverse error", "estimate", "factorized"]
         table = [header]
         for row in self.layers:
             table.append(
@@ -303,8 +290,8 @@ class Report:
                     row.log_det,
                     "–" if math.isnan(row.condition) else f"{row.condition:.3g}",
                     "–" if math.isnan(row.inverse_error) else f"{row.inverse_error:.2e}",
-                    "–" if row.certificate is None else f"{row.certificate:.2e}",
-                    "–" if row.refreshes is None else str(row.refreshes),
+                    "–" if row.error_estimate is None else f"{row.error_estimate:.2e}",
+                    "–" if row.num_refactorizations is None else str(row.num_refactorizations),
                 ]
             )
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
@@ -322,8 +309,8 @@ def report(flow: Any) -> Report:
     """A table with a row for every self-normalizing layer of a flow.
 
     >>> print(report(Compose([SelfNormalizingLinear(3), SmoothLeakyReLU()])))
-    layer  D  log_det  condition  inverse error  certificate  refreshes
-        0  3  refined          1       0.00e+00          nan          0
+    layer  D  log_det  condition  inverse error  estimate  factorized
+        0  3  Refined          1       0.00e+00       nan           0
 
     :param flow: a transform, a module that holds some (an autoguide, say), a
         ``TransformedDistribution``, or a list of these.
@@ -335,10 +322,10 @@ def report(flow: Any) -> Report:
     return Report(rows)
 
 
-def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer | SelfNormalizing]]:
+def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, SelfNormalizingTransform]]:
     if isinstance(flow, nn.Module):
         for name, module in flow.named_modules(prefix=prefix):
-            if isinstance(module, Layer | SelfNormalizing):
+            if isinstance(module, SelfNormalizingTransform):
                 yield name or type(module).__name__, module
     elif isinstance(flow, TransformedDistribution):
         yield from _named_layers(flow.transforms, prefix)
@@ -353,30 +340,22 @@ def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, Layer | Se
                 return
 
 
-def _row(name: str, layer: Layer | SelfNormalizing) -> LayerReport:
-    if isinstance(layer, SelfNormalizing):
-        dim = 0 if layer.event_shape is None else layer.event_shape.numel()
-        condition = error = math.nan
-    elif isinstance(layer, SelfNormalizingConv2d):
-        dim, condition, error = layer.channels, math.nan, math.nan
-        if layer.image_size is not None:
-            dim *= layer.image_size[0] * layer.image_size[1]
-            kernel = near_identity(layer.theta.double())
-            try:
-                condition = ConvFactors(kernel, layer.image_size, layer.padding_mode).condition
-                error = inverse_error(layer)
-            except torch.linalg.LinAlgError:  # of a singular one, there is a report all the same
-                condition = math.inf
-    else:
-        weight, inverse = layer.weight.double(), layer.inverse_weight.double()
-        norms = torch.linalg.matrix_norm(weight, 1) * torch.linalg.matrix_norm(inverse, 1)
-        dim, condition, error = layer.input_dim, norms.item(), inverse_error(layer)
+def _row(name: str, layer: SelfNormalizingTransform) -> LayerReport:
+    condition = error = math.nan
+    if isinstance(layer, AffineSelfNormalizingTransform) and layer.event_shape is not None:
+        linear_map = layer.log_det.linear_map
+        theta = linear_map.theta_of(layer.weight.double())
+        try:
+            condition = linear_map.factorize(theta, layer.event_shape).condition
+            error = inverse_error(layer)
+        except torch.linalg.LinAlgError:  # a singular layer has a report all the same
+            condition = math.inf
     return LayerReport(
         name=name,
-        dim=dim,
-        log_det=layer.log_det,
+        dim=0 if layer.event_shape is None else layer.event_shape.numel(),
+        log_det=type(layer.log_det).__name__,
         condition=condition,
         inverse_error=error,
-        certificate=layer.certificate,
-        refreshes=None if isinstance(layer, SelfNormalizing) else layer.num_refreshes,
+        error_estimate=layer.error_estimate,
+        num_refactorizations=layer.num_refactorizations,
     )

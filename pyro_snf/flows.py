@@ -19,10 +19,7 @@ Self Normalizing Flows. ICML 2021. [arXiv:2011.07248]
 
 from __future__ import annotations
 
-import copy
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_snf.conv.kernels import theta_scale
-from pyro_snf.conv.learned import LearnedKernel
-from pyro_snf.geco import GECO
+from pyro_snf.options import as_count, as_event_shape, as_image_shape
 from pyro_snf.transforms.activations import (
     RationalQuadraticSpline,
     SmoothLeakyReLU,
@@ -40,11 +35,10 @@ from pyro_snf.transforms.activations import (
 from pyro_snf.transforms.actnorm import ActNorm
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.compose import Compose
-from pyro_snf.transforms.conv import SelfNormalizingConv2d
+from pyro_snf.transforms.convolution import SelfNormalizingConv2d
 from pyro_snf.transforms.image_coupling import image_coupling
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 from pyro_snf.transforms.multiscale import MultiScale
-from pyro_snf.transforms.options import as_event_shape, as_image_shape, check_count
 from pyro_snf.transforms.squeeze import Squeeze2d
 
 __all__ = ["convolutional", "fully_connected", "glow"]
@@ -67,7 +61,7 @@ def fully_connected(
 
     The paper's: ``fully_connected((1, 28, 28))``. The layers start as the identity.
 
-    >>> flow = fully_connected((1, 4, 4), log_det="learned", reconstruction_weight=2.0)
+    >>> flow = fully_connected((1, 4, 4), log_det=Learned(reconstruction_weight=2.0))
     >>> flow(torch.zeros(5, 1, 4, 4)).shape
     torch.Size([5, 16])
 
@@ -78,21 +72,18 @@ def fully_connected(
         makes the activation for events of a given shape.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :param options: of the dense layers, such as ``log_det`` or ``num_probes``. The ``seed`` of the
-        probes is raised by 1 from layer to layer, and each gets a copy of a
-        :class:`~pyro_snf.GECO`.
+    :param options: of the dense layers, such as ``log_det``, of which each layer takes a copy.
     :raises ValueError: for options that are not of these.
     """
     shape = as_event_shape(event_shape)
-    check_count("num_layers", num_layers)
+    num_layers = as_count("num_layers", num_layers)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    make_layer = _makers(SelfNormalizingLinear, {**options, **factory})
     flat = torch.Size([shape.numel()])
     parts: list[Transform] = [] if shape == flat else [_Flatten(shape)]
     for index in range(num_layers):
         if index > 0:
             parts.append(_make_activation(activation, flat, **factory))
-        parts.append(next(make_layer)(*flat))
+        parts.append(SelfNormalizingLinear(flat[0], **options, **factory))
     return Compose(parts)
 
 
@@ -129,10 +120,9 @@ def convolutional(
     :raises ValueError: for options that are not of these, and for images that do not fit.
     """
     shape = as_image_shape(event_shape)
-    check_count("num_blocks", num_blocks)
-    check_count("layers_per_block", layers_per_block)
+    num_blocks = as_count("num_blocks", num_blocks)
+    layers_per_block = as_count("layers_per_block", layers_per_block)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    make_layer = _makers(SelfNormalizingConv2d, {**options, **factory})
     parts: list[Transform] = []
     for index in range(num_blocks):
         place = f"block {index + 1} of {num_blocks}"
@@ -140,7 +130,7 @@ def convolutional(
             parts += [_make_activation(activation, shape, **factory), Squeeze2d()]
             shape = _squeezed(shape, place)
         for _ in range(layers_per_block):
-            layer = next(make_layer)(shape[0], kernel_size)
+            layer = SelfNormalizingConv2d(shape[0], kernel_size, **options, **factory)
             if shape[1] < layer.kernel_size[0] or shape[2] < layer.kernel_size[1]:
                 raise ValueError(
                     f"{place}: expected images no smaller than kernels of {layer.kernel_size}; "
@@ -191,17 +181,16 @@ def glow(
     NeurIPS 2018. [arXiv:1807.03039]
     """
     shape = as_image_shape(event_shape)
-    check_count("num_levels", num_levels)
-    check_count("num_steps", num_steps)
+    num_levels = as_count("num_levels", num_levels)
+    num_steps = as_count("num_steps", num_steps)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    make_layer = _makers(SelfNormalizingConv2d, {**options, **factory})
     levels = []
     for index in range(num_levels):
         shape = _squeezed(shape, f"level {index + 1} of {num_levels}")
         channels, *size = shape
         parts: list[Transform] = [Squeeze2d()]
         for _ in range(num_steps):
-            mixing = next(make_layer)(channels, 1)
+            mixing = SelfNormalizingConv2d(channels, 1, **options, **factory)
             _rotate(mixing)
             coupling = image_coupling(channels, hidden_channels=hidden_channels, **factory)
             parts += [ActNorm(channels, **factory), mixing, coupling]
@@ -231,18 +220,6 @@ class _Flatten(ReshapeTransform):
         return self if cache_size == self._cache_size else _Flatten(self.in_shape, cache_size)
 
 
-def _makers(make: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
-    """``make`` with the options of the first layer, of the second, and so on."""
-    seed = options.get("seed", 0)
-    check_count("seed", seed, 0)
-    weight = options.get("reconstruction_weight")
-    for index in itertools.count():
-        own = {"seed": seed + index}
-        if isinstance(weight, GECO):  # it has a state, and takes a step for each layer's error
-            own["reconstruction_weight"] = copy.deepcopy(weight)
-        yield functools.partial(make, **{**options, **own})
-
-
 def _make_activation(
     activation: Activation,
     event_shape: torch.Size,
@@ -266,18 +243,8 @@ def _make_activation(
 def _rotate(layer: SelfNormalizingConv2d) -> None:
     """Make a 1 × 1 convolution start as a random orthogonal matrix, and know its inverse."""
     matrix = nn.init.orthogonal_(torch.empty(layer.channels, layer.channels, dtype=torch.float64))
-    _set_matrix(layer.theta, matrix)
-    layer.refresh()
-    if isinstance(layer.estimator, LearnedKernel):
-        _set_matrix(layer.estimator.theta, matrix.mT)
-
-
-def _set_matrix(theta: Tensor, matrix: Tensor) -> None:
-    """Set the parameter of a kernel so that its centre is a matrix, and the rest of it 0."""
-    eye = torch.eye(len(matrix), dtype=matrix.dtype)
-    centre = (matrix - eye) / theta_scale(theta)
-    theta.zero_()
-    theta[:, :, theta.shape[2] // 2, theta.shape[3] // 2] = centre.to(theta)
+    layer.theta.copy_(layer.log_det.linear_map.theta_of(matrix.view_as(layer.theta)))
+    layer.refactorize()
 
 
 def _squeezed(shape: torch.Size, place: str) -> torch.Size:

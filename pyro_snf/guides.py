@@ -15,7 +15,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
-from pyro_snf.path_gradient import PathGradientDistribution, SampleWeights
+from pyro_snf.options import as_count, as_number, check_choice, expect
+from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
@@ -25,10 +26,10 @@ __all__ = ["AutoSelfNormalizingFlow"]
 
 GRADIENTS = ("path", "total")
 
-# The typical length of gradients is a moving average over about so many of them.
+# The number of gradients in the moving average of their lengths.
 _CLIP_MEMORY = 100
 
-# For quantiles: the standard error of a median is then 2 % of a standard deviation.
+# Of draws for quantiles: the standard error of a normal median is then 2 % of a standard deviation.
 _NUM_DRAWS = 4000
 
 
@@ -40,12 +41,13 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     .. math::
         x = T_n(\cdots T_1(z)), \qquad z \sim N(0, I),
 
-    where dense layers (:class:`~pyro_snf.SelfNormalizingLinear`) and activations alternate, a dense
-    layer being the last. So ``num_layers=1`` is a Gaussian with a full covariance, and 2, the
-    default, a :class:`~pyro_snf.LowRankAutoregressive` map and a dense layer. A step costs O(D²).
+    where dense layers (:class:`~pyro_snf.SelfNormalizingLinear`) and activations alternate; the
+    last layer, :math:`T_n`, is dense. So ``num_layers=1`` is a Gaussian with a full covariance
+    matrix, and 2, the default, is a :class:`~pyro_snf.LowRankAutoregressive` map followed by a
+    dense layer. A step costs O(D²).
 
-    It starts as the mean-field Gaussian :math:`N(\text{init\_loc\_fn}, \text{init\_scale}^2)`, if
-    the activation starts as the identity.
+    If the activation starts as the identity, the guide starts as the mean-field Gaussian
+    :math:`N(\text{init\_loc\_fn}, \text{init\_scale}^2)`.
 
     >>> def model():
     ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -56,38 +58,42 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     >>> guide.sample_posterior(1000)["x"].shape
     torch.Size([1000, 3])
 
-    What it does that Pyro's guides do not:
+    Differences from Pyro's guides:
 
-    - ``gradient="path"``: the ELBO's gradient without the term that is 0 in expectation, so with
-      less noise the closer the guide is to the posterior (:mod:`pyro_snf.path_gradient`). Where
-      samples are weighed (``RenyiELBO``), an error asks for ``gradient="total"``.
-    - ``clip``: where the gradient in a sample is longer than so many times what is typical, it is
-      cut to that length. In heavy-tailed models some are, and Adam moves every weight for dozens of
-      steps after each.
+    - ``gradient="path"``: the gradient of the ELBO without the term whose expectation is 0. Its
+      variance decreases as the guide approaches the posterior (:mod:`pyro_snf.path_gradient`).
+      Objectives that weight samples, such as ``RenyiELBO``, raise an error: they need
+      ``gradient="total"``.
+    - ``clip``: the gradient in a sample is shortened to ``clip`` times the typical length if it is
+      longer. Heavy-tailed models have such gradients, each of which would affect dozens of Adam's
+      steps.
 
-    In ``eval()`` mode and under ``no_grad`` densities are exact. They are estimates in training,
-    with a measured error, as :class:`~pyro_snf.SelfNormalizingLinear` has it.
+    In ``eval()`` mode and under ``no_grad`` densities are exact. In training they are estimates
+    whose error :class:`~pyro_snf.SelfNormalizingLinear` measures.
 
-    The guide is created when it is called first. ``.to()`` and ``.double()`` may come before that
-    (they win over the model's device and dtype), and so may ``load_state_dict``.
+    The first call creates the flow. ``.to()`` and ``.double()`` may precede it (they take
+    precedence over the model's device and dtype), and so may ``load_state_dict``.
 
-    :param model: a Pyro model. Its structure is static, its latent variables continuous, or
+    :param model: a Pyro model of static structure, whose latent variables are continuous, or
         enumerated and hidden from the guide.
-    :param int num_layers: of dense layers and activations together, at least 1.
-    :param activation: ``activation(D)`` makes the transform that comes before a dense layer, such
-        as :func:`~pyro_snf.low_rank_autoregressive`, or a Pyro factory. One that keeps no cache,
-        such as torch's ``AffineTransform``, has the flow inverted in every step.
-    :param init_loc_fn: where each site starts, as in all of Pyro's guides.
-    :param float init_scale: the standard deviation to start from, of each unconstrained number.
+    :param int num_layers: n, dense layers and activations together, at least 1.
+    :param activation: ``activation(D)`` makes the transform before a dense layer, such as
+        :func:`~pyro_snf.low_rank_autoregressive` or a Pyro factory. With one that has no cache,
+        such as torch's ``AffineTransform``, every step inverts the flow.
+    :param init_loc_fn: the initial location of each site, as in all of Pyro's guides.
+    :param float init_scale: the initial standard deviation of each unconstrained number.
     :param str gradient: ``"path"`` or ``"total"``.
-    :param clip: in units of a typical gradient, above 1; None not to cut. It is for path gradients:
-        with ``gradient="total"``, where samples may be weighed, nothing is cut.
-    :param kwargs: keyword arguments of every :class:`~pyro_snf.SelfNormalizingLinear`: ``log_det``,
-        ``num_probes``, ``tolerance``, ``seed``, ….
-    :raises ValueError: for options that are not of these; for ``log_det="learned"`` with
-        ``gradient="path"``, which would leave the learned inverse untrained.
-    :raises TypeError: for keywords that no layer has.
+    :param clip: in units of the typical length, above 1; None for no clipping. With
+        ``gradient="total"``, where samples may have unequal weights, nothing is clipped.
+    :param kwargs: keyword arguments of every :class:`~pyro_snf.SelfNormalizingLinear`: ``log_det``
+        and ``inverse``.
+    :raises ValueError: for options outside these ranges; for ``gradient="path"`` with a ``log_det``
+        that has parameters, such as ``"learned"``, which it would leave untrained.
+    :raises TypeError: for keywords that the layers do not have.
     """
+
+    # Private names of Pyro and torch here are those by which their subclasses extend them: neither
+    # has public ones for the same.
 
     transform: Compose | None
 
@@ -103,33 +109,32 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         clip: float | None = 10.0,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"expected num_layers, an integer >= 1; got {num_layers!r}")
-        if not callable(activation):
-            raise ValueError(f"expected activation, a factory of transforms; got {activation!r}")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"expected gradient to be one of {GRADIENTS}; got {gradient!r}")
-        if clip is not None and not 1 < clip < math.inf:
-            raise ValueError(f"expected clip > 1, or None; got {clip!r}")
-        if gradient == "path" and kwargs.get("log_det") == "learned":
-            raise ValueError("expected gradient='total' with log_det='learned'; got 'path'")
+        num_layers = as_count("num_layers", num_layers)
+        expect("activation, a factory of transforms", callable(activation), activation)
+        check_choice("gradient", gradient, GRADIENTS)
+        if clip is not None:
+            clip = as_number("clip > 1, or None", clip, lambda number: 1 < number < math.inf)
         for name in ("init_scale", "bias", "device", "dtype"):
             if name in kwargs:
                 raise ValueError(f"expected options of the layers; got {name}={kwargs[name]!r}")
-        SelfNormalizingLinear(1, init_scale=init_scale, **kwargs)  # raises now, not in a first call
+        with torch.random.fork_rng(devices=[]):  # a layer that only checks the options
+            layer = SelfNormalizingLinear(1, init_scale=init_scale, **kwargs)
+        if gradient == "path" and list(layer.log_det.parameters()):
+            log_det = kwargs["log_det"]
+            raise ValueError(f"expected gradient='total' with log_det={log_det!r}; got 'path'")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.num_layers = num_layers
         self.activation = activation
-        self.init_scale = init_scale
+        self.init_scale = float(init_scale)
         self.gradient = gradient
         self.layer_options = kwargs
         self.clip = clip if gradient == "path" else None
         self.transform = None
-        # A moving average of the logarithms of gradients' lengths, and how many there have been.
+        # A moving average of the logarithms of the gradients' lengths, and their number.
         self.register_buffer("log_gradient_length", torch.tensor(0.0))
         self.register_buffer("num_gradients", torch.tensor(0.0))
-        self._sample_weights = SampleWeights()
-        # What .to(), .double() and so on have asked for before there was anything to move.
+        self._weights_check = EqualWeightsCheck()
+        # The arguments of .to(), .double() and so on before the first call.
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
 
@@ -158,13 +163,13 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             with self._pyro_context:
                 self._share_parameters()
         except BaseException:
-            self.prototype_trace = None  # the next call starts anew
+            self.prototype_trace = None  # so that the next call tries again
             raise
 
     def _make_transform(self, dim: int, device: torch.device, dtype: torch.dtype) -> None:
         factory = {**self.layer_options, "device": device, "dtype": dtype}
         parts: list[Transform] = []
-        for index in reversed(range(self.num_layers)):  # the last layer is a dense one
+        for index in reversed(range(self.num_layers)):  # the last layer, of index 0, is dense
             if index % 2 == 0:
                 scale = 1.0 if index else self.init_scale
                 parts.append(SelfNormalizingLinear(dim, init_scale=scale, **factory))
@@ -178,32 +183,35 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             setattr(self, name, buffer.to(device))
 
     def _share_parameters(self) -> None:
-        """Let the transform have the parameters of the parameter store, where that has them.
+        """Register the parameters of the transform, and replace them by those of Pyro's store.
 
-        As for the parameters of Pyro's guides; those of a mere torch module Pyro only registers.
+        As Pyro's guides do. Of a torch module, Pyro would only register the parameters.
         """
         if pyro.settings.get("module_local_params"):
-            _ = self.transform  # PyroModule tells Pyro of what is accessed
+            _ = self.transform  # the access registers them
             return
-        transform: Any = self._modules["transform"]  # past it: here it is told
         name = self._pyro_get_fullname("transform")
-        store = pyro.get_param_store()
-        for key, parameter in transform.named_parameters():
-            stored = store._params.get(param_with_module_name(name, key), parameter)
+        store = dict(pyro.get_param_store().named_parameters())
+        for key, parameter in self._flow.named_parameters():
+            stored = store.get(param_with_module_name(name, key), parameter)
             if stored.shape != parameter.shape:
                 raise RuntimeError(
                     f"expected {name}.{key} of shape {tuple(parameter.shape)}; the parameter store "
                     f"has one of shape {tuple(stored.shape)}: pyro.clear_param_store() first"
                 )
-        pyro.module(name, transform, update_module_params=True)
+        pyro.module(name, self._flow, update_module_params=True)
+
+    @property
+    def _flow(self) -> Any:
+        """The transform, without the registration of all parameters that Pyro adds to accesses."""
+        children = dict(self.named_children())
+        if "transform" not in children:
+            raise RuntimeError("this guide has not been created yet: call it first")
+        return children["transform"]
 
     @property
     def _last_layer(self) -> Any:
-        # Past PyroModule, which registers all parameters at every access.
-        transform: Any = self._modules.get("transform")
-        if transform is None:
-            raise RuntimeError("this guide has not been created yet: call it first")
-        return transform.parts[-1]
+        return self._flow.parts[-1]
 
     def get_base_dist(self) -> Distribution:
         """The distribution of z, ``N(0, I)`` in D dimensions."""
@@ -216,17 +224,15 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         elif self._pyro_context.active:
             self._share_parameters()
-        transform: Any = self._modules["transform"]
-        return transform
+        return self._flow
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TransformedDistribution:
-        """The distribution of x. Its samples are scored as ``gradient`` says."""
+        """The distribution of x; ``gradient`` says which gradient its log-density has."""
         transform = self.get_transform(*args, **kwargs)
+        base = self.get_base_dist()
         if self.gradient == "total":
-            return dist.TransformedDistribution(self.get_base_dist(), [transform])
-        return PathGradientDistribution(
-            self.get_base_dist(), [transform], weights=self._sample_weights
-        )
+            return dist.TransformedDistribution(base, [transform])
+        return PathGradientDistribution(base, [transform], weights_check=self._weights_check)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """A sample of x, in a model's or a guide's context."""
@@ -237,14 +243,14 @@ class AutoSelfNormalizingFlow(AutoContinuous):
 
     @torch.no_grad()
     def _clip_gradient(self, gradient: Tensor) -> Tensor:
-        """Cut the rows that are much longer than is typical; a row is a sample's."""
+        """Shorten the rows, one for each sample, that are much longer than is typical."""
         assert self.clip is not None
         length = at_least_float32(gradient).norm(dim=-1, keepdim=True)
         is_usable = torch.isfinite(length) & (length > 0)
         log_length = torch.where(is_usable, length.log(), math.nan)
         average, count = self.log_gradient_length, self.num_gradients
         typical = torch.where(count == 0, log_length.nanmean(), average)
-        # Whatever its size, a gradient moves the average no more than one at the limit does.
+        # An extreme gradient changes the average no more than one at the limit.
         limit = math.log(self.clip)
         change = (log_length - typical).clamp(-limit, limit).nanmean().nan_to_num()
         count += torch.isfinite(typical)
@@ -256,17 +262,16 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of all latent variables, each of shape ``(num_samples, *shape)``.
 
-        :param int num_samples: how many.
-        :param args: of the model, as for the guide; so ``kwargs``.
+        :param int num_samples: the number of draws.
+        :param args: arguments of the model, like ``kwargs``.
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"expected num_samples, an integer >= 1; got {num_samples!r}")
+        num_samples = as_count("num_samples", num_samples)
         return self._constrain(self._sample_latents(num_samples, *args, **kwargs))
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior median of every latent variable, from draws.
 
-        :param args: of the model, as for the guide; so ``kwargs``.
+        :param args: arguments of the model, like ``kwargs``.
         """
         return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
@@ -276,11 +281,12 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     ) -> dict[str, Tensor]:
         """Posterior quantiles of every latent variable, from 4,000 draws.
 
-        They are those of each unconstrained number, constrained: of each number by itself where
-        the constraint is one of each number (as for a scale), not for a simplex.
+        They are the quantiles of each unconstrained number, mapped to the constrained space: those
+        of each constrained number if the constraint is elementwise (as for a scale), not otherwise
+        (as for a simplex).
 
-        :param quantiles: numbers in [0, 1]; each result has them along its first dimension.
-        :param args: of the model, as for the guide; so ``kwargs``.
+        :param quantiles: numbers in [0, 1]; the first dimension of each result is theirs.
+        :param args: arguments of the model, like ``kwargs``.
         """
         draws = self._sample_latents(_NUM_DRAWS, *args, **kwargs)
         latents = at_least_float32(draws)  # torch's quantile takes no half precision
@@ -288,9 +294,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"expected a list of quantiles in [0, 1]; got {quantiles!r}")
         # torch's quantile takes 16 million numbers at most.
-        columns = latents.split(1024, dim=-1)
-        found = torch.cat([one.quantile(levels, dim=0) for one in columns], dim=-1)
-        return self._constrain(found.to(draws.dtype))
+        parts = [part.quantile(levels, dim=0) for part in latents.split(1024, dim=-1)]
+        return self._constrain(torch.cat(parts, dim=-1).to(draws.dtype))
 
     def _sample_latents(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         return self.get_posterior(*args, **kwargs).sample(torch.Size([num_samples]))
@@ -298,19 +303,17 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     def _constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """The values of all sites, from x of shape ``(N, D)``."""
         assert self.prototype_trace is not None
-        result = {}
-        start = 0
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            shape = self._unconstrained_shapes[name]
-            values = latents[:, start : start + shape.numel()]
-            start += shape.numel()
-            result[name] = biject_to(site["fn"].support)(values.reshape(-1, *shape))
-        return result
+        sites, shapes = self.prototype_trace.nodes, self._unconstrained_shapes
+        parts = latents.split([shape.numel() for shape in shapes.values()], dim=-1)
+        return {
+            name: biject_to(sites[name]["fn"].support)(part.reshape(-1, *shape))
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> AutoSelfNormalizingFlow:
-        if self.transform is None:  # to be remembered until there is something to move
+        if self.transform is None:  # for the transform that the first call makes
             probes = [fn(torch.empty(0, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
             if probes[0].dtype == probes[1].dtype:
                 self._dtype = probes[0].dtype
@@ -330,23 +333,23 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own would take the model from this guide as well as from the pickle.
+        # Pyro's version would also remove the model from this guide itself.
         for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)  # a weak reference, anew in each use
+            parameter.__dict__.pop("unconstrained", None)  # a weak reference, which Pyro sets anew
         state = {**self.__dict__, "_model": None, "master": None}
         if self.transform is not None:
-            state["activation"] = None  # it has been used, and a lambda could not be pickled
+            state["activation"] = None  # not needed any more, and lambdas cannot be pickled
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoSelfNormalizingFlow:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        # What Pyro's transforms remember has a graph, and could not be copied.
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        # Pyro's transforms keep tensors with a graph, which cannot be copied.
         for module in self.modules():
             for value in vars(module).values():
                 for part in value if isinstance(value, tuple) else (value,):
                     if isinstance(part, Tensor) and part.grad_fn is not None:
                         memo[id(part)] = None
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._model = self._model
-        return twin
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._model = self._model
+        return other

@@ -1,13 +1,13 @@
-r"""From images of integers to logits, and back: what stands between data and a flow of images.
+r"""Images of integers to logits and back, as flows of images need it.
 
-A density of pixels needs pixels that fill an interval. Uniform noise u makes them so,
+A density needs pixels of continuous values. Dequantization adds uniform noise u to the integers k,
 
 .. math::
     \log P(k) = \log \int_{[0, 1)^D} p(k + u)\, du \;\ge\; \mathbb{E}_u[\log p(k + u)],
 
-where k are integers and P is the probability that the density p gives them. So the likelihood of
-dequantized images is a lower bound of that of the integers, and their bits per dimension an upper
-bound (Theis et al., 2016). All Jacobians counted, p is a density of pixels from 0 to 256:
+where P(k) is the probability that the density p assigns to k. So the expected log-likelihood of
+dequantized images is a lower bound of that of the integers, and their bits per dimension are an
+upper bound (Theis et al., 2016). With all Jacobians included, p is a density of pixels in [0, 256]:
 
 >>> pixels = dequantize(torch.tensor([[[0, 255]]]))
 >>> base = dist.Normal(torch.zeros(1, 1, 2), 1.0).to_event(3)
@@ -32,27 +32,27 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
+from pyro_snf.options import as_count, as_number
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.options import check_count
 
 __all__ = ["LogitTransform", "bits_per_dim", "dequantize", "logit_transform", "quantize"]
 
 
 class LogitTransform(InvertibleTransformModule):
-    r"""Dequantized pixels to logits, elementwise, the interval squeezed by α so that its ends are
-    not infinite (Dinh et al., 2017):
+    r"""Dequantized pixels to logits, elementwise, of an interval that is shrunk by α so that the
+    logits of its ends are finite (Dinh et al., 2017):
 
     .. math::
         y = \log p - \log q, \qquad p = (1 - 2\alpha)(x / L + \alpha), \quad q = 1 - p,
 
-    for L levels. Pixels are in [0, L]; the domain, which is mapped to all real numbers, is a little
-    wider, by αL below and above. The log-det, :math:`\log((1 - 2\alpha)/L) - \log p - \log q`, is
-    summed over the event.
+    for L levels. Pixels lie in [0, L]. The domain, which is mapped to all real numbers, is wider by
+    about αL on either side. The log-det, :math:`\log((1 - 2\alpha)/L) - \log p - \log q`, is summed
+    over the event.
 
-    Value and log-det are accurate to about 1e-6 in float32, at any pixel. The inverse is to
-    rounding *of x*: of logits above 12, float32 pixels hold few digits. Half-precision numbers do
-    not hold pixels; they are taken as float32.
+    Value and log-det are accurate to about 1e-6 in float32, for all pixels. The inverse is accurate
+    to the rounding *of x*: float32 pixels determine logits above 12 to few digits. Half precision
+    cannot represent dequantized pixels; such input is converted to float32.
 
     >>> LogitTransform(event_dim=1)(torch.tensor([0.0, 128.0, 256.0]))
     tensor([-13.8155,   0.0000,  13.8155])
@@ -60,9 +60,9 @@ class LogitTransform(InvertibleTransformModule):
     :param int num_levels: L, of integers from 0 to L − 1.
     :param int event_dim: 3 for images, 1 for rows of pixels.
     :param float alpha: α, in (0, 0.5).
-    :raises ValueError: for options that are not of these, and for inputs that are not floating,
-        empty, or of fewer dimensions. A pixel outside the domain is a NaN here, and an error where
-        a distribution validates it.
+    :raises ValueError: for options outside these ranges, and for inputs that are empty, not
+        floating-point tensors, or of fewer dimensions. A pixel outside the domain gives NaN here,
+        and an error where a distribution validates it.
 
     References:
 
@@ -70,10 +70,10 @@ class LogitTransform(InvertibleTransformModule):
     [arXiv:1605.08803]
     """
 
-    # torch's AffineTransform and inverse SigmoidTransform would be the same map. But they clip what
-    # is out of range, so that images of another scale get a likelihood that says nothing. And their
-    # 1 − p, in float32, is off by up to 1 % in the brightest pixels, a likelihood by 3e-5 nats a
-    # pixel.
+    # Why not torch's AffineTransform and inverse SigmoidTransform, which give the same map: they
+    # clip values that are out of range, so that images of another scale get a meaningless
+    # likelihood; and their 1 − p, in float32, has an error of up to 1 % in the brightest pixels,
+    # which changes the likelihood by 3e-5 nats a pixel.
 
     sign = 1
 
@@ -88,13 +88,9 @@ class LogitTransform(InvertibleTransformModule):
 
     def __init__(self, num_levels: int = 256, event_dim: int = 3, alpha: float = 1e-6) -> None:
         super().__init__()
-        check_count("num_levels", num_levels, 2)
-        check_count("event_dim", event_dim, 0)
-        if not isinstance(alpha, float) or not 0 < alpha < 0.5:
-            raise ValueError(f"expected alpha in (0, 0.5); got {alpha!r}")
-        self.num_levels = num_levels
-        self.alpha = alpha
-        self._event_dim = event_dim
+        self.num_levels = as_count("num_levels", num_levels, 2)
+        self.alpha = as_number("alpha in (0, 0.5)", alpha, lambda number: 0 < number < 0.5)
+        self._event_dim = as_count("event_dim", event_dim, 0)
 
     def extra_repr(self) -> str:
         return f"num_levels={self.num_levels}, event_dim={self._event_dim}, alpha={self.alpha}"
@@ -107,7 +103,7 @@ class LogitTransform(InvertibleTransformModule):
         y = self._checked(y)
         p = torch.sigmoid(y)
         x = self.num_levels * (p / (1 - 2 * self.alpha) - self.alpha)
-        # The ends themselves have no logit: keep off, by what T can tell from them.
+        # The logits of the bounds are infinite: keep a distance at which p and q are still > 0.
         lower, upper = x.new_tensor(self._bounds())
         eps = torch.finfo(x.dtype).eps
         return x.clamp(lower * (1 - 4 * eps), torch.nextafter(upper, lower))
@@ -118,7 +114,7 @@ class LogitTransform(InvertibleTransformModule):
         return sum_rightmost(log_slope, self._event_dim)
 
     def _shares(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """p and q, both to their last digits: x is near one end of the interval only."""
+        """p and q; of pixels in [0, L], both have a relative error of a few units of rounding."""
         x = self._checked(x)
         alpha, levels = self.alpha, self.num_levels
         p = (x / levels + alpha) * (1 - 2 * alpha)
@@ -127,7 +123,7 @@ class LogitTransform(InvertibleTransformModule):
         return p, q
 
     def _bounds(self) -> tuple[float, float]:
-        """Where p is 0, and where it is 1."""
+        """The pixels at which p is 0 and 1."""
         alpha, levels = self.alpha, self.num_levels
         return -alpha * levels, levels * (1 / (1 - 2 * alpha) - alpha)
 
@@ -155,47 +151,46 @@ def logit_transform(
 def dequantize(
     pixels: Tensor, *, num_levels: int = 256, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``k + u``, u being uniform on [0, 1), for pixels k.
+    """``k + u`` for pixels k and noise u that is uniform on [0, 1).
 
-    The sum is below k + 1, also where it would be rounded up: ``quantize`` gives k back.
+    Sums that rounding would raise to k + 1 are lowered to the next smaller number, so that
+    :func:`quantize` returns k.
 
-    :param Tensor pixels: integers from 0 to L − 1, of any shape and type that holds them.
+    :param Tensor pixels: integers from 0 to L − 1, of any shape and of any real dtype.
     :param int num_levels: L.
-    :param torch.Generator generator: of the noise, which is drawn on its device; torch's global one
-        on that of the pixels, if None.
-    :return: of the same shape, and type if that is float32 or float64; else of the default type.
+    :param torch.Generator generator: for the noise, which is drawn on its device. None for torch's
+        global generator on the device of the pixels.
+    :return: of the same shape; of the same dtype if that is float32 or float64, else of torch's
+        default dtype.
     :raises ValueError: for pixels that are not integers from 0 to L − 1.
     """
-    check_count("num_levels", num_levels, 2)
+    num_levels = as_count("num_levels", num_levels, 2)
     if not isinstance(pixels, Tensor) or pixels.is_complex() or pixels.dtype == torch.bool:
-        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"expected a tensor of integers; got {got}")
-    if pixels.dtype != torch.uint8 or num_levels < 256:  # else there is nothing else in it
+        raise ValueError(f"expected a tensor of integers; got {_kind(pixels)}")
+    if pixels.dtype != torch.uint8 or num_levels < 256:  # uint8 has no other values
         is_level = (pixels >= 0) & (pixels < num_levels) & (pixels == pixels.floor())
         if not is_level.all():
             wrong = pixels[~is_level].flatten()[0].item()
             raise ValueError(f"expected integers from 0 to {num_levels - 1}; got {wrong}")
-    has_digits = pixels.dtype in (torch.float32, torch.float64)
-    dtype = pixels.dtype if has_digits else torch.get_default_dtype()
-    pixels = pixels.to(dtype)
+    if pixels.dtype not in (torch.float32, torch.float64):
+        pixels = pixels.to(torch.get_default_dtype())
     device = pixels.device if generator is None else generator.device
-    noise = torch.rand(pixels.shape, generator=generator, device=device, dtype=dtype)
+    noise = torch.rand(pixels.shape, generator=generator, device=device, dtype=pixels.dtype)
     largest = torch.nextafter(pixels + 1, pixels)
     return torch.minimum(pixels + noise.to(pixels.device), largest)
 
 
 def quantize(x: Tensor, *, num_levels: int = 256) -> Tensor:
-    """The integers ``⌊x⌋`` from 0 to L − 1, what is outside being moved to the next of them.
+    """The integers ``⌊x⌋``, clamped to the range from 0 to L − 1.
 
-    :param Tensor x: dequantized pixels or samples of them, floating, of any shape.
+    :param Tensor x: dequantized pixels or samples of them, a floating-point tensor of any shape.
     :param int num_levels: L.
     :return: of the same shape; uint8, or int64 for more than 256 levels.
-    :raises ValueError: for NaNs, and for a tensor that is not floating.
+    :raises ValueError: for NaNs, and for other tensors.
     """
-    check_count("num_levels", num_levels, 2)
+    num_levels = as_count("num_levels", num_levels, 2)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"expected a floating-point tensor; got {got}")
+        raise ValueError(f"expected a floating-point tensor; got {_kind(x)}")
     if x.isnan().any():
         raise ValueError("expected pixels; got NaN")
     integers = x.floor().clamp(0, num_levels - 1)
@@ -203,12 +198,16 @@ def quantize(x: Tensor, *, num_levels: int = 256) -> Tensor:
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
-    """``−log p / (D log 2)``, D being the number of pixels and channels of an image.
+    """``−log p / (D log 2)``, where D is the product of the sizes of an image.
 
-    :param Tensor log_prob: in nats, of any shape, that of 0–255 pixels.
+    :param Tensor log_prob: ``log p`` in nats, of any shape, for a density of pixels from 0 to 256.
     :param event_shape: of an image, such as ``(C, H, W)``.
-    :raises ValueError: for a shape that is not made of positive integers.
+    :raises ValueError: for sizes that are not positive integers.
     """
-    for size in event_shape:
-        check_count("sizes of event_shape", size)
-    return -log_prob / (math.prod(event_shape) * math.log(2))
+    dim = math.prod(as_count("sizes of event_shape", size) for size in event_shape)
+    return -log_prob / (dim * math.log(2))
+
+
+def _kind(value: object) -> object:
+    """The dtype of a tensor, the name of the type of anything else."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__

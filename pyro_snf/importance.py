@@ -1,4 +1,4 @@
-"""Can the guide be trusted? Pareto-smoothed importance sampling from the guide to the posterior."""
+"""Pareto-smoothed importance sampling from a guide: does it approximate the posterior?"""
 
 from __future__ import annotations
 
@@ -18,35 +18,39 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_snf.options import as_count, check_flag
+
 __all__ = ["PSIS", "pareto_smooth", "psis"]
 
-# The tail has a fifth of the draws at most, and five are the fewest to fit it to.
-_FEWEST_DRAWS = 25
-_FEWEST_IN_TAIL = 5
-# At it, 10^(1/(1 − k̂)) = 2200 draws are needed; above, soon more than anyone makes, and what they
-# give is mostly bias (Vehtari et al., 2024, section 3.2).
-_LARGEST_KHAT = 0.7
+_Program = Callable[..., Any]
+
+# The tail is fitted to at least 5 draws, and they are at most a fifth of all.
+_MIN_DRAWS = 25
+_MIN_TAIL_SIZE = 5
+# At this k̂, 10^(1/(1 − k̂)) = 2200 draws are needed. Above it, that number becomes impractically
+# large, and the error of the estimates is mostly bias (Vehtari et al., 2024, section 3.2).
+_MAX_KHAT = 0.7
 
 
 @dataclass(frozen=True, eq=False)
 class PSIS:
-    r"""What importance sampling from a guide says about it; see :func:`psis`. Prints as a table.
+    r"""The result of :func:`psis`, which prints as a table.
 
-    With S draws z from the guide q and their weights :math:`w = p(x, z)/q(z)`:
+    For S draws z from the guide q and their weights :math:`w = p(x, z)/q(z)`:
     """
 
     khat: float
-    """k̂, the tail index of w: its moments of order 1/k and above are infinite. −∞ where the
-    largest weights are equal, as they all are if the guide is the posterior."""
+    """k̂, the tail index of w: its moments of order 1/k and above are infinite. −∞ if the largest
+    weights are equal; if the guide is the posterior, all are."""
     elbo: float
     """The mean of log w."""
     elbo_error: float
-    """The standard error of ``elbo``; NaN where there are weights of zero."""
+    """The standard error of ``elbo``; NaN if there are weights of zero."""
     iw_elbo: float
-    """The importance-weighted ELBO, the log of the mean of the raw w: log p(x) or, in expectation,
-    below it."""
+    """The importance-weighted ELBO, the log of the mean of the raw w; its expectation is at most
+    log p(x)."""
     ess: float
-    """The effective number of draws, 1/Σw² of the smoothed and normalized weights."""
+    """The effective sample size, 1/Σw² of the smoothed and normalized weights."""
     log_weights: Tensor
     """The logs of the smoothed and normalized weights, shape ``(S,)``."""
     samples: dict[str, Tensor]
@@ -54,8 +58,8 @@ class PSIS:
 
     @property
     def threshold(self) -> float:
-        """What k̂ has to be below: min(1 − 1/log₁₀ S, 0.7)."""
-        return min(1 - 1 / math.log10(len(self.log_weights)), _LARGEST_KHAT)
+        """The bound of k̂ for a reliable result: min(1 − 1/log₁₀ S, 0.7)."""
+        return min(1 - 1 / math.log10(len(self.log_weights)), _MAX_KHAT)
 
     @property
     def is_reliable(self) -> bool:
@@ -66,14 +70,14 @@ class PSIS:
     def verdict(self) -> str:
         """What k̂ means, in words."""
         if self.khat == -math.inf:
-            return "reliable: the largest weights are equal"  # with an exact guide they all are
+            return "reliable: the largest weights are equal"
         if self.is_reliable:
             return f"reliable: below {self.threshold:.2f}"
-        if self.khat < _LARGEST_KHAT:
+        if self.khat < _MAX_KHAT:
             draws = math.ceil(10 ** (1 / (1 - self.khat)))
             return f"unreliable: not below {self.threshold:.2f}; {draws} draws would do"
         if self.khat < 1:
-            return f"unreliable: not below {_LARGEST_KHAT}; more draws would hardly help"
+            return f"unreliable: not below {_MAX_KHAT}; more draws would hardly help"
         return "unreliable: the weights have no finite mean"
 
     def mean(self) -> dict[str, Tensor]:
@@ -91,13 +95,13 @@ class PSIS:
     def resample(
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Draws from the posterior: the guide's, drawn again with the smoothed weights.
+        """Draws from the posterior: the guide's draws, resampled by the smoothed weights.
 
-        :param int num_samples: how many, with replacement.
+        :param int num_samples: the number of draws, with replacement.
         :param torch.Generator generator: of the random numbers, on the weights' device.
+        :raises ValueError: for a number below 1.
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"expected num_samples, an integer >= 1; got {num_samples!r}")
+        num_samples = as_count("num_samples", num_samples)
         weights = self.log_weights.exp()
         chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
         return {name: values[chosen] for name, values in self.samples.items()}
@@ -121,20 +125,20 @@ class PSIS:
 
 @torch.no_grad()
 def psis(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: _Program,
+    guide: _Program,
     *args: Any,
     num_samples: int = 1000,
     vectorize: bool = False,
     **kwargs: Any,
 ) -> PSIS:
-    r"""Whether to trust a guide: Pareto-smoothed importance sampling from it to the posterior.
+    r"""Pareto-smoothed importance sampling from a guide to the posterior.
 
-    Draws z from the guide have the weights :math:`w = p(x, z)/q(z)`. How heavy their tail is says
-    how far the guide is from the posterior: k̂, fitted to the largest weights. If k̂ is below
-    :math:`\min(1 - 1/\log_{10} S, 0.7)`, the smoothed weights give the posterior's expectations;
-    otherwise neither the weights nor the guide are to be trusted. What the guide never draws, such
-    as a mode that it misses, k̂ cannot see.
+    Draws z from the guide have the weights :math:`w = p(x, z)/q(z)`. The tail index k̂, fitted to
+    the largest weights, measures how far the guide is from the posterior. If k̂ is below
+    :math:`\min(1 - 1/\log_{10} S, 0.7)`, the smoothed weights give posterior expectations; if not,
+    neither the weights nor the guide are reliable. k̂ cannot detect regions from which the guide
+    never draws, such as a mode that it misses.
 
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -151,22 +155,23 @@ def psis(
     >>> result.mean()["z"], result.std()["z"]
     (tensor(0.5340), tensor(0.7362))
 
-    Log-densities are exact: under ``no_grad``, and with model and guide (or the modules whose
-    methods they are) in ``eval()`` mode, which is restored. The guide has to sample all latent
-    sites of the model, discrete ones too: sites that only Pyro's enumeration sums out have no
-    weights. Its auxiliary sites count as they do in Pyro's ELBOs: those of autoguides are right; a
-    guide with auxiliary variables that the draws do not determine is not this q. Where a plate is
-    subsampled, w is that of a random part of the data and no estimate of the whole's: pass all
-    data.
+    Log-densities are exact: they are computed under ``no_grad`` with model and guide (or the
+    modules whose methods they are) in ``eval()`` mode; the modes are restored afterwards. The guide
+    has to sample all latent sites of the model, including discrete ones; sites that Pyro's
+    enumeration sums out have no weights. Auxiliary sites are treated as in Pyro's ELBOs, which is
+    correct for autoguides; it is not for auxiliary variables that the draws do not determine. With
+    a subsampled plate, w is the weight for a random part of the data and does not estimate that for
+    all data: pass all of them.
 
     :param model: the model; with ``guide``, called with ``args`` and ``kwargs``.
     :param guide: the guide.
     :param int num_samples: S, the number of draws, at least 25.
     :param bool vectorize: whether to make all draws in one call, under a plate, as
-        ``vectorize_particles`` of Pyro's ELBOs does. Much faster, for models that allow it; their
-        structure is found in one more call.
-    :raises ValueError: if weights are NaN or +∞ or all zero, if model and guide do not have the
-        same latent sites, or if a continuous one is the same in all draws, as in an ``AutoDelta``.
+        ``vectorize_particles`` of Pyro's ELBOs does. Much faster, for models that allow it. One
+        more call determines the plates of the model.
+    :raises ValueError: for options outside these ranges; if weights are NaN or +∞ or all zero; if
+        model and guide do not have the same latent sites; or if a continuous one has the same value
+        in all draws, as in an ``AutoDelta``.
 
     References:
 
@@ -176,13 +181,12 @@ def psis(
     Yuling Yao, Aki Vehtari, Daniel Simpson, Andrew Gelman. Yes, but Did It Work?: Evaluating
     Variational Inference. ICML 2018. [arXiv:1802.02538]
     """
-    if not isinstance(num_samples, int) or num_samples < _FEWEST_DRAWS:
-        raise ValueError(
-            f"expected num_samples, an integer >= {_FEWEST_DRAWS}; got {num_samples!r}"
-        )
+    num_samples = as_count("num_samples", num_samples, _MIN_DRAWS)
+    check_flag("vectorize", vectorize)
     draw = _draw_at_once if vectorize else _draw_one_by_one
     with _eval_mode(model, guide):
-        log_weights, samples = draw(model, guide, num_samples, args, kwargs)
+        log_weights, samples, sites = draw(num_samples, model, guide, *args, **kwargs)
+    _check_not_constant(samples, sites)
     smoothed, khat = pareto_smooth(log_weights)
     raw, normalized = log_weights.cpu().double(), smoothed.cpu().double()
     return PSIS(
@@ -200,18 +204,19 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     r"""Pareto-smoothed, normalized log-weights, and k̂.
 
     The ``M = ⌈min(S/5, 3√S)⌉`` largest weights are replaced by the quantiles, at (i − ½)/M, of the
-    generalized Pareto distribution that is fitted to them, and cut at the largest raw weight.
+    generalized Pareto distribution that is fitted to them, and truncated at the largest raw weight.
 
-    Where less than 5 weights are above the others, there is no tail to fit: k̂ is +∞, and nothing is
-    smoothed. Where the M + 1 largest are equal, to :math:`\sqrt\varepsilon` of their type, k̂ is −∞.
+    If less than 5 weights exceed the (M + 1)-th largest, there is no tail to fit: k̂ is +∞, and the
+    weights are not smoothed. If the M + 1 largest are equal, to :math:`\sqrt\varepsilon` of their
+    dtype, k̂ is −∞.
 
     :param Tensor log_weights: of independent draws, not normalized, shape ``(S,)``, S ≥ 25. −∞ is a
         weight of zero.
-    :raises ValueError: for NaNs, +∞, or nothing but −∞.
+    :raises ValueError: for other shapes, and for values that are NaN, +∞, or all −∞.
     """
-    if log_weights.dim() != 1 or len(log_weights) < _FEWEST_DRAWS:
+    if log_weights.dim() != 1 or len(log_weights) < _MIN_DRAWS:
         raise ValueError(
-            f"expected log-weights of shape (S,) with S >= {_FEWEST_DRAWS}; "
+            f"expected log-weights of shape (S,) with S >= {_MIN_DRAWS}; "
             f"got {tuple(log_weights.shape)}"
         )
     num_bad = int((log_weights.isnan() | (log_weights == math.inf)).sum())
@@ -226,15 +231,15 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
 
     order = shifted.argsort()
     tail_size = math.ceil(min(len(shifted) / 5, 3 * math.sqrt(len(shifted))))
-    # Weights that underflow beside the largest one are no tail.
+    # Weights that underflow relative to the largest one do not count as a tail.
     cutoff = max(shifted[order[-tail_size - 1]].item(), math.log(torch.finfo(shifted.dtype).tiny))
     tail = order[shifted[order] > cutoff]
     if cutoff >= -math.sqrt(torch.finfo(log_weights.dtype).eps):
         khat = -math.inf
-    elif len(tail) < _FEWEST_IN_TAIL:
+    elif len(tail) < _MIN_TAIL_SIZE:
         khat = math.inf
     else:
-        # In units of the weight at the cutoff, so that close weights differ by more than rounding.
+        # Relative to the cutoff's weight, so that rounding does not hide small differences.
         khat, scale = fit_generalized_pareto(torch.expm1(shifted[tail] - cutoff))
         probabilities = (torch.arange(len(tail)).double() + 0.5) / len(tail)
         excess = _pareto_quantiles(probabilities, khat, scale)
@@ -249,36 +254,27 @@ def _pareto_quantiles(probabilities: Tensor, shape: float, scale: float) -> Tens
 
 
 def _draw_one_by_one(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    num_samples: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Raw log-weights of S draws, and the draws."""
+    num_samples: int, model: _Program, guide: _Program, *args: Any, **kwargs: Any
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """Raw log-weights of S draws, the draws, and the model's latent sites."""
     log_weights, draws = [], []
     for _ in range(num_samples):
         traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
-        model_trace, guide_trace = traces
-        log_weights.append(model_trace.log_prob_sum() - guide_trace.log_prob_sum())
-        draws.append({name: site["value"] for name, site in _latent_sites(*traces).items()})
+        log_weights.append(traces[0].log_prob_sum() - traces[1].log_prob_sum())
+        sites = _latent_sites(*traces)
+        draws.append({name: site["value"] for name, site in sites.items()})
     shapes = {tuple((name, value.shape) for name, value in sorted(draw.items())) for draw in draws}
     if len(shapes) > 1:
         raise ValueError(f"expected the same sites in every draw; got {shapes}")
     samples = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    _check_not_constant(_latent_sites(*traces), samples)
-    return torch.stack(log_weights), samples
+    return torch.stack(log_weights), samples, sites
 
 
 def _draw_at_once(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    num_samples: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, dict[str, Tensor]]:
+    num_samples: int, model: _Program, guide: _Program, *args: Any, **kwargs: Any
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """The same under a plate of size S, to the left of all plates of the model and the guide."""
-    if isinstance(poutine.unwrap(guide), Messenger):  # Pyro would run the model as the guide
+    if isinstance(poutine.unwrap(guide), Messenger):  # Pyro would run the model in its place
         raise ValueError(f"expected vectorize=False for a guide that is a messenger; got {guide!r}")
     random_state = pyro.util.get_rng_state()
     traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
@@ -292,24 +288,19 @@ def _draw_at_once(
         for frame in site["cond_indep_stack"]
         if frame.vectorized
     ]
+    plates = {"num_samples": num_samples, "max_plate_nesting": -min(dims, default=0)}
     log_weights, model_trace, _ = vectorized_importance_weights(
-        model,
-        guide,
-        *args,
-        num_samples=num_samples,
-        max_plate_nesting=-min(dims, default=0),
-        **kwargs,
+        model, guide, *args, **plates, **kwargs
     )
     samples = {
         name: model_trace.nodes[name]["value"].reshape(num_samples, *site["value"].shape)
         for name, site in sites.items()
     }
-    _check_not_constant(sites, samples)
-    return log_weights, samples
+    return log_weights, samples, sites
 
 
 def _latent_sites(model_trace: Trace, guide_trace: Trace) -> dict[str, Any]:
-    """The model's latent sites, all of which the guide has to sample, and no others."""
+    """The model's latent sites; a ValueError unless the guide samples all of them and no others."""
     sites = {name: model_trace.nodes[name] for name in model_trace.stochastic_nodes}
     proposed = set(guide_trace.stochastic_nodes)
     auxiliary = {
@@ -325,7 +316,8 @@ def _latent_sites(model_trace: Trace, guide_trace: Trace) -> dict[str, Any]:
     return sites
 
 
-def _check_not_constant(sites: dict[str, Any], samples: dict[str, Tensor]) -> None:
+def _check_not_constant(samples: dict[str, Tensor], sites: dict[str, Any]) -> None:
+    """A ValueError if a continuous site has the same value in all draws."""
     constant = [
         name
         for name, values in samples.items()
@@ -338,8 +330,8 @@ def _check_not_constant(sites: dict[str, Any], samples: dict[str, Tensor]) -> No
 
 
 @contextmanager
-def _eval_mode(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Modules, and modules whose methods these are, in ``eval()`` mode for a while."""
+def _eval_mode(*programs: _Program) -> Iterator[None]:
+    """A context in which modules, and the modules whose methods these are, are in eval mode."""
     owners = [getattr(program, "__self__", program) for program in programs]
     roots = [owner for owner in owners if isinstance(owner, nn.Module)]
     modes = {module: module.training for root in roots for module in root.modules()}
@@ -349,6 +341,6 @@ def _eval_mode(*programs: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes.items():
-            module.train(mode)  # for what the modules' own versions of it may do
+            module.train(mode)  # modules may override it, to drop caches for instance
         for module, mode in modes.items():
-            module.training = mode  # for train() has reached into their children
+            module.training = mode  # train() has changed their children too

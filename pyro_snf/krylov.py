@@ -1,4 +1,4 @@
-"""Solves with many vectors at once by Krylov spaces, and logarithms of determinants from the same.
+"""Krylov spaces for many vectors at once: linear systems, and logarithms of determinants.
 
 GMRES with a preconditioner on the right: ``u = P⁻¹ x`` with ``A x = v``, ``A = J P⁻¹``. Arnoldi's
 process builds an orthonormal basis Q of ``span(v, A v, A² v, …)`` and a small Hessenberg matrix
@@ -6,17 +6,18 @@ process builds an orthonormal basis Q of ``span(v, A v, A² v, …)`` and a smal
 
     vᵀ log(A) v  ≈  ‖v‖² [log H]₁₁
 
-by the same space, which makes the solve and the log-determinant ``tr log A = E[vᵀ log(A) v]`` one
-computation. (:func:`krylov`)
+in the same space, so that one computation gives the solution and the log-determinant
+``tr log A = E[vᵀ log(A) v]``. (:func:`krylov`)
 
-Where there is no preconditioner whose determinant is known, log|det J| is had from J itself. The
-process of Golub and Kahan (1965) builds orthonormal bases with ``J Q = P B``, B being bidiagonal,
-so that ``BᵀB`` is what Lanczos' process makes of ``JᵀJ``; with ``B = U diag(σ) Wᵀ``,
+Where there is no preconditioner whose determinant is known, log|det J| is computed from J itself.
+The process of Golub and Kahan (1965) builds orthonormal bases with ``J Q = P B``, B being
+bidiagonal, so that ``BᵀB`` is the matrix of Lanczos' process for ``JᵀJ``. With
+``B = U diag(σ) Wᵀ``,
 
     ½ vᵀ log(JᵀJ) v  ≈  ‖v‖² Σᵢ W₁ᵢ² log σᵢ.
 
-That is a Gauss quadrature of a logarithm, whose error has one sign: never below the truth, and
-closer with every vector (Golub and Meurant, 2010, §6). (:func:`log_quadrature`)
+This is a Gauss quadrature of a logarithm. It is an upper bound, which decreases with every vector
+(Golub and Meurant, 2010, §6). (:func:`log_quadrature`)
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ __all__ = ["KrylovSpace", "krylov", "log_quadrature"]
 
 Operator = Callable[[Tensor], Tensor]
 
-# Of a matrix of eigenvectors, up to which they are independent enough. A kernel that has moved in
-# one of two channels as the other sees it, and no more, has E² = 0 and no basis of eigenvectors.
+# The condition number of a matrix of eigenvectors up to which these are used. A kernel that has
+# changed only in the entries by which one of two channels depends on the other has E² = 0, and no
+# basis of eigenvectors.
 _MAX_CONDITION = 1e7
 
-# Of Gauss' rule; exact to rounding for eigenvalues between 0.1 and 10.
+# The nodes of Gauss' rule. It is exact to rounding for eigenvalues between 0.1 and 10.
 _NUM_NODES = 24
 
 
 @dataclass(frozen=True)
 class KrylovSpace:
-    """What a Krylov space knows of ``J u = v``, for B right-hand sides v at once."""
+    """The solution of ``J u = v`` in a Krylov space, for B right-hand sides v at once."""
 
     solution: Tensor
     """u, of the shape of v."""
@@ -60,7 +62,10 @@ class KrylovSpace:
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """The smallest absolute eigenvalue of all H. In some direction, A shrinks by it or more."""
+        """The smallest absolute value of an eigenvalue of any H.
+
+        It is an estimate of the smallest one of A, from above.
+        """
         return self._eigenpairs[0].abs().min().item()
 
     def second_order_log(self) -> Tensor:
@@ -99,7 +104,7 @@ def krylov(
     *,
     preconditioned: Tensor | None = None,
     tolerance: float,
-    max_iterations: int,
+    max_steps: int,
 ) -> KrylovSpace:
     """Solve ``J u = v`` for every v, until the residuals are below the tolerance.
 
@@ -108,25 +113,25 @@ def krylov(
     :param operator: J, on batches of vectors, which may be of any shape, images say.
     :param preconditioner: ``P⁻¹``, likewise.
     :param Tensor vectors: v, shape ``(B, *event)``.
-    :param preconditioned: ``P⁻¹ v``, if it is at hand.
+    :param preconditioned: ``P⁻¹ v``, if it is known.
     :param float tolerance: of ``‖v − J u‖/‖v‖``.
-    :param int max_iterations: after which to stop with what there is, at least 1.
+    :param int max_steps: the largest dimension of the space, at least 1.
     """
     rows = vectors.flatten(1)
     failed = ~torch.isfinite(rows).all(1)
     rows = torch.where(failed.unsqueeze(1), 0, rows)
     count, dim = rows.shape
-    max_iterations = min(max_iterations, dim)
+    max_steps = min(max_steps, dim)
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    # A right-hand side of zeros is solved by zeros.
+    # The solution for a right-hand side of zeros is zero.
     divisor = size.clamp_min(torch.finfo(rows.dtype).tiny)
-    basis = rows.new_empty(count, max_iterations, dim)
+    basis = rows.new_empty(count, max_steps, dim)
     basis[:, 0] = rows / divisor
-    images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which the solution is put together of
-    hessenberg = torch.zeros(count, max_iterations + 1, max_iterations, dtype=torch.float64)
-    target = torch.zeros(count, max_iterations + 1, 1, dtype=torch.float64)
+    images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which spans the solutions
+    hessenberg = torch.zeros(count, max_steps + 1, max_steps, dtype=torch.float64)
+    target = torch.zeros(count, max_steps + 1, 1, dtype=torch.float64)
     target[:, 0] = 1
-    for step in range(max_iterations):
+    for step in range(max_steps):
         if step == 0 and preconditioned is not None:
             image = preconditioned.flatten(1) / divisor
         else:
@@ -138,15 +143,16 @@ def krylov(
         vector = torch.where(finite.unsqueeze(1), vector, 0)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
         hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double().cpu()
-        # A space that was exhausted before has a column of zeros: 1 on the diagonal is as good.
+        # The column of an exhausted space is zero. With a 1 on the diagonal, H stays regular, and
+        # the solution is the same.
         is_exhausted = ~(basis[:, step] != 0).any(1)
         hessenberg[:, step, step].masked_fill_(is_exhausted.cpu(), 1.0)
         current = hessenberg[:, : step + 2, : step + 1]
-        # The default, gelsy, starts from pivots that torch leaves uninitialized: each time, other
-        # last digits.
+        # The default driver, gelsy, reads pivots that torch leaves uninitialized, so that the last
+        # digits would differ from run to run.
         weights = torch.linalg.lstsq(current, target[:, : step + 2], driver="gelsd").solution
         residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
-        if residual.max() <= tolerance or step + 1 == max_iterations:
+        if residual.max() <= tolerance or step + 1 == max_steps:
             break
         basis[:, step + 1] = direction
     weights = weights.to(rows).mT  # (B, 1, n)
@@ -162,39 +168,41 @@ def krylov(
 
 @torch.no_grad()
 def log_quadrature(
-    operator: Operator, transposed: Operator, vectors: Tensor, *, max_iterations: int
+    operator: Operator, transposed: Operator, vectors: Tensor, *, max_steps: int
 ) -> Tensor:
     """``½ vᵀ log(JᵀJ) v`` for every v, shape ``(B,)``, in float64 on the CPU.
 
-    Its mean over v with ``E[v vᵀ] = I`` is ``log|det J|``, from above where ``max_iterations`` are
-    few, and exact from D on. It is −∞ where J is seen to be singular, NaN where it is not finite.
+    Its mean over v with ``E[v vᵀ] = I`` is ``log|det J|``: an upper bound for few steps, and exact
+    for D steps. It is −∞ where J is found to be singular, and NaN where a product is not finite.
 
     :param operator: J, on batches of vectors.
     :param transposed: Jᵀ, likewise.
     :param Tensor vectors: v, shape ``(B, *event)``, none of them 0.
-    :param int max_iterations: products with J, and with Jᵀ one less.
+    :param int max_steps: products with J, and with Jᵀ one less.
     """
     rows = vectors.flatten(1)
     count, dim = rows.shape
-    max_iterations = min(max_iterations, dim)
+    max_steps = min(max_steps, dim)
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    right = rows.new_zeros(count, max_iterations, dim)  # Q
+    right = rows.new_zeros(count, max_steps, dim)  # Q
     left = torch.zeros_like(right)  # P
     right[:, 0] = rows / size
-    bidiagonal = torch.zeros(count, max_iterations, max_iterations, dtype=torch.float64)
-    is_open = torch.ones(count, 1, dtype=torch.bool, device=rows.device)  # there is a q yet
-    for step in range(max_iterations):
+    bidiagonal = torch.zeros(count, max_steps, max_steps, dtype=torch.float64)
+    is_open = torch.ones(
+        count, 1, dtype=torch.bool, device=rows.device
+    )  # the space is not exhausted
+    for step in range(max_steps):
         vector = operator(right[:, step].view_as(vectors)).flatten(1)
         left[:, step], length, _ = _orthogonalize(vector, left[:, :step])
-        # Where the space is exhausted, 1 stands on the diagonal, and is not seen from v.
+        # In an exhausted space, the 1 on the diagonal has no weight in the quadrature.
         bidiagonal[:, step, step] = torch.where(is_open, length, 1).squeeze(1).double().cpu()
-        if step + 1 < max_iterations:
+        if step + 1 < max_steps:
             vector = transposed(left[:, step].view_as(vectors)).flatten(1)
             right[:, step + 1], length, _ = _orthogonalize(vector, right[:, : step + 1])
             bidiagonal[:, step, step + 1] = length.squeeze(1).double().cpu()
             is_open = is_open & (length != 0)
     finite = torch.isfinite(bidiagonal).flatten(1).all(1)
-    eye = torch.eye(max_iterations, dtype=torch.float64)
+    eye = torch.eye(max_steps, dtype=torch.float64)
     bidiagonal = torch.where(finite.view(-1, 1, 1), bidiagonal, eye)
     _, values, right_vectors = torch.linalg.svd(bidiagonal)
     logarithm = torch.xlogy(right_vectors[:, :, 0].square(), values).sum(-1)
@@ -202,12 +210,12 @@ def log_quadrature(
 
 
 def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What is left of a vector without its part in a basis: direction, length, and that part.
+    """Orthogonalize a vector against a basis: direction and length, and the coefficients.
 
     :param Tensor vector: shape ``(B, D)``.
     :param Tensor basis: of orthonormal rows, or rows of zeros, shape ``(B, n, D)``.
-    :return: shapes ``(B, D)``, ``(B, 1)`` and ``(B, n)``. The first two are 0 where nothing but
-        rounding is left: the space is exhausted.
+    :return: shapes ``(B, D)``, ``(B, 1)`` and ``(B, n)``. The first two are 0 where the remainder
+        is within rounding, that is, where the space is exhausted.
     """
     before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
     column = torch.zeros_like(basis[:, :, 0])
@@ -216,7 +224,7 @@ def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
         vector = vector - (part.unsqueeze(1) @ basis).squeeze(1)
         column = column + part
     length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-    # What is not finite is no rounding.
+    # A remainder that is not finite is kept, so that it is noticed.
     is_rounding = (length <= 10 * torch.finfo(vector.dtype).eps * before) & torch.isfinite(before)
     length = torch.where(is_rounding, 0, length)
     return torch.where(is_rounding, 0, vector / length), length, column

@@ -1,4 +1,4 @@
-"""Networks that start as the identity, for pairs of them."""
+"""Networks that start as the identity, for pairs of networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import init
 
-from pyro_snf.transforms.options import check_count, check_floating, expect, is_count
+from pyro_snf.options import as_count, check_dtype, expect, is_count
 
 __all__ = ["ResidualMLP"]
 
@@ -19,8 +19,8 @@ class ResidualMLP(nn.Module):
     .. math::
         h_0 = x, \qquad h_{l+1} = h_l + W_l\, \phi_l(h_l, c), \qquad f(x) = h_n,
 
-    each φ being a network of dense layers with an activation after each, and the :math:`W_l`
-    being 0 at the start.
+    where each φ is a network of dense layers with an activation after each, and the :math:`W_l`
+    start at 0.
 
     >>> network = ResidualMLP(3, [16, 16])
     >>> bool((network(torch.ones(5, 3)) == 1).all())
@@ -29,11 +29,11 @@ class ResidualMLP(nn.Module):
     :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
     :param hidden_dims: the widths of φ's layers, at least one.
     :param int num_blocks: n, at least 1.
-    :param int context_dim: the number of features of c, which is not there if it is 0.
-    :param activation: makes the activations. Smooth ones give densities that are continuous.
+    :param int context_dim: the number of features of c; 0 for a network without a context.
+    :param activation: makes an activation module. Smooth activations give continuous densities.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :raises ValueError: for options that are not of these.
+    :raises ValueError: for options outside these ranges.
     """
 
     def __init__(
@@ -48,21 +48,20 @@ class ResidualMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("input_dim", input_dim)
-        check_count("num_blocks", num_blocks)
-        check_count("context_dim", context_dim, 0)
-        check_floating(dtype)
-        widths = list(hidden_dims) if isinstance(hidden_dims, Sequence) else []
+        input_dim = as_count("input_dim", input_dim)
+        context_dim = as_count("context_dim", context_dim, 0)
+        check_dtype(dtype)
+        is_list = isinstance(hidden_dims, Sequence) and not isinstance(hidden_dims, str)
         expect(
             "hidden_dims, a non-empty list of integers >= 1",
-            len(widths) > 0 and all(map(is_count, widths)),
+            is_list and len(hidden_dims) > 0 and all(map(is_count, hidden_dims)),
             hidden_dims,
         )
         self.blocks = nn.ModuleList()
-        for _ in range(num_blocks):
+        for _ in range(as_count("num_blocks", num_blocks)):
             layers: list[nn.Module] = []
             width = input_dim + context_dim
-            for hidden_dim in widths:
+            for hidden_dim in map(int, hidden_dims):
                 layers += [nn.Linear(width, hidden_dim, device=device, dtype=dtype), activation()]
                 width = hidden_dim
             last = nn.Linear(width, input_dim, device=device, dtype=dtype)

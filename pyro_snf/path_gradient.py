@@ -1,6 +1,6 @@
-r"""The path derivative of a flow's log-density: the gradient without its noise.
+r"""The path derivative of a flow's log-density: an ELBO gradient of lower variance.
 
-In the ELBO's gradient with samples :math:`x = T_\theta(z)`,
+In the gradient of the ELBO for samples :math:`x = T_\theta(z)`,
 
 .. math::
     \nabla_\theta\, [\log p(x) - \log q_\theta(x)] =
@@ -8,16 +8,16 @@ In the ELBO's gradient with samples :math:`x = T_\theta(z)`,
     [\nabla_x \log p(x) - \nabla_x \log q_\theta(x)]
     \;-\; \frac{\partial \log q_\theta(x)}{\partial\theta}\Big|_x ,
 
-the last term is 0 in expectation, and pure noise. Without it, what is left is the *path
-derivative*, which vanishes sample by sample where the guide is the posterior ("sticking the
-landing"): the closer the guide, the less noise. It needs the score :math:`\nabla_x \log q(x)`, and
-that is passed on from layer to layer,
+the last term has expectation 0 and adds only noise. Without it, the *path derivative* remains. It
+is 0 in every sample where the guide equals the posterior ("sticking the landing"), so its variance
+decreases as the guide approaches the posterior. It needs the score :math:`\nabla_x \log q(x)`,
+which is computed layer by layer,
 
 .. math::
     \nabla_y \log q(y) = J^{-\top} \big(\nabla_x \log q(x) - \nabla_x \log|\det J(x)|\big),
     \qquad y = T(x),
 
-so that a dense layer has to solve a linear system: a product with R, where one is tracked.
+so a dense layer has to solve a linear system; with a tracked inverse R, this is a product with R.
 
 Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient
 Estimators for Variational Inference. NIPS 2017. [arXiv:1703.09194]
@@ -41,18 +41,19 @@ from torch.autograd import Function
 from torch.distributions import ComposeTransform, Distribution, Transform
 
 from pyro_snf.surrogate import first_order_only
-from pyro_snf.transforms.base import GuardedTransformModule
+from pyro_snf.transforms.base import SafelyCachedTransform
 
-__all__ = ["PathGradientDistribution", "push_score"]
+__all__ = ["EqualWeightsCheck", "PathGradientDistribution", "push_score"]
 
 _NO_SHAPE = torch.Size()
 
 
 def push_score(transform: Transform, x: Tensor, y: Tensor, score: Tensor) -> Tensor:
-    """The score of ``y = T(x)``, from that of x.
+    """The score of ``y = T(x)``, from that of x; exact, as far as T's inverse and log-det are.
 
-    A transform that knows how has a method of this name. Elementwise ones need nothing but their
-    log-det. All others are inverted, at ``y``, and differentiated there.
+    A transform may have a method of this name, which is then called. An elementwise one is
+    differentiated by its log-det alone. For any other, ``T.inv(y)`` and its log-det are
+    differentiated by autograd.
 
     :param Transform transform: T, bijective.
     :param Tensor x: of any batch shape.
@@ -60,14 +61,15 @@ def push_score(transform: Transform, x: Tensor, y: Tensor, score: Tensor) -> Ten
     :param Tensor score: ``∇ log q(x)``, of x's shape.
     :return: ``∇ log q(y)``, of y's shape, a constant to autograd.
     """
+    if isinstance(transform, SafelyCachedTransform):
+        transform = transform.transform
     own = getattr(transform, "push_score", None)
     if own is not None:
         return own(x, y, score)
-    if isinstance(transform, GuardedTransformModule):
-        return push_score(transform.transform, x, y, score)
     with torch.enable_grad():
         if transform.domain.event_dim == 0 and (sign := _sign(transform)) is not None:
-            # It may be written in x, in y (as an inverse's) or in both: dy/dx is the slope.
+            # The log-det may be a function of x, of y (that of an inverse) or of both, and dy/dx is
+            # the slope.
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             log_slope = transform.log_abs_det_jacobian(x, y)
             slope = sign * log_slope.detach().exp()
@@ -78,7 +80,7 @@ def push_score(transform: Transform, x: Tensor, y: Tensor, score: Tensor) -> Ten
             return score / slope
         y = y.detach().requires_grad_()
         x = transform.inv(y)
-        # log q(y) = log q(x(y)) − log|det J(x(y))|, where the gradient of log q is known.
+        # log q(y) = log q(x(y)) − log|det J(x(y))|, where the gradient of log q(x) is the score.
         total = (score * x).sum() - transform.log_abs_det_jacobian(x, y).sum()
         (gradient,) = torch.autograd.grad(total, y)
         return gradient
@@ -91,10 +93,11 @@ def _sign(transform: Transform) -> Any:
         return None
 
 
-class SampleWeights:
-    """Whether all samples that one backward pass goes through count alike.
+class EqualWeightsCheck:
+    """Checks that a backward pass multiplies the log-densities of all samples by the same weight.
 
-    Copies and pickles know of no samples.
+    The check knows the latest sample, and the weight of the first sample in the current backward
+    pass. Copies and pickles start without either.
     """
 
     def __init__(self) -> None:
@@ -103,50 +106,56 @@ class SampleWeights:
         self._weight: Tensor | None = None
 
     def remember(self, x: Tensor) -> None:
-        """The latest sample."""
+        """Let x be the latest sample."""
         self._sample = weakref.ref(x)
 
     def is_sample(self, x: Tensor) -> bool:
-        """Whether it is the latest sample."""
+        """Whether x is the latest sample."""
         return self._sample is not None and self._sample() is x
 
     def check(self, weights: Tensor) -> None:
-        """Raise unless these are what the others of this backward pass are."""
+        """Raise a RuntimeError if a weight differs from earlier ones of this backward pass."""
+        # Private. Torch has no public name for the current backward pass: the hooks and the
+        # functions of torch.autograd, up to 2.13, are not told to which pass a call belongs, and
+        # weights of different passes may differ.
         backward_pass = torch._C._current_graph_task_id()
         if backward_pass != self._backward_pass:
             self._backward_pass = backward_pass
             self._weight = weights.detach().flatten()[0]
             if weights.numel() == 1:
-                return  # not to make a GPU wait
+                return  # without waiting for a GPU
         assert self._weight is not None
         if not torch.allclose(weights, self._weight, rtol=1e-3, atol=0.0, equal_nan=True):
             raise RuntimeError(
                 "the path derivative needs an objective that averages over samples, such as the "
-                "ELBO; this one weighs them unequally: use gradient='total' instead"
+                "ELBO; this one weights them unequally: use gradient='total' instead"
             )
 
-    def __reduce__(self) -> tuple[type[SampleWeights], tuple[()]]:
+    def __reduce__(self) -> tuple[type[EqualWeightsCheck], tuple[()]]:
         return type(self), ()
 
 
 class PathGradientDistribution(dist.TransformedDistribution):
-    """A ``TransformedDistribution`` whose samples are scored by their path derivative.
+    """A ``TransformedDistribution`` whose log-density has the path derivative as its gradient.
 
-    ``log_prob(x)`` is the same number. Where x requires a gradient, as samples from ``rsample`` do,
-    it goes to x alone, not to the parameters: see the module's text. There are no second
-    derivatives, a RuntimeError says. For any other x, and in a ``torch.jit`` trace, all is as in a
-    ``TransformedDistribution``.
+    The value of ``log_prob(x)`` is the same. Where x requires a gradient, as samples of ``rsample``
+    do, ``log_prob(x)`` has a gradient in x but none in the parameters: see the text of this module.
+    A second derivative is a RuntimeError. For any other x, and in a ``torch.jit`` trace,
+    ``log_prob`` is that of a ``TransformedDistribution``.
 
-    The path derivative belongs to objectives that average over samples, as the ELBO does. Where
-    samples are weighted (``RenyiELBO``), the term that it leaves out is not 0 in expectation: a
-    backward pass that brings unequal weights raises a RuntimeError.
+    The path derivative is for objectives that average over samples, such as the ELBO. For weighted
+    samples (``RenyiELBO``), the omitted term does not have expectation 0; a backward pass with
+    unequal weights raises a RuntimeError.
 
-    :param base_distribution: of z; it has a score.
+    :param base_distribution: of z, with a log-density that can be differentiated in z.
     :param transforms: one or more, bijective.
-    :param SampleWeights weights: shared by distributions whose samples may belong together.
+    :param EqualWeightsCheck weights_check: shared by distributions whose samples may occur in one
+        backward pass; one of its own if None.
     """
 
-    _weights: SampleWeights
+    # Private names of torch here are those by which its own distributions are subclassed.
+
+    _weights_check: EqualWeightsCheck
 
     def __init__(
         self,
@@ -154,20 +163,20 @@ class PathGradientDistribution(dist.TransformedDistribution):
         transforms: Transform | list[Transform],
         validate_args: bool | None = None,
         *,
-        weights: SampleWeights | None = None,
+        weights_check: EqualWeightsCheck | None = None,
     ) -> None:
         super().__init__(base_distribution, transforms, validate_args=validate_args)
-        self._weights = SampleWeights() if weights is None else weights
+        self._weights_check = weights_check or EqualWeightsCheck()
 
     def expand(self, batch_shape: Iterable[int], _instance: Any = None) -> PathGradientDistribution:
         new = self._get_checked_instance(PathGradientDistribution, _instance)
-        new._weights = self._weights
+        new._weights_check = self._weights_check
         return super().expand(batch_shape, _instance=new)
 
     def rsample(self, sample_shape: torch.Size | Sequence[int] = _NO_SHAPE) -> Tensor:
-        """A sample, remembered."""
+        """A sample; the check of weights remembers it."""
         x = super().rsample(torch.Size(sample_shape))
-        self._weights.remember(x)
+        self._weights_check.remember(x)
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -175,16 +184,16 @@ class PathGradientDistribution(dist.TransformedDistribution):
             return super().log_prob(value)
         if self._validate_args:
             self._validate_sample(value)
-        weights = self._weights if self._weights.is_sample(value) else None
+        check = self._weights_check if self._weights_check.is_sample(value) else None
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        if value.shape != shape:
+        if value.shape != shape:  # the cached pair of a sample is found by its identity
             value = value.expand(shape)
         parts = list(_flatten(self.transforms))
         values = [value]
         for part in reversed(parts):
-            values.append(part.inv(values[-1]))  # remembered, if it is a sample
+            values.append(part.inv(values[-1]))  # cached, if it is a sample
         values.reverse()
-        # Of the event, as it is before each part.
+        # The number of event dimensions before each part.
         event_dim = len(self.event_shape)
         event_dim += sum(part.domain.event_dim - part.codomain.event_dim for part in parts)
         total, score = _score(self.base_dist, values[0])
@@ -194,7 +203,7 @@ class PathGradientDistribution(dist.TransformedDistribution):
             total = total - sum_rightmost(log_det, event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
             score = push_score(part, x, y, score)
-        return _WithScore.apply(value, total, score, weights)
+        return _WithScore.apply(value, total, score, check)
 
 
 def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:
@@ -206,37 +215,37 @@ def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:
 
 
 def _score(base: Distribution, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``log q(z)`` and its gradient in z."""
+    """``log q(z)`` and its gradient in z, both constants to autograd."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         log_prob = base.log_prob(z)
-        score = None  # of a uniform distribution
-        if log_prob.requires_grad:
-            (score,) = torch.autograd.grad(log_prob.sum(), z, allow_unused=True)
-    return log_prob.detach(), torch.zeros_like(z) if score is None else score
+        if not log_prob.requires_grad:  # as for a uniform distribution
+            return log_prob, torch.zeros_like(z)
+        (score,) = torch.autograd.grad(log_prob.sum(), z, materialize_grads=True)
+    return log_prob.detach(), score
 
 
 class _WithScore(Function):
-    """The value, whose derivative in x is the score."""
+    """The value, whose derivative in x is the score; its cotangents are the weights to check."""
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor, score: Tensor, weights: SampleWeights | None) -> Tensor:
+    def forward(x: Tensor, value: Tensor, score: Tensor, check: EqualWeightsCheck | None) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, score, ctx.weights = inputs
+        x, _, score, ctx.check = inputs
         ctx.save_for_backward(x, score)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, score = ctx.saved_tensors
-        if ctx.weights is not None:
-            ctx.weights.check(cotangent)
+        if ctx.check is not None:
+            ctx.check.check(cotangent)
         shape = cotangent.shape + (1,) * (score.dim() - cotangent.dim())
         gradient = cotangent.reshape(shape) * score
         if torch.is_grad_enabled():  # create_graph=True
-            # Else a Hessian would lack this term, and nobody would know.
+            # Without the error, a Hessian would silently lack the derivative of the score.
             gradient = first_order_only(
                 gradient,
                 x,

@@ -1,24 +1,28 @@
-"""Pictures that examples and users share.
+"""Plots for examples and users.
 
-Every function returns a new :class:`matplotlib.figure.Figure` and leaves pyplot and its global
-state alone: save it with ``figure.savefig("name.png")``; a notebook shows it by itself. The
-colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in
-their dashes too.
+Every function returns a new :class:`matplotlib.figure.Figure` without using pyplot's global state:
+save it with ``figure.savefig("name.png")``; a notebook displays it. Matplotlib is imported in the
+first call. The colours are those of Okabe and Ito, which colour-blind readers can distinguish;
+lines differ in their dashes too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pyro_snf.options import as_count, as_positive
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "plot_curves",
@@ -32,13 +36,14 @@ __all__ = [
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 
-# The share of the posterior that a band leaves out on either side, for a 90 % band.
+_ROW_LABEL: dict[str, Any] = {"rotation": "horizontal", "ha": "right", "va": "center"}
+
+# The probability outside a 90 % band, on either side.
 _TAIL = 0.05
 
-# A screenful for the eye: beyond it, panels go to a new row.
 _MAX_PANELS_IN_A_ROW = 3
 
-# How far below its highest value a log density is shown, in nats; what is lower is all one colour.
+# The range of the colours of log densities, in nats below the highest value.
 _LOG_DENSITY_RANGE = 8.0
 
 
@@ -58,13 +63,12 @@ def plot_curves(
     :param str xlabel: what the positions are, and their unit.
     :param str ylabel: what the values are, and their unit.
     :param str title: above the panel.
-    :param ylim: the lowest and the highest value to show; all of them unless given.
-    :raises ValueError: if there are no curves, or a curve is empty or of two lengths.
+    :param ylim: the lowest and the highest value to show; None to show all.
+    :raises ValueError: if there are no curves, or a curve is empty or has two different lengths.
     """
     if not curves:
         raise ValueError("expected at least one curve; got none")
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = _panels(1, 1, (7.0, 4.2))
     for index, (label, (positions, values)) in enumerate(curves.items()):
         if len(positions) != len(values) or len(values) == 0:
             raise ValueError(
@@ -82,60 +86,48 @@ def plot_curves(
 def plot_image_grid(
     images: Tensor, *, columns: int, row_labels: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Images in rows, all on one scale, from the lowest to the highest value of all.
+    """Images in rows, all on one scale from the lowest to the highest value.
 
     >>> figure = plot_image_grid(torch.rand(12, 8, 8), columns=6, row_labels=["data", "samples"])
 
     :param Tensor images: grey, of shape ``(N, H, W)`` or ``(N, 1, H, W)``, or coloured, of shape
         ``(N, 3, H, W)``; row after row.
     :param int columns: the number of images in a row; the last row may have fewer.
-    :param row_labels: a label for every row, to its left; or none.
+    :param row_labels: a label to the left of every row; or none.
     :param str title: above the images.
-    :raises ValueError: for images that are not of this shape, and where the labels are not as
-        many as the rows.
+    :raises ValueError: for images of other shapes, and for another number of labels than of rows.
     """
     if images.dim() == 4 and images.shape[1] == 1:
         images = images.squeeze(1)
     is_grey = images.dim() != 4
     values = _values(images, "images", ("N", "H", "W") if is_grey else ("N", 3, "H", "W"))
-    if columns < 1:
-        raise ValueError(f"expected columns >= 1; got {columns}")
-    count, *_, height, width = values.shape
-    rows = math.ceil(count / columns)
+    columns = as_count("columns", columns)
+    *_, height, width = values.shape
+    rows = math.ceil(len(values) / columns)
     if row_labels and len(row_labels) != rows:
         raise ValueError(f"expected {rows} row_labels, one a row; got {len(row_labels)}")
     inches = 0.55  # of one image
-    figure = Figure(
-        figsize=(inches * columns + 1.2 * bool(row_labels), inches * rows * height / width + 0.4),
-        layout="constrained",
-    )
-    grid = figure.subplots(rows, columns, squeeze=False)
+    size = (inches * columns + 1.2 * bool(row_labels), inches * rows * height / width + 0.4)
+    figure, grid = _panels(rows, columns, size, title)
     low, high = values.min(), values.max()
-    if not is_grey:  # matplotlib scales no colours
+    if not is_grey:  # imshow does not scale colours
         values = np.moveaxis((values - low) / (high - low or 1.0), 1, -1)
-    for index, axes in enumerate(grid.flat):
-        if index < count:
-            axes.imshow(values[index], cmap="gray", vmin=low, vmax=high)
-            axes.set(xticks=[], yticks=[])
-        else:
-            axes.set_axis_off()
+    _show(grid.flat, values, cmap="gray", vmin=low, vmax=high)
     for label, axes in zip(row_labels, grid[:, 0], strict=False):
-        axes.set_ylabel(label, rotation="horizontal", ha="right", va="center")
-    if title:
-        figure.suptitle(title)
+        axes.set_ylabel(label, **_ROW_LABEL)
     return figure
 
 
 def plot_kernels(kernels: Mapping[str, Tensor], *, title: str = "") -> Figure:
-    """Kernels or matrices in rows: red above 0, blue below it, every row on a scale of its own.
+    """Kernels or matrices in rows, positive in red and negative in blue, each row on its own scale.
 
     >>> rows = {"w": torch.randn(4, 3, 3), "inverse": torch.randn(4, 7, 7)}
     >>> figure = plot_kernels(rows, title="A convolution")
 
-    :param kernels: for every label, a row of N kernels, shape ``(N, H, W)``. The label stands to
-        its left, with the absolute value of the deepest colours.
+    :param kernels: for every label, a row of N kernels, shape ``(N, H, W)``. The label is to the
+        left of the row, with the absolute value of the deepest colours.
     :param str title: above the rows.
-    :raises ValueError: if there are no kernels, and for tensors that are not of this shape.
+    :raises ValueError: if there are no kernels, and for tensors of other shapes.
     """
     if not kernels:
         raise ValueError("expected kernels for at least one label; got none")
@@ -145,27 +137,12 @@ def plot_kernels(kernels: Mapping[str, Tensor], *, title: str = "") -> Figure:
     }
     columns = max(len(row) for row in rows.values())
     inches = 0.7  # of one kernel
-    figure = Figure(
-        figsize=(inches * columns + 1.8, inches * len(rows) + 0.4), layout="constrained"
-    )
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    size = (inches * columns + 1.8, inches * len(rows) + 0.4)
+    figure, grid = _panels(len(rows), columns, size, title)
     for line, (label, row) in zip(grid, rows.items(), strict=True):
         largest = np.abs(row).max()
-        for index, axes in enumerate(line):
-            if index < len(row):
-                axes.imshow(row[index], cmap="RdBu_r", vmin=-largest, vmax=largest)
-                axes.set(xticks=[], yticks=[])
-            else:
-                axes.set_axis_off()
-        line[0].set_ylabel(
-            f"{label}\n± {largest:.3g}",
-            rotation="horizontal",
-            ha="right",
-            va="center",
-            fontsize="small",
-        )
-    if title:
-        figure.suptitle(title)
+        _show(line, row, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        line[0].set_ylabel(f"{label}\n± {largest:.3g}", fontsize="small", **_ROW_LABEL)
     return figure
 
 
@@ -179,31 +156,32 @@ def plot_intensity(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """Posteriors of an intensity along a line: a panel each, with mean, 90 % band and counts.
+    """Posteriors of an intensity along a line, a panel each, with mean, 90 % band and counts.
 
-    On a square-root scale, where the noise of Poisson counts is equally wide at every height.
+    The scale is that of square roots, on which Poisson noise has the same width for all counts.
 
     >>> counts = torch.tensor([3.0, 5.0, 4.0])
     >>> figure = plot_intensity(
     ...     torch.arange(3.0), counts, {"guide": torch.rand(50, 3)}, xlabel="year", ylabel="events"
     ... )
 
-    :param Tensor positions: where the counts lie on the line, shape ``(D,)``.
+    :param Tensor positions: of the counts on the line, shape ``(D,)``.
     :param Tensor counts: the data, shape ``(D,)``.
     :param samples: for every label, S posterior samples of the intensity, shape ``(S, D)``.
-    :param Tensor truth: the true intensity, where it is known, shape ``(D,)``.
+    :param Tensor truth: the true intensity, shape ``(D,)``, or None.
     :param str xlabel: what the positions are, and their unit.
     :param str ylabel: what the counts are, and their unit.
     :param str title: above the panels.
-    :raises ValueError: if there are no samples, and for tensors that are not of these shapes.
+    :raises ValueError: if there are no samples, and for tensors of other shapes.
     """
     if not samples:
         raise ValueError("expected samples for at least one label; got none")
     line = _values(positions, "positions", ("D",))
     points = _values(counts, "counts", (len(line),))
     true_values = None if truth is None else _values(truth, "truth", (len(line),))
-    figure = Figure(figsize=(9.0, 1.9 * len(samples) + 0.8), layout="constrained")
-    column = figure.subplots(len(samples), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    size = (9.0, 1.9 * len(samples) + 0.8)
+    figure, grid = _panels(len(samples), 1, size, title, sharex=True, sharey=True)
+    column = grid[:, 0]
     for index, (axes, (label, draws)) in enumerate(zip(column, samples.items(), strict=True)):
         values = _values(draws, f"samples of {label!r}", ("S", len(line)))
         lower, upper = np.quantile(values, [_TAIL, 1 - _TAIL], axis=0)
@@ -223,28 +201,27 @@ def plot_intensity(
     column[0].legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 0.97))
     column[-1].set_xlabel(xlabel)
     figure.supylabel(f"{ylabel} (square-root scale)", fontsize="medium")
-    if title:
-        figure.suptitle(title)
     return figure
 
 
 def _square_root(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.sqrt(np.maximum(values, 0))  # the margins of a plot may lie below 0
+    return np.sqrt(np.maximum(values, 0))  # the margins of a plot can extend below 0
 
 
 def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str = "") -> Figure:
-    """Intensities or counts on a grid side by side, all in the same colours, with one colour bar.
+    """Intensities or counts on a grid side by side, on one scale of colours with a colour bar.
 
-    The colours follow the square root of the values, as in :func:`plot_intensity`.
+    The colours are linear in the square root of the values, as in :func:`plot_intensity`.
 
     >>> figure = plot_fields({"truth": torch.rand(4, 4)}, colorbar_label="events per cell")
 
     :param fields: for every label, values >= 0 on the grid, shape ``(H, W)``; row 0 at the bottom.
     :param str colorbar_label: what the values are, and their unit.
     :param str title: above the panels.
-    :raises ValueError: if there are no fields, for tensors that are not of this shape, and for
-        negative values.
+    :raises ValueError: if there are no fields, for tensors of other shapes, and for values below 0.
     """
+    from matplotlib.colors import PowerNorm
+
     if not fields:
         raise ValueError("expected at least one field; got none")
     values = {
@@ -255,18 +232,12 @@ def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str
             raise ValueError(f"field {label!r}: expected values >= 0; got {field.min():.3g}")
     columns = min(len(values), _MAX_PANELS_IN_A_ROW)
     rows = math.ceil(len(values) / columns)
-    figure = Figure(figsize=(2.8 * columns + 0.9, 2.9 * rows + 0.3), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = _panels(rows, columns, (2.8 * columns + 0.9, 2.9 * rows + 0.3), title)
     colors = PowerNorm(0.5, vmin=0, vmax=max(field.max() for field in values.values()))
-    for axes in grid.flat[len(values) :]:
-        axes.set_axis_off()
-    for axes, (label, field) in zip(grid.flat, values.items(), strict=False):
-        image = axes.imshow(field, cmap="viridis", norm=colors, origin="lower")
+    _show(grid.flat, values.values(), cmap="viridis", norm=colors, origin="lower")
+    for axes, label in zip(grid.flat, values, strict=False):
         axes.set_title(label, fontsize="medium")
-        axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=grid, label=colorbar_label, shrink=0.9)
-    if title:
-        figure.suptitle(title)
+    figure.colorbar(grid[0, 0].images[0], ax=grid, label=colorbar_label, shrink=0.9)
     return figure
 
 
@@ -279,42 +250,37 @@ def plot_densities(
 ) -> Figure:
     """Samples and log densities in the plane side by side, in rows.
 
-    The log densities of a row share one scale of colours, which goes down by 8 nats from the
-    highest value of the first of them.
+    The log densities of a row share one scale of colours: 8 nats, down from the highest value of
+    the first of them.
 
     >>> base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
     >>> panels = {"samples": base.sample((500,)), "log density": base.log_prob}
     >>> figure = plot_densities({"normal": panels}, limit=3.0)
 
-    :param rows: for every row's label, its panels: for every label, samples of shape ``(N, 2)``, or
-        a function from points of shape ``(M, 2)``, of torch's default dtype and on the CPU, to log
-        densities of shape ``(M,)``. Labels stand above the panels of the first row, which are as
-        many as those of any other.
+    :param rows: for the label of every row, its panels, the same number for every row: for the
+        label of every panel, samples of shape ``(N, 2)``, or a function from points of shape
+        ``(M, 2)``, of torch's default dtype and on the CPU, to log densities of shape ``(M,)``. The
+        labels of the first row's panels are shown above them.
     :param float limit: L > 0, for panels that show ``[−L, L]²``.
     :param int resolution: the number of points in a line of the grid, at least 2.
     :param str title: above the rows.
-    :raises ValueError: if there are no panels, or not as many in every row; for tensors that are
-        not of these shapes; and for other limits and resolutions.
+    :raises ValueError: if there are no panels, or not the same number in every row; for tensors of
+        other shapes; and for other limits and resolutions.
     """
+    limit, resolution = as_positive("limit", limit), as_count("resolution", resolution, 2)
     counts = {len(panels) for panels in rows.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
             "expected rows of as many panels each, at least one; "
             f"got {[len(panels) for panels in rows.values()]}"
         )
-    if not (limit > 0 and math.isfinite(limit)):
-        raise ValueError(f"expected limit > 0; got {limit}")
-    if resolution < 2:
-        raise ValueError(f"expected resolution >= 2; got {resolution}")
     columns = counts.pop()
     line = torch.linspace(-limit, limit, resolution)
-    points = torch.cartesian_prod(line, line).flip(1)  # row by row, from below
+    points = torch.cartesian_prod(line, line).flip(1)  # row by row, from the lowest
     inches = 1.25  # of one panel
-    figure = Figure(
-        figsize=(inches * columns + 0.3, inches * len(rows) + 0.6),
-        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0),
-    )
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    size = (inches * columns + 0.3, inches * len(rows) + 0.6)
+    figure, grid = _panels(len(rows), columns, size, title)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     for row, (row_label, panels) in enumerate(rows.items()):
         highest: float | None = None
         for axes, (label, panel) in zip(grid[row], panels.items(), strict=True):
@@ -340,15 +306,35 @@ def plot_densities(
                 extent=(-limit, limit, -limit, limit),
             )
         grid[row, 0].set_ylabel(row_label, fontsize="small")
-    if title:
-        figure.suptitle(title)
     return figure
 
 
-def _values(tensor: Tensor, name: str, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
-    """The tensor's values as an array; a ValueError for another shape.
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], title: str = "", **options: Any
+) -> tuple[Figure, NDArray[Any]]:
+    """A new figure of a size in inches, and its panels, an array of shape ``(rows, columns)``."""
+    from matplotlib.figure import Figure  # here, so that pyro_snf can be imported without it
 
-    :param shape: the expected sizes; a letter stands for any size from 1.
+    figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _show(panels: Iterable[Axes], images: Iterable[NDArray[Any]], **options: Any) -> None:
+    """Show one image in each panel; the panels beyond the last image stay blank."""
+    for axes, image in zip_longest(panels, images):
+        if image is None:
+            axes.set_axis_off()
+        else:
+            axes.imshow(image, **options)
+            axes.set(xticks=[], yticks=[])
+
+
+def _values(tensor: Tensor, name: str, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
+    """The values of a tensor as an array; a ValueError for another shape.
+
+    :param shape: the expected sizes; a letter means any size from 1.
     """
     fits = tensor.dim() == len(shape) and all(
         size == expected if isinstance(expected, int) else size > 0

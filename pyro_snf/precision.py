@@ -1,4 +1,4 @@
-"""Numbers that need more digits than a half-precision layer has, and those that are none."""
+"""Numerical precision: half-precision casts, autocast, soft bounds, checks for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -8,38 +8,44 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_finite", "keep_float32", "without_autocast"]
+__all__ = ["at_least_float32", "check_finite", "keep_float32", "soft_bound", "without_autocast"]
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor itself, or a half-precision one (bfloat16, float16) in float32."""
-    if tensor.dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.float()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What ``Module._apply`` does to each tensor, without a cast to half precision.
+    """The function that ``Module._apply`` applies to each tensor, without casts to half precision.
 
-    For buffers that ``layer.bfloat16()`` must move with the layer, but not round.
+    For buffers that ``layer.bfloat16()`` must move with the layer, but must not round.
     """
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        if moved.dtype in (torch.bfloat16, torch.float16):
-            return tensor.to(moved.device)
-        return moved
+        is_rounded = moved.dtype in (torch.bfloat16, torch.float16)
+        return tensor.to(moved.device) if is_rounded else moved
 
     return apply
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which no operation is cast to half precision; free where none would be."""
+    """A context in which autocast is off for a device; it costs nothing where it was off before."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NO_CONTEXT
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
+    """``b tanh(x / b)``, which is about x near 0 and lies in (−b, b).
+
+    :param Tensor x: any shape.
+    :param float bound: b > 0.
+    """
+    return bound * torch.tanh(x / bound)
 
 
 def check_finite(weight: Tensor) -> None:

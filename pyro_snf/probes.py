@@ -1,31 +1,36 @@
-"""Random probes that disturb nobody: drawn from a generator of their own."""
+"""Random probe vectors of trace estimates, from generators of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PROBES", "draw_probes", "probe_generator"]
+from pyro_snf.caching import version
+from pyro_snf.extra_state import SavesAttributes
 
-#: The kinds of probes: what :func:`draw_probes` makes of each.
+__all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
+
+#: The kinds of probes that :func:`draw_probes` draws.
 PROBES = ("gaussian", "rademacher", "orthogonal")
 
 
 def probe_generator(
     seed: int, count: int, device: torch.device, *, stream: int = 0
 ) -> torch.Generator:
-    """A generator that is a function of the seed and of a running count alone.
+    """A generator that depends on the seed, a running count and the stream only.
 
-    The global random stream is untouched, all ranks of a distributed run draw the same, and a run
-    that is resumed goes on with what it would have drawn.
+    So torch's global random stream stays as it is, all ranks of a distributed run draw the same
+    probes, and a resumed run draws those that the uninterrupted run would have drawn.
 
-    :param int stream: which of several generators of the same count.
+    :param int stream: distinguishes several generators of the same seed and count.
     """
     generator = torch.Generator(device)
-    # Hashed, for torch's generator takes 32 bits on the CPU, and must not repeat the user's.
+    # Hashed: torch's generator takes 32 bits on the CPU, and a small seed could be one that the
+    # user has chosen for another generator.
     entropy = [seed, count, stream] if stream else [seed, count]
     generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     return generator
@@ -40,11 +45,11 @@ def draw_probes(
 ) -> Tensor:
     """Probes v with ``E[v vᵀ] = I`` for a batch of events, shape ``(k, *shape)``.
 
-    ``"gaussian"``: standard normal. ``"rademacher"``: random signs, whose trace estimate has no
-    noise from the diagonal. ``"orthogonal"``: of length √D, and at right angles to the other probes
-    of the event; k = D of them give the trace itself.
+    ``"gaussian"``: standard normal. ``"rademacher"``: random signs; the diagonal of a matrix adds
+    no noise to the trace estimate. ``"orthogonal"``: vectors of length √D that are orthogonal to
+    the other probes of the event; with k = D probes the trace estimate is exact.
 
-    :param int num_probes: k, for each event; at most D if they are to be orthogonal.
+    :param int num_probes: k, for each event; at most D for orthogonal probes.
     :param shape: of the batch, ``(B, *event)``.
     """
     shape = (num_probes, *shape)
@@ -53,13 +58,52 @@ def draw_probes(
         signs = torch.randint(0, 2, shape, generator=generator, device=device)
         return (2 * signs - 1).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    normal = torch.randn(shape, generator=generator, device=device, dtype=wide)
+    probes = torch.randn(shape, generator=generator, device=device, dtype=wide)
     if kind == "orthogonal":
-        columns = normal.flatten(2).permute(1, 2, 0)  # (B, D, k)
-        dim = columns.shape[1]
+        columns = probes.flatten(2).permute(1, 2, 0)  # (B, D, k)
         if num_probes == 1:
             basis = columns / torch.linalg.vector_norm(columns, dim=1, keepdim=True)
         else:
             basis = torch.linalg.qr(columns).Q
-        normal = dim**0.5 * basis.permute(2, 0, 1).reshape(shape)
-    return normal.to(dtype)
+        probes = columns.shape[1] ** 0.5 * basis.permute(2, 0, 1).reshape(shape)
+    return probes.to(dtype)
+
+
+class ProbeStream(SavesAttributes):
+    """Random generators of one layer: functions of its seed and of a running count.
+
+    Both are in the ``state_dict``. The seed is a buffer, so that a distributed wrapper that
+    broadcasts buffers gives all ranks the same one.
+
+    :param seed: an integer from 0, or None to draw one from torch's global random stream.
+    :param device: of the buffer.
+    """
+
+    saved_attributes = ("count",)
+
+    seed: Tensor
+
+    def __init__(self, seed: int | None, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        self.register_buffer("seed", torch.tensor(seed, device=device))
+        #: Generators made so far.
+        self.count = 0
+        self._known_seed: tuple[int, int] | None = None  # the buffer's version, and its value
+
+    def next_generator(self, device: torch.device) -> torch.Generator:
+        """The generator of the running count, which is raised by 1."""
+        self.count += 1
+        return self.generator(self.count - 1, device)
+
+    def generator(self, count: int, device: torch.device, *, stream: int = 0) -> torch.Generator:
+        """See :func:`probe_generator`."""
+        current = version(self.seed)
+        if self._known_seed is None or self._known_seed[0] != current:
+            self._known_seed = current, int(self.seed)  # waits for a GPU, but only once
+        return probe_generator(self._known_seed[1], count, device, stream=stream)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self._known_seed = None

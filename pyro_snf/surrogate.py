@@ -1,4 +1,4 @@
-"""A value with another's gradient: the pure pieces that every surrogate is made of.
+"""Values whose gradients are not those of autograd: the parts that all surrogates are made of.
 
 Self Normalizing Flows (Keller et al., ICML 2021) replace the expensive factor of
 
@@ -11,19 +11,25 @@ The functions here tie the two together for autograd and know nothing of layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
+
+from pyro_snf.caching import version
 
 __all__ = [
-    "Outer",
+    "ProductGradient",
+    "SharedParameter",
     "Solver",
+    "Surrogate",
     "attach_penalty",
     "first_order_only",
     "gated",
     "implicit_solve",
+    "share_gradient",
     "with_gradient",
     "with_surrogate",
 ]
@@ -31,8 +37,8 @@ __all__ = [
 #: ``solver(h, transposed)`` solves ``A u = h`` (or ``Aᵀ u = h``) for every h of a batch.
 Solver = Callable[[Tensor, bool], Tensor]
 
-#: ``outer(l, r)`` is the gradient of ``Σ ⟨l, A r⟩``, summed over a batch, in A's parameter.
-Outer = Callable[[Tensor, Tensor], Tensor]
+#: ``gradient(parameter, r, l)`` is that of ``Σ ⟨l, A r⟩``, summed over a batch, in A's parameter.
+ProductGradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _FirstOrderOnly(Function):
@@ -66,25 +72,76 @@ def first_order_only(
     return _FirstOrderOnly.apply(gradient, parameter, error)
 
 
+class Surrogate:
+    """A value whose derivative in some parameter is not that of autograd: ``scale · gradient``.
+
+    The cotangent that arrives is honoured: any reduction, scale, plate or sign downstream
+    multiplies the gradient.
+
+    :param Tensor value: a scalar, shape ``()``.
+    :param gradient: of the parameter's shape, a constant, or a function that returns it in the
+        backward pass.
+    :param float scale: a constant factor.
+    :param derivative: the gradient as a function of the parameter, where there are second
+        derivatives; by default there are none, and a RuntimeError says so.
+    """
+
+    def __init__(
+        self,
+        value: Tensor,
+        gradient: Tensor | Callable[[], Tensor],
+        scale: float = 1.0,
+        *,
+        derivative: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.value = value
+        self.scale = scale
+        self.derivative = derivative
+        self._gradient = gradient
+        self._version = version(gradient) if isinstance(gradient, Tensor) else None
+
+    def attach_to(self, parameter: Tensor) -> Tensor:
+        """The value with its derivative in a parameter, shape ``()``."""
+        return _WithGradient.apply(self.value, parameter, self)
+
+    def gradient(self) -> Tensor:
+        """The gradient without the scale; a RuntimeError if it has been written to."""
+        if not isinstance(self._gradient, Tensor):
+            return self._gradient()
+        if version(self._gradient) != self._version:
+            raise RuntimeError(
+                "the surrogate gradient of log|det J| has been modified by an inplace operation "
+                "between its evaluation and the backward pass"
+            )
+        return self._gradient
+
+    def backward(self, cotangent: Tensor, parameter: Tensor) -> Tensor:
+        """``cotangent · scale · gradient``, with a graph where a backward pass records one."""
+        factor = self.scale * cotangent
+        if not torch.is_grad_enabled():
+            return (factor * self.gradient()).to(parameter.dtype)
+        # create_graph=True
+        if self.derivative is not None:
+            return (factor * self.derivative(parameter)).to(parameter.dtype)
+        return first_order_only((factor * self.gradient()).to(parameter.dtype), parameter)
+
+
 class _WithGradient(Function):
     @staticmethod
-    def forward(value: Tensor, parameter: Tensor, gradient: Tensor, scale: float) -> Tensor:
+    def forward(value: Tensor, parameter: Tensor, surrogate: Surrogate) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.parameter, gradient, ctx.scale = inputs
-        # Saved through autograd, so that a gradient changed in place before the backward pass
-        # is an error and not a wrong number. The gradient is a constant to autograd.
-        ctx.save_for_backward(gradient)
+        _, ctx.parameter, ctx.surrogate = inputs
+        if ctx.surrogate.derivative is not None:
+            ctx.save_for_backward(ctx.parameter)
+            ctx.parameter = None
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        gradient = (ctx.scale * cotangent * gradient).to(ctx.parameter.dtype)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradient = first_order_only(gradient, ctx.parameter)
-        return cotangent, gradient, None, None
+        parameter = ctx.saved_tensors[0] if ctx.parameter is None else ctx.parameter
+        return cotangent, ctx.surrogate.backward(cotangent, parameter), None
 
 
 def with_gradient(
@@ -92,17 +149,73 @@ def with_gradient(
 ) -> Tensor:
     """``value``, whose derivative in ``parameter`` is additionally ``scale · gradient``.
 
-    The cotangent that arrives is honoured: any reduction, scale, plate or sign downstream
-    multiplies the gradient. Calls nest, one for each parameter.
-
-    :param Tensor value: a scalar, shape ``()``.
-    :param Tensor parameter: the tensor that receives the gradient, any shape.
-    :param Tensor gradient: the gradient, of ``parameter``'s shape; a constant.
-    :param float scale: a constant factor, applied in the backward pass.
-    :return: ``value``, shape ``()``.
-    :raises RuntimeError: where the gradient is differentiated once more.
+    Calls nest, one for each parameter. See :class:`Surrogate`.
     """
-    return _WithGradient.apply(value, parameter, gradient, scale)
+    return Surrogate(value, gradient, scale).attach_to(parameter)
+
+
+class _ShareGradient(Function):
+    # Without setup_context, with which torch inspects the signature at every call, for as long as
+    # a small layer takes for its product.
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, pending: list[Surrogate]) -> tuple[Tensor, Tensor]:
+        ctx.parameter, ctx.pending = parameter, pending
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.view_as(parameter), parameter.new_zeros((), dtype=dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        if cotangent is None:
+            return gradient, None
+        (surrogate,) = ctx.pending
+        if gradient is None or torch.is_grad_enabled():
+            own = surrogate.backward(cotangent, ctx.parameter)
+            return own if gradient is None else gradient + own, None
+        factor = (surrogate.scale * cotangent).to(gradient.dtype)
+        return gradient.addcmul_(surrogate.gradient().to(gradient.dtype), factor), None
+
+
+class SharedParameter(NamedTuple):
+    """A parameter as a map uses it, to whose gradient that of a surrogate is added in place.
+
+    With :meth:`Surrogate.attach_to` the two gradients would be two buffers, and a sum of them.
+    """
+
+    parameter: Tensor
+    handle: Tensor
+    """A zero, shape ``()``, of the same node of the graph."""
+    pending: list[Surrogate]
+    """The surrogate, once it is known. The node holds it: it must not lead back to the node."""
+
+    def attach(self, surrogate: Surrogate) -> Tensor:
+        """The surrogate's value with its derivative."""
+        self.pending[:] = [surrogate]
+        return surrogate.value + self.handle
+
+
+def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
+    """A view of the parameter to compute with, to whose gradient a surrogate's is added in place.
+
+    What is computed from the view must send it gradients in tensors of their own, as products do.
+
+    :param Tensor parameter: requires a gradient.
+    :param Tensor x: the other input of what is to be computed.
+    :return: None under autocast, which casts the gradients; in forward mode, which a surrogate does
+        not have; and in the functional transforms of ``torch.func``.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    if unpack_dual(x).tangent is not None or unpack_dual(parameter).tangent is not None:
+        return None
+    # There is no public way to ask; Function.apply itself asks like this.
+    if torch._C._are_functorch_transforms_active():
+        return None
+    pending: list[Surrogate] = []
+    view, handle = _ShareGradient.apply(parameter, pending)
+    return SharedParameter(view, handle, pending)
 
 
 class _WithSurrogate(Function):
@@ -193,21 +306,20 @@ def gated(events: Tensor, is_open: Tensor) -> Tensor:
     return _Gated.apply(events, is_open)
 
 
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """``Σ ∂⟨l, A r⟩/∂A`` over rows l and r."""
-    return left.mT @ right
-
-
 class _ImplicitSolve(Function):
     @staticmethod
     def forward(
-        parameter: Tensor, right_side: Tensor, solver: Solver, outer: Outer, transposed: bool
+        parameter: Tensor,
+        right_side: Tensor,
+        solver: Solver,
+        product_gradient: ProductGradient,
+        transposed: bool,
     ) -> Tensor:
         return solver(right_side, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        parameter, _, ctx.solver, ctx.outer, ctx.transposed = inputs
+        parameter, _, ctx.solver, ctx.product_gradient, ctx.transposed = inputs
         ctx.save_for_backward(parameter, output)
 
     @staticmethod
@@ -216,33 +328,28 @@ class _ImplicitSolve(Function):
         # The solve for v is itself differentiable, so higher derivatives are right too.
         parameter, solution = ctx.saved_tensors
         adjoint = _ImplicitSolve.apply(
-            parameter, cotangent, ctx.solver, ctx.outer, not ctx.transposed
+            parameter, cotangent, ctx.solver, ctx.product_gradient, not ctx.transposed
         )
-        grad_parameter = None
+        gradient = None
         if ctx.needs_input_grad[0]:
-            left, right = (solution, adjoint) if ctx.transposed else (adjoint, solution)
-            grad_parameter = -ctx.outer(left, right)
-        return grad_parameter, adjoint, None, None, None
+            x, v = (adjoint, solution) if ctx.transposed else (solution, adjoint)
+            gradient = -ctx.product_gradient(parameter, x, v)
+        return gradient, adjoint, None, None, None
 
 
 def implicit_solve(
-    parameter: Tensor,
-    right_side: Tensor,
-    solver: Solver,
-    *,
-    outer: Outer = _outer,
-    transposed: bool = False,
+    parameter: Tensor, right_side: Tensor, solver: Solver, product_gradient: ProductGradient
 ) -> Tensor:
-    """Solve ``A u = h`` for every h of a batch, differentiably in h and in what A is linear in.
+    """Solve ``A u = h`` for every h of a batch, differentiably in h and in A's parameter.
 
     The solver is used as it is, forward and (transposed) backward; no gradient passes through
     its iterations. The gradient is as exact as the solves are.
 
-    :param Tensor parameter: ``A`` itself, shape ``(D, D)``, or another parameter of it.
-    :param Tensor right_side: the right-hand sides, as rows of shape ``(B, D)`` for a matrix.
+    :param Tensor parameter: in which A is linear up to a constant, such as A itself.
+    :param Tensor right_side: h, shape ``(B, *event)``.
     :param Solver solver: ``solver(right_side, transposed)`` returns the solutions.
-    :param Outer outer: ``outer(l, r)`` is ``Σ ∂⟨l, A r⟩/∂parameter``, differentiably.
-    :param bool transposed: solve with ``Aᵀ`` instead.
+    :param product_gradient: ``product_gradient(parameter, r, l)`` is ``Σ ∂⟨l, A r⟩/∂parameter``,
+        differentiably.
     :return: the solutions, of the shape of ``right_side``.
     """
-    return _ImplicitSolve.apply(parameter, right_side, solver, outer, transposed)
+    return _ImplicitSolve.apply(parameter, right_side, solver, product_gradient, False)

@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_snf.transforms import linear as linear_module
+from pyro_snf.maps import dense as dense_module
 from tests.registry import CASES, Case
 
 # The tensors here are small: threads would wait for each other longer than they compute, and on a
@@ -56,8 +56,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``inverse="refined"`` refines in training, as it does where D is large."""
-    monkeypatch.setattr(linear_module, "_ROWS_WORTH_FACTORS", 0)
+    """``inverse="iterative"`` refines in training, as it does where D is large."""
+    monkeypatch.setattr(dense_module, "_ROWS_WORTH_FACTORS", 0)
 
 
 @pytest.fixture

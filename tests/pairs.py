@@ -1,15 +1,35 @@
-"""Oracles for pairs of networks: dense Jacobians, by another way than the library's own."""
+"""Pairs of networks for tests, and oracles: dense Jacobians, computed in another way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.func import jacrev, vmap
 
-from pyro_snf import SelfNormalizing
+from pyro_snf import SelfNormalizingPair
+from tests.registry import pair_options
+
+# Float64, condition numbers below 10.
+EXACT = 1e-9
+# The same in float32.
+SINGLE = 1e-4
+# Of means over independent draws: an error above five standard errors has probability 6e-7.
+STANDARD_ERRORS = 5
+
+
+def events(count: int, *shape: int, seed: int = 0) -> Tensor:
+    """Standard normal events, shape ``(count, *shape)``."""
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(300 + seed))
+
+
+def pair_of(
+    f: nn.Module, g: nn.Module, event_shape: int | Sequence[int] = 3, **options: object
+) -> SelfNormalizingPair:
+    """A layer of two networks; for the options, see :func:`tests.registry.pair_options`."""
+    return SelfNormalizingPair(f, g, event_shape=event_shape, **pair_options(options))
 
 
 def jacobians(network: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
@@ -24,7 +44,7 @@ def jacobians(network: nn.Module, x: Tensor, *context: Tensor) -> Tensor:
 
 
 class Dense(Transform):
-    """The oracle: the same map by the same network, with dense Jacobians and nothing but autograd.
+    """The map of a network, with dense Jacobians and autograd: the expected values.
 
     :param Tensor context: of as many rows as inputs have, if there is one.
     """
@@ -65,8 +85,19 @@ class Dense(Transform):
         return value.reshape(x.shape[: x.dim() - self.domain.event_dim])
 
 
+class Fixed(nn.Module):
+    """A map without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Perturbed(nn.Module):
-    """``h + ε N h`` of the outputs h of a network, with ``‖N‖_F = √D``: it is off by ε."""
+    """``h + ε N h`` of the outputs h of a network, with ``‖N‖_F = √D``: a relative error of ε."""
 
     def __init__(self, network: nn.Module, dim: int, size: float, seed: int = 0) -> None:
         super().__init__()
@@ -80,7 +111,7 @@ class Perturbed(nn.Module):
 
 
 class Recorder(nn.Module):
-    """A network that remembers what it was given."""
+    """A network that records its inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -110,7 +141,7 @@ def gradients_of(
     return dict(zip(named, found, strict=True))
 
 
-def parameters_of_f(layer: SelfNormalizing) -> dict[str, Tensor]:
+def parameters_of_f(layer: SelfNormalizingPair) -> dict[str, Tensor]:
     return dict(layer.forward_net.named_parameters())
 
 

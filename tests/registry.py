@@ -23,40 +23,54 @@ from pyro_snf import (
     GECO,
     ActNorm,
     Compose,
-    ConditionalSelfNormalizing,
     ConditionalSelfNormalizingLinear,
+    ConditionalSelfNormalizingPair,
     CouplingNet,
+    Exact,
     ImageCoupling,
     InverseTransformModule,
+    Learned,
+    LogDetMethod,
     LowRankAutoregressive,
     MultiScale,
+    PairExact,
+    PairLearned,
+    PairMethod,
+    PairRefined,
     RationalQuadraticSpline,
+    Reconstruction,
+    Refined,
     ResidualMLP,
-    SelfNormalizing,
     SelfNormalizingConv2d,
     SelfNormalizingLinear,
+    SelfNormalizingPair,
     SmoothLeakyReLU,
     Squeeze2d,
     actnorm,
-    conditional_self_normalizing,
     conditional_self_normalizing_linear,
+    conditional_self_normalizing_pair,
     image_coupling,
     low_rank_autoregressive,
     rational_quadratic_spline,
-    self_normalizing,
     self_normalizing_conv2d,
     self_normalizing_linear,
+    self_normalizing_pair,
     smooth_leaky_relu,
     squeeze2d,
 )
-from pyro_snf.conv import kernels
-from pyro_snf.conv.exact import ConvFactors
-from pyro_snf.conv.pointwise import PointwiseInverse
-from pyro_snf.dense import near_identity
-from pyro_snf.learned import LearnedInverse
+from pyro_snf.maps import kernels
+from pyro_snf.maps.convolution_factors import ConvolutionFactors
+from pyro_snf.maps.kernels import norm_bound
 
 LOG_DETS = ["refined", "learned", "exact"]
-INVERSES = ["refined", "learned", "exact"]
+INVERSES = ["iterative", "exact", "one_pass"]
+
+METHODS: dict[str, type[LogDetMethod]] = {"refined": Refined, "learned": Learned, "exact": Exact}
+PAIR_METHODS: dict[str, type[PairMethod]] = {
+    "refined": PairRefined,
+    "learned": PairLearned,
+    "exact": PairExact,
+}
 
 # ‖Θ/√D‖₂ of random layers: the singular values of A lie in [0.5, 1.5], its condition is below 3.
 SPREAD = 0.5
@@ -65,12 +79,6 @@ SPREAD = 0.5
 # ‖∂r‖₂ of the blocks of random residual networks, ``h + r(h)``: each is a contraction away from the
 # identity, hence invertible, and its singular values lie in [0.6, 1.4].
 BLOCK_SPREAD = 0.4
-
-
-def norm_bound(kernel: Tensor) -> Tensor:
-    """A bound of ``‖J‖₂`` of a convolution, on images of any size: ``(‖J‖₁ ‖J‖_∞)^½``."""
-    size = kernel.abs()
-    return (size.sum((0, 2, 3)).max() * size.sum((1, 2, 3)).max()).sqrt()
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
@@ -112,7 +120,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             elif isinstance(part, dist.transforms.Spline):
                 for parameter in part.parameters():
                     parameter.copy_(normal(parameter).sigmoid())
-            elif isinstance(part, SelfNormalizing):
+            elif isinstance(part, SelfNormalizingPair):
                 _randomize_network(part.forward_net, normal)
                 make_inverse_near(part)
 
@@ -134,7 +142,7 @@ def _randomize_network(network: nn.Module, normal: Callable[[Tensor], Tensor]) -
 
 
 @torch.no_grad()
-def make_inverse_near(transform: SelfNormalizing) -> None:
+def make_inverse_near(transform: SelfNormalizingPair) -> None:
     """Make g nearly the inverse of f, or the inverse itself for a pair of :class:`Sinh`.
 
     Of a block ``h + r(h)`` that is ``h − r(h)``; what it leaves is of second order in r.
@@ -157,27 +165,17 @@ def make_inverse_near(transform: SelfNormalizing) -> None:
 def make_inverse_exact(layer: SelfNormalizingLinear | SelfNormalizingConv2d) -> None:
     """Set R to A⁻¹, where it is learned or tracked.
 
-    A learned kernel has the inverse on a torus that it just covers: the exact one for circular
-    images of that size, and for 1 × 1 kernels. A refined convolution is exact at its first use.
+    A learned kernel has the inverse of a periodic image that it just covers: the exact one for
+    circular images of that size, and for 1 × 1 kernels. A refined convolution is exact at its first
+    use.
     """
-    layer.refresh()
-    if isinstance(layer.estimator, LearnedInverse):
-        if isinstance(layer, SelfNormalizingLinear):
-            inverse = torch.linalg.inv(near_identity.matrix(layer.theta))
-            eye = torch.eye(layer.input_dim, dtype=inverse.dtype, device=inverse.device)
-            layer.estimator.theta.copy_(math.sqrt(layer.input_dim) * (inverse - eye))
-        else:
-            size = layer.inverse_kernel_size
-            kernel = kernels.near_identity(layer.theta)
-            inverse = ConvFactors(kernel, size, "circular").inverse_kernel(size)
-            set_kernel(layer.estimator.theta, inverse)
-
-
-@torch.no_grad()
-def set_kernel(theta: Tensor, kernel: Tensor) -> None:
-    """Set θ such that ``δ + θ/√(C kh kw)`` is the kernel."""
-    identity = kernels.near_identity(torch.zeros_like(theta))
-    theta.copy_((kernel - identity) / kernels.theta_scale(theta))
+    layer.refactorize()
+    method = layer.log_det
+    if isinstance(method, Learned) and isinstance(layer, SelfNormalizingConv2d):
+        size = method.theta.shape[-2:]
+        kernel = method.linear_map.weight(layer.theta)
+        inverse = ConvolutionFactors(kernel, size, "circular").inverse_kernel(size)
+        method.theta.copy_(method.linear_map.theta_of(inverse))
 
 
 @torch.no_grad()
@@ -185,23 +183,26 @@ def nudge_inverses(module: nn.Module, size: float, seed: int = 1) -> None:
     """Add noise of norm ``size`` per row to every R that is learned or tracked, and to every g."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
-        if isinstance(layer, SelfNormalizing):
+        if isinstance(layer, SelfNormalizingPair):
             for parameter in layer.inverse_net.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(noise, alpha=size / math.sqrt(parameter[0].numel()))
         if not isinstance(layer, SelfNormalizingLinear | SelfNormalizingConv2d):
             continue
-        estimator, scale = layer.estimator, size
-        if isinstance(estimator, LearnedInverse):
-            target = estimator.theta
-        elif layer.log_det == "refined" and isinstance(layer, SelfNormalizingLinear):
-            target, scale = estimator.inverse_t, size / math.sqrt(layer.input_dim)
-        elif isinstance(estimator, PointwiseInverse):
-            target, scale = estimator.tracked.inverse_t, size / math.sqrt(layer.channels)
+        scale = size
+        if isinstance(layer.log_det, Learned):
+            target = layer.log_det.theta
+        elif (tracked := tracked_inverse(layer)) is not None:
+            target, scale = tracked, size / math.sqrt(len(tracked))
         else:
             continue
         noise = torch.randn(target.shape, generator=generator, dtype=target.dtype)
         target.add_(noise, alpha=scale)
+
+
+def tracked_inverse(layer: SelfNormalizingLinear | SelfNormalizingConv2d) -> Tensor | None:
+    """The buffer Rᵀ of a layer that tracks an inverse, else None."""
+    return getattr(getattr(layer.log_det, "estimator", None), "inverse_t", None)
 
 
 class Sinh(nn.Module):
@@ -236,30 +237,32 @@ def rising_weight(step: int) -> float:
 
 def free_form(
     dim: int = 3, *, width: int = 4, num_blocks: int = 1, seed: int = 0, **options: object
-) -> SelfNormalizing:
+) -> SelfNormalizingPair:
     """A pair of random residual networks in float64, g being near the inverse."""
 
-    def build() -> SelfNormalizing:
+    def build() -> SelfNormalizingPair:
         pair = _pair(dim, width=width, num_blocks=num_blocks)
-        return SelfNormalizing(*pair, event_shape=dim, **options)
+        return SelfNormalizingPair(*pair, event_shape=dim, **pair_options(options))
 
     return _randomized(build)(seed)
 
 
-def exact_pair(dim: int = 3, *, seed: int = 0, **options: object) -> SelfNormalizing:
+def exact_pair(dim: int = 3, *, seed: int = 0, **options: object) -> SelfNormalizingPair:
     """A pair of random networks in float64, g being the inverse."""
-    make = _randomized(lambda: SelfNormalizing(*_exact_pair(dim), event_shape=dim, **options))
+    make = _randomized(
+        lambda: SelfNormalizingPair(*_exact_pair(dim), event_shape=dim, **pair_options(options))
+    )
     return make(seed)
 
 
 def conditional_pair(
     dim: int = 3, context_dim: int = 2, *, seed: int = 0, **options: object
-) -> ConditionalSelfNormalizing:
+) -> ConditionalSelfNormalizingPair:
     """The same, with a context for both."""
 
-    def build() -> ConditionalSelfNormalizing:
+    def build() -> ConditionalSelfNormalizingPair:
         pair = _pair(dim, context_dim=context_dim)
-        return ConditionalSelfNormalizing(*pair, event_shape=dim, **options)
+        return ConditionalSelfNormalizingPair(*pair, event_shape=dim, **pair_options(options))
 
     return _randomized(build)(seed)
 
@@ -277,14 +280,14 @@ def _exact_pair(dim: int) -> tuple[Sinh, Sinh]:
 
 def linear(dim: int = 5, *, seed: int = 0, **options: object) -> SelfNormalizingLinear:
     """A random linear layer in float64 with an exact R."""
-    layer = SelfNormalizingLinear(dim, dtype=torch.float64, **options)
+    layer = SelfNormalizingLinear(dim, dtype=torch.float64, **layer_options(options))
     randomize(layer, seed)
     return layer
 
 
 def conv(channels: int = 2, *, seed: int = 0, **options: object) -> SelfNormalizingConv2d:
     """A random convolution in float64; R is as :func:`make_inverse_exact` says."""
-    layer = SelfNormalizingConv2d(channels, dtype=torch.float64, **options)
+    layer = SelfNormalizingConv2d(channels, dtype=torch.float64, **layer_options(options))
     randomize(layer, seed)
     return layer
 
@@ -318,21 +321,47 @@ class Case(NamedTuple):
     """The trailing shape of outputs, where it is not that of inputs."""
 
 
-def _fresh(options: dict[str, object]) -> dict[str, object]:
-    """The options with a controller of their own where there is to be one: it has a state."""
-    kept = {key: value for key, value in options.items() if key != "geco"}
-    return {**kept, "reconstruction_weight": GECO(0.02)} if options.get("geco") else kept
+#: The keywords of layers; all others are of their log-determinant methods.
+_LAYER_OPTIONS = {
+    *("inverse", "bias", "init_scale", "device", "dtype"),
+    *("kernel_size", "inverse_kernel_size", "padding_mode"),
+    *("event_shape", "event_dim", "inverse_tolerance"),
+}
+
+
+def layer_options(
+    options: dict[str, object], methods: dict[str, type] = METHODS
+) -> dict[str, object]:
+    """Keywords of a layer from those of the layer and of its method, in one dictionary.
+
+    :param options: among them ``log_det``, a name, and ``geco``, whether λ is controlled.
+    """
+    own = {name: value for name, value in options.items() if name in _LAYER_OPTIONS}
+    rest = {name: value for name, value in options.items() if name not in _LAYER_OPTIONS}
+    name = rest.pop("log_det", "refined")
+    if rest.pop("geco", False):
+        rest["reconstruction_weight"] = GECO(0.02)
+    return {**own, "log_det": methods[name](**rest)}
+
+
+def pair_options(options: dict[str, object]) -> dict[str, object]:
+    """The same for a pair, with the keywords of its penalty in ``reconstruction``."""
+    penalty = dict(options.get("reconstruction", {}))
+    rest = {name: value for name, value in options.items() if name != "reconstruction"}
+    if rest.pop("geco", False):
+        penalty["weight"] = GECO(0.02)
+    return {**layer_options(rest, PAIR_METHODS), "reconstruction": Reconstruction(**penalty)}
 
 
 def _linear_case(dim: int = 5, *, remembers_inverse: bool = True, **options: object) -> Case:
-    make = _randomized(lambda: SelfNormalizingLinear(dim, **_fresh(options)))
+    make = _randomized(lambda: SelfNormalizingLinear(dim, **layer_options(options)))
     return Case(make, (dim,), "SelfNormalizingLinear", remembers_inverse)
 
 
 def _conv_case(
     shape: tuple[int, ...] = (2, 4, 4), *, remembers_inverse: bool = True, **options: object
 ) -> Case:
-    make = _randomized(lambda: SelfNormalizingConv2d(shape[0], **_fresh(options)))
+    make = _randomized(lambda: SelfNormalizingConv2d(shape[0], **layer_options(options)))
     return Case(make, shape, "SelfNormalizingConv2d", remembers_inverse)
 
 
@@ -343,16 +372,15 @@ def _free_form_case(
     remembers_inverse: bool = True,
     **options: object,
 ) -> Case:
-    def build() -> SelfNormalizing:
-        return SelfNormalizing(*make_pair(dim), event_shape=dim, **_fresh(options))
+    def build() -> SelfNormalizingPair:
+        return SelfNormalizingPair(*make_pair(dim), event_shape=dim, **pair_options(options))
 
-    return Case(_randomized(build), (dim,), "SelfNormalizing", remembers_inverse)
+    return Case(_randomized(build), (dim,), "SelfNormalizingPair", remembers_inverse)
 
 
-def _image_pair() -> SelfNormalizing:
+def _image_pair() -> SelfNormalizingPair:
     # Nothing but the number of dimensions is known: images of any size will do.
-    options = {"log_det": "learned", "value_iterations": 0}
-    return SelfNormalizing(ResidualConv(2), ResidualConv(2), event_dim=3, **options)
+    return SelfNormalizingPair(ResidualConv(2), ResidualConv(2), event_dim=3, log_det="learned")
 
 
 def _autoregressive_case(dim: int, hidden_dim: int = 64, **options: float) -> Case:
@@ -399,8 +427,8 @@ CASES: dict[str, Case] = {
     "linear refined D=8 k=2": _linear_case(8, num_probes=2),
     "linear refined no bias": _linear_case(bias=False),
     "linear refined inverse=exact": _linear_case(inverse="exact"),
-    "linear refined inverse=learned (approximate)": _linear_case(
-        inverse="learned", remembers_inverse=False
+    "linear refined inverse=one_pass (approximate)": _linear_case(
+        inverse="one_pass", remembers_inverse=False
     ),
     "linear learned": _linear_case(log_det="learned"),
     "linear learned D=1": _linear_case(1, log_det="learned"),
@@ -410,8 +438,8 @@ CASES: dict[str, Case] = {
     "linear learned GECO": _linear_case(log_det="learned", geco=True),
     "linear learned no bias": _linear_case(log_det="learned", bias=False),
     "linear learned inverse=exact": _linear_case(log_det="learned", inverse="exact"),
-    "linear learned inverse=learned (approximate)": _linear_case(
-        log_det="learned", inverse="learned", remembers_inverse=False
+    "linear learned inverse=one_pass (approximate)": _linear_case(
+        log_det="learned", inverse="one_pass", remembers_inverse=False
     ),
     "linear exact": _linear_case(log_det="exact"),
     "linear exact D=1": _linear_case(1, log_det="exact"),
@@ -425,8 +453,8 @@ CASES: dict[str, Case] = {
     "conv refined 1×1": _conv_case((3, 2, 3), kernel_size=1),
     "conv refined 3×5 no bias": _conv_case((1, 5, 6), kernel_size=(3, 5), bias=False),
     "conv refined inverse=exact": _conv_case((1, 3, 4), inverse="exact"),
-    "conv refined inverse=learned (approximate)": _conv_case(
-        (2, 3, 5), padding_mode="circular", inverse="learned", remembers_inverse=False
+    "conv refined inverse=one_pass (approximate)": _conv_case(
+        (2, 3, 5), padding_mode="circular", inverse="one_pass", remembers_inverse=False
     ),
     "conv learned": _conv_case(log_det="learned"),
     "conv learned circular 5×3 of 3×3": _conv_case(
@@ -437,11 +465,11 @@ CASES: dict[str, Case] = {
         (1, 4, 5), log_det="learned", mixture=0.0, reconstruction="symmetric"
     ),
     "conv learned R only": _conv_case((1, 3, 4), log_det="learned", reconstruction="inverse"),
-    "conv learned inverse=learned (approximate)": _conv_case(
+    "conv learned inverse=one_pass (approximate)": _conv_case(
         (2, 3, 3),
         padding_mode="circular",
         log_det="learned",
-        inverse="learned",
+        inverse="one_pass",
         remembers_inverse=False,
     ),
     "conv exact": _conv_case((2, 4, 3), log_det="exact"),
@@ -498,38 +526,44 @@ CASES: dict[str, Case] = {
         _randomized(lambda: _coupling(4)), (4, 3, 3), "image_coupling"
     ),
     # Enough iterations for the value in training to be exact, whatever the default is.
-    "free form refined": _free_form_case(value_iterations=4),
-    "free form refined D=1": _free_form_case(1, value_iterations=4),
+    "free form refined": _free_form_case(lanczos_steps=4),
+    "free form refined D=1": _free_form_case(1, lanczos_steps=4),
     "free form refined k=2 rademacher, a schedule": _free_form_case(
         num_probes=2,
         probe="rademacher",
-        value_iterations=3,
-        reconstruction_weight=rising_weight,
-        reconstruction_tolerance=0.05,
+        lanczos_steps=3,
+        reconstruction={"weight": rising_weight, "tolerance": 0.05},
     ),
-    "free form learned": _free_form_case(log_det="learned", value_iterations=0),
+    "free form learned": _free_form_case(log_det="learned"),
     "free form learned k=2 orthogonal GECO": _free_form_case(
-        log_det="learned", value_iterations=0, num_probes=2, probe="orthogonal", geco=True
+        log_det="learned", num_probes=2, probe="orthogonal", geco=True
     ),
     "free form learned k=2 gaussian, latents": _free_form_case(
         2,
         log_det="learned",
-        value_iterations=0,
         num_probes=2,
         probe="gaussian",
-        data_noise=0.1,
-        latent_noise=0.1,
-        base=dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        reconstruction={
+            "data_noise_std": 0.1,
+            "latent_noise_std": 0.1,
+            "base": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        },
     ),
-    "free form exact, g only": _free_form_case(2, log_det="exact", reconstruction="inverse"),
-    "free form inverse=learned (approximate)": _free_form_case(
-        make_pair=_exact_pair, value_iterations=4, inverse="learned", remembers_inverse=False
+    "free form exact, g only": _free_form_case(
+        2, log_det="exact", reconstruction={"trains": "inverse"}
     ),
-    "free form on images": Case(_randomized(_image_pair), (2, 2, 3), "SelfNormalizing"),
+    "free form inverse=one_pass (approximate)": _free_form_case(
+        make_pair=_exact_pair, lanczos_steps=4, inverse="one_pass", remembers_inverse=False
+    ),
+    "free form on images": Case(_randomized(_image_pair), (2, 2, 3), "SelfNormalizingPair"),
     "free form by the factory": Case(
-        _randomized(lambda: self_normalizing(2, [4], num_blocks=2, value_iterations=4)),
+        _randomized(
+            lambda: self_normalizing_pair(
+                2, [4], num_blocks=2, log_det=PairRefined(lanczos_steps=4)
+            )
+        ),
         (2,),
-        "self_normalizing",
+        "self_normalizing_pair",
     ),
     "multi-scale": Case(_randomized(_glow), (1, 4, 6), "MultiScale", output_shape=(24,)),
     "inverse of multi-scale": Case(
@@ -588,7 +622,7 @@ CASES: dict[str, Case] = {
 class ConditionalCase(NamedTuple):
     """One named constructor of a transform that is to be conditioned."""
 
-    make: Callable[..., ConditionalSelfNormalizingLinear | ConditionalSelfNormalizing]
+    make: Callable[..., ConditionalSelfNormalizingLinear | ConditionalSelfNormalizingPair]
     """``make(seed)`` returns a random one in float64, R being exact, the network smooth."""
     input_dim: int
     context_dim: int
@@ -603,13 +637,17 @@ def _conditional_case(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if by_factory:
-                transform = conditional_self_normalizing_linear(dim, 2, [6], rank=rank, **options)
+                transform = conditional_self_normalizing_linear(
+                    dim, 2, [6], rank=rank, **layer_options(options)
+                )
                 # It would start as the same map for all contexts.
                 nn.init.normal_(transform.nn.layers[-1].weight, std=0.2)
             else:
                 sizes = [dim, dim, rank * dim, rank * dim][: 4 if rank else 2]
                 network = DenseNN(2, [6], sizes, nonlinearity=nn.Tanh())
-                transform = ConditionalSelfNormalizingLinear(dim, network, rank=rank, **options)
+                transform = ConditionalSelfNormalizingLinear(
+                    dim, network, rank=rank, **layer_options(options)
+                )
         randomize(transform.double(), seed)
         return transform
 
@@ -620,14 +658,16 @@ def _conditional_case(
 
 
 def _conditional_pair_case(*, by_factory: bool = False, **options: object) -> ConditionalCase:
-    def build() -> ConditionalSelfNormalizing:
+    def build() -> ConditionalSelfNormalizingPair:
         if by_factory:
-            return conditional_self_normalizing(3, 2, [4], num_blocks=2, **options)
-        return ConditionalSelfNormalizing(
-            *_pair(3, context_dim=2), event_shape=3, **_fresh(options)
+            return conditional_self_normalizing_pair(
+                3, 2, [4], num_blocks=2, **pair_options(options)
+            )
+        return ConditionalSelfNormalizingPair(
+            *_pair(3, context_dim=2), event_shape=3, **pair_options(options)
         )
 
-    api = "conditional_self_normalizing" if by_factory else "ConditionalSelfNormalizing"
+    api = "conditional_self_normalizing_pair" if by_factory else "ConditionalSelfNormalizingPair"
     return ConditionalCase(_randomized(build), 3, 2, api)
 
 
@@ -644,11 +684,11 @@ CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional linear exact rank=2": _conditional_case(rank=2, log_det="exact"),
     "conditional linear by the factory": _conditional_case(by_factory=True, init_scale=0.5),
     "conditional linear by the factory rank=1": _conditional_case(by_factory=True, rank=1),
-    "conditional free form refined": _conditional_pair_case(value_iterations=4),
-    "conditional free form learned": _conditional_pair_case(log_det="learned", value_iterations=0),
+    "conditional free form refined": _conditional_pair_case(lanczos_steps=4),
+    "conditional free form learned": _conditional_pair_case(log_det="learned"),
     "conditional free form exact GECO": _conditional_pair_case(log_det="exact", geco=True),
     "conditional free form by the factory": _conditional_pair_case(
-        by_factory=True, value_iterations=4, latent_noise=0.1
+        by_factory=True, lanczos_steps=4, reconstruction={"latent_noise_std": 0.1}
     ),
 }
 
@@ -765,7 +805,7 @@ def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.grad.clone()
         for name, parameter in layer.named_parameters()
-        if "estimator" not in name
+        if not name.startswith("log_det.")
     }
 
 

@@ -1,4 +1,4 @@
-"""ActNorm: formula, log-det, the start from data and what it must never do again."""
+"""ActNorm: formula, initialization by the first batch and by nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -31,7 +32,7 @@ BATCH_SHAPES = [(), (2,), (2, 1), (2, 1, 3)]
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Channels of other means and scales."""
+    """Random images of mean 5 and standard deviation 3."""
     generator = torch.Generator().manual_seed(seed)
     return (5 + 3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -59,7 +60,7 @@ def is_normal(y: Tensor, event_dim: int = 3, tolerance: float = EXACT) -> bool:
 
 @pytest.mark.parametrize("batch_shape", BATCH_SHAPES)
 @pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
-def test_formula_and_round_trip(
+def test_formula(
     event_dim: int, event_shape: tuple[int, ...], batch_shape: tuple[int, ...]
 ) -> None:
     layer = random_layer(event_dim)
@@ -69,20 +70,10 @@ def test_formula_and_round_trip(
         index = (..., channel) + (slice(None),) * (event_dim - 1)
         expected = layer.log_scale[channel].exp() * (x[index] + layer.bias[channel])
         assert torch.allclose(y[index], expected, rtol=EXACT)
-    assert layer.inv(y) is x
     assert torch.allclose(layer.inv(y.clone()), x, rtol=EXACT)
-    assert layer.log_abs_det_jacobian(x, y).shape == batch_shape
-
-
-@pytest.mark.parametrize("direction", ["T", "T.inv"])
-@pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
-def test_log_det(event_dim: int, event_shape: tuple[int, ...], direction: str) -> None:
-    layer = random_layer(event_dim)
-    part = layer if direction == "T" else layer.inv
-    x = images(*event_shape)
-    jacobian = torch.autograd.functional.jacobian(part, x).reshape(x.numel(), x.numel())
-    expected = torch.linalg.slogdet(jacobian).logabsdet
-    assert torch.allclose(part.log_abs_det_jacobian(x, part(x)), expected, rtol=EXACT)
+    log_det = math.prod(event_shape[1:]) * layer.log_scale.sum()
+    expected = log_det.expand(batch_shape)
+    assert torch.allclose(layer.log_abs_det_jacobian(x, y), expected, rtol=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -108,10 +99,10 @@ def test_what_is_not_finite_surfaces_where_it_is(value: float) -> None:
     assert (torch.isfinite(y).sum(), y[0, 0, 0]) == (11, expected[0, 0, 0])
 
 
-# --- The start ----------------------------------------------------------------------------------
+# --- Initialization -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_shape", [(7,), (2, 1, 4)])
+@pytest.mark.parametrize("batch_shape", [(7,), (2, 1, 4), (25, 1)])
 @pytest.mark.parametrize(("event_dim", "event_shape"), EVENTS)
 def test_first_batch_is_normalized(
     event_dim: int, event_shape: tuple[int, ...], batch_shape: tuple[int, ...]
@@ -121,10 +112,6 @@ def test_first_batch_is_normalized(
     x = images(*batch_shape, *event_shape)
     assert is_normal(layer(x), event_dim)
     assert layer.initialized
-
-
-def test_single_image_has_values_enough() -> None:
-    assert is_normal(ActNorm(3)(images(3, 4, 4)))
 
 
 def test_only_the_first_batch_counts() -> None:
@@ -138,29 +125,31 @@ def test_only_the_first_batch_counts() -> None:
 
 def test_values_far_from_zero() -> None:
     x = 1e3 + torch.randn(500, 1, dtype=torch.float32)
-    # x itself is rounded to 6e-5.
+    # The rounding of x is 6e-5.
     assert is_normal(ActNorm(1, event_dim=1, dtype=torch.float32)(x), 1, tolerance=1e-4)
 
 
-def test_log_det_is_that_after_the_start() -> None:
-    layer, x = ActNorm(3), images(7, 3, 4, 4)
+def test_log_det_is_that_after_initialization() -> None:
+    layer, x = ActNorm(3), images(3, 4, 4).unsqueeze(0)  # a single image suffices
     deviation = x.movedim(1, 0).flatten(1).std(-1, correction=0)
     log_det = layer.log_abs_det_jacobian(x, layer(x))
     assert torch.allclose(log_det, -16 * deviation.log().sum(), rtol=EXACT)
 
 
-def test_start_through_a_density() -> None:
+def test_initialization_through_a_density() -> None:
     layer, x = ActNorm(3), images(7, 3, 4, 4)
     flow = dist.TransformedDistribution(
         dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3), layer.inv
     )
+    assert flow.rsample((5,)).shape == (5, 3, 4, 4)
+    assert not layer.initialized  # samples do not initialize it
     flow.log_prob(x).sum().backward()
     assert layer.initialized
     assert layer.bias.grad is not None
     assert is_normal(layer(x))
 
 
-def test_stack_starts_layer_by_layer() -> None:
+def test_stack_is_initialized_layer_by_layer() -> None:
     flow = Compose([ActNorm(3), random_layer(seed=1), ActNorm(3)])
     x = images(7, 3, 4, 4)
     assert is_normal(flow(x))
@@ -182,26 +171,13 @@ def test_identity_until_it_is_trained(how: str) -> None:
         with getattr(torch, how)():
             assert torch.equal(layer(x), x)
     assert not layer.initialized
-    # The remembered pair is not taken for true afterwards.
+    # The cached pair is not used afterwards.
     assert is_normal(layer(x))
+    if how == "inverse":
+        assert not torch.allclose(layer.inv(x), x)
 
 
-def test_remembered_inverse_is_dropped_by_the_start() -> None:
-    layer, y = ActNorm(3), images(7, 3, 4, 4)
-    x = layer.inv(y)
-    assert is_normal(layer(x))
-    assert not torch.allclose(layer.inv(y), x)
-
-
-def test_sampling_before_training() -> None:
-    layer = ActNorm(3)
-    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
-    sample = dist.TransformedDistribution(base, [layer.inv]).rsample((5,))
-    assert sample.shape == (5, 3, 4, 4)
-    assert not layer.initialized
-
-
-def test_inverse_as_a_layer_starts_from_what_goes_through_it() -> None:
+def test_inverse_as_a_layer_is_initialized_by_its_data() -> None:
     layer, x = ActNorm(3), images(7, 3, 4, 4)
     flow = Compose([random_layer(), layer.inv])
     base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
@@ -209,7 +185,7 @@ def test_inverse_as_a_layer_starts_from_what_goes_through_it() -> None:
     assert is_normal(layer(x))
 
 
-def test_by_hand() -> None:
+def test_explicit_initialization() -> None:
     layer, x, other = ActNorm(3), images(7, 3, 4, 4), images(7, 3, 4, 4, seed=1)
     layer.eval().initialize(x)
     assert is_normal(layer(x))
@@ -228,7 +204,7 @@ def test_identity_can_be_kept() -> None:
     assert is_normal(layer(x))
 
 
-def test_parameters_that_somebody_has_set_are_kept() -> None:
+def test_parameters_that_are_set_are_kept() -> None:
     layer, x = random_layer(), images(7, 3, 4, 4)
     before = copy.deepcopy(dict(layer.named_parameters()))
     layer(x)
@@ -238,7 +214,7 @@ def test_parameters_that_somebody_has_set_are_kept() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_start_refuses_what_is_not_finite(value: float) -> None:
+def test_first_batch_must_be_finite(value: float) -> None:
     layer, x = ActNorm(3), images(7, 3, 4, 4)
     x[2, 1, 0, 0] = value
     with pytest.raises(ValueError, match=r"ActNorm\(3, .*expected a first batch of finite"):
@@ -250,7 +226,7 @@ def test_start_refuses_what_is_not_finite(value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_start_refuses_a_constant_channel(value: float, dtype: torch.dtype) -> None:
+def test_first_batch_must_not_be_constant_in_a_channel(value: float, dtype: torch.dtype) -> None:
     layer, x = ActNorm(3, dtype=dtype), images(100, 3, 4, 4, dtype=dtype)
     x[:, 1] = value
     message = r"every channel has different values; got equal ones in channels \[1\] of a tensor of"
@@ -260,7 +236,9 @@ def test_start_refuses_a_constant_channel(value: float, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("event_dim", "shape"), [(1, (3,)), (1, (1, 1, 3)), (3, (1, 3, 1, 1))])
-def test_start_refuses_one_value_a_channel(event_dim: int, shape: tuple[int, ...]) -> None:
+def test_first_batch_must_have_two_values_in_a_channel(
+    event_dim: int, shape: tuple[int, ...]
+) -> None:
     with pytest.raises(ValueError, match=r"equal ones in channels \[0, 1, 2\]"):
         ActNorm(3, event_dim=event_dim)(images(*shape))
 
@@ -301,20 +279,20 @@ def test_untrained_state_dict_makes_it_new_again() -> None:
 @pytest.mark.parametrize("is_trained", [False, True], ids=["fresh", "trained"])
 def test_copies(make_copy: Callable[[nn.Module], nn.Module], is_trained: bool) -> None:
     layer, x = trained() if is_trained else (ActNorm(3), images(7, 3, 4, 4))
-    twin = make_copy(layer)
-    assert twin.initialized == is_trained
-    y = twin(x)
+    other = make_copy(layer)
+    assert other.initialized == is_trained
+    y = other(x)
     assert is_normal(y) != is_trained
     assert layer.initialized == is_trained
     assert torch.equal(y, layer(x))
 
 
-def test_twin_without_cache_shares_the_start() -> None:
+def test_with_cache_shares_the_initialization() -> None:
     layer, x = ActNorm(3), images(7, 3, 4, 4)
-    twin = layer.with_cache(0)
-    assert is_normal(twin(x))
+    other = layer.with_cache(0)
+    assert is_normal(other(x))
     assert layer.initialized
-    assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer(x), other(x))
     assert not is_normal(layer(images(7, 3, 4, 4, seed=1)))
 
 
@@ -326,7 +304,7 @@ def test_parameter_store(tmp_path: Path) -> None:
     pyro.get_param_store().load(tmp_path / "store")
     fresh = ActNorm(3)
     pyro.module("layer", fresh.inv, update_module_params=True)
-    # The store has no buffers; and yet it does not start anew.
+    # The store has no buffers, but the layer is not initialized again.
     other = images(7, 3, 4, 4, seed=1)
     assert torch.equal(fresh(other), layer(other))
     assert torch.equal(fresh(x), layer(x))
@@ -360,16 +338,12 @@ def test_num_channels_is_checked(value: object) -> None:
 def test_event_dim_is_checked(value: object) -> None:
     with pytest.raises(ValueError, match=re.escape(f"expected event_dim 1 or 3; got {value!r}")):
         ActNorm(3, event_dim=value)
+    assert repr(ActNorm(np.int64(3), event_dim=np.int32(1))) == "ActNorm(3, event_dim=1)"
 
 
 def test_dtype_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
         ActNorm(3, dtype=torch.int64)
-
-
-def test_options_are_keyword_only() -> None:
-    with pytest.raises(TypeError):
-        ActNorm(3, 1)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4), (4, 3, 4), (2, 1, 4, 4), (0, 3, 4, 4)])

@@ -101,7 +101,7 @@ def test_kernels_have_the_condition_number_that_is_asked_for(conv: ModuleType) -
     before = conv.moved(kernel, (6, 6), torch.Generator().manual_seed(0))
     change = matrix - conv.kernels.matrix(before, (6, 6), "zeros")
     drift = torch.linalg.solve(matrix - change, change, left=False).norm() / 6
-    assert drift.item() == pytest.approx(conv.refined._MAX_DRIFT, rel=EXACT)
+    assert drift.item() == pytest.approx(conv.krylov_log_det._MAX_DRIFT, rel=EXACT)
 
 
 def test_gradients_of_convolutions(
@@ -171,7 +171,7 @@ def test_the_bias_of_refined_falls(
     ("command", "arguments", "num_rows"),
     [
         ("products", ["--dims", "3", "5", "--widths", "4", "4", "--turns", "1"], [2, 2]),
-        ("probes", ["--max-iterations", "0", "1", "--turns", "1"], [3, 3]),
+        ("probes", ["--krylov-steps", "0", "1", "--turns", "1"], [3, 3]),
         ("value", ["--turns", "1"], [5]),
         ("time", ["--dims", "2", "3", "--batch", "2", "--turns", "1"], [2]),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import math
+import weakref
 from collections.abc import Callable
 
 import pyro
@@ -23,12 +25,15 @@ from pyro_snf import (
     Compose,
     InverseTransformModule,
     InvertibleTransformModule,
-    SelfNormalizing,
     SelfNormalizingConv2d,
     SelfNormalizingLinear,
 )
-from pyro_snf.conv import kernels
-from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
+from pyro_snf.maps import kernels
+from pyro_snf.probes import ProbeStream
+from pyro_snf.transforms.self_normalizing import (
+    AffineSelfNormalizingTransform,
+    SelfNormalizingTransform,
+)
 from tests.registry import (
     CASES,
     CONDITIONAL_CASES,
@@ -44,7 +49,6 @@ from tests.registry import (
     make_inverse_exact,
     nudge_inverses,
     output_batch,
-    set_kernel,
     train,
 )
 
@@ -56,11 +60,23 @@ SINGLE = 1e-4
 APPROXIMATE = 0.2
 # A sample's density against that of its clone: the clone goes through the inverse, to rounding.
 SAMPLED = 1e-8
+# Roundings of a few layers, in units of the last place.
+HALF = 64
 
 #: What holds other transforms, and whose own mode says nothing.
 WRAPPERS = (InverseTransformModule, ComposeTransformModule)
 
 BATCH_SHAPES = [(), (3,), (2, 1), (4, 1, 5)]
+
+
+def over(fits: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """Over the cases that fit."""
+    cases = {name: case for name, case in CASES.items() if fits(case)}
+    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+
+
+OWN = over(lambda case: not case.foreign)  # the caches are this library's own
+TRAINABLE = over(lambda case: len(list(case.make().parameters())) > 0)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
@@ -99,6 +115,10 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def share_parameters(first: nn.Module, second: nn.Module) -> bool:
+    return all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 # --- The registry -------------------------------------------------------------------------------
 
 
@@ -114,14 +134,11 @@ def test_registry_covers_every_public_transform() -> None:
     assert {case.api for case in cases} == set(filter(is_transform, pyro_snf.__all__))
 
 
-def test_case_is_built_by_the_name_that_it_claims(case: Case) -> None:
+def test_case_is_what_it_claims_to_be(case: Case) -> None:
     maker = getattr(pyro_snf, case.api)
-    if inspect.isclass(maker):
-        assert type(case.make()) is maker
-
-
-def test_case_is_float64_and_reproducible(case: Case) -> None:
     first, second, other = case.make(), case.make(), case.make(seed=1)
+    if inspect.isclass(maker):
+        assert type(first) is maker
     assert all(tensor.dtype == torch.float64 for tensor in first.parameters())
     assert same(outputs(first, case), outputs(second, case))
     if first.state_dict():
@@ -131,24 +148,18 @@ def test_case_is_float64_and_reproducible(case: Case) -> None:
 # --- Values -------------------------------------------------------------------------------------
 
 
-def test_round_trip_from_x(case: Case) -> None:
+def test_round_trips(case: Case) -> None:
     transform = case.make()
     for shape in BATCH_SHAPES:
-        x = batch(case, shape)
-        y = transform(x).detach()
+        x, y = batch(case, shape), output_batch(case, shape)
+        image = transform(x).detach()
         transform.clear_cache()
-        assert y.shape == output_batch(case, shape).shape
-        assert close(transform.inv(y), x)
-
-
-def test_round_trip_from_y(case: Case) -> None:
-    transform = case.make()
-    for shape in BATCH_SHAPES:
-        y = output_batch(case, shape)
-        x = transform.inv(y).detach()
+        assert image.shape == y.shape
+        assert close(transform.inv(image), x)
+        preimage = transform.inv(y).detach()
         transform.inv.clear_cache()
-        assert x.shape == batch(case, shape).shape
-        assert close(transform(x), y)
+        assert preimage.shape == x.shape
+        assert close(transform(preimage), y)
 
 
 @pytest.mark.parametrize("direction", ["T", "T.inv"])
@@ -205,9 +216,8 @@ def test_training_value_is_the_log_det_or_exactly_zero(case: Case) -> None:
     in_training = transform.log_abs_det_jacobian(x, y)
     with torch.no_grad():
         exact = transform.log_abs_det_jacobian(x, y)
-    kinds = (SelfNormalizing, SelfNormalizingTransform)
-    layers = [part for part in transform.modules() if isinstance(part, kinds)]
-    if any(layer.log_det == "learned" for layer in layers):
+    layers = [part for part in transform.modules() if isinstance(part, SelfNormalizingTransform)]
+    if any(layer.log_det.training_value == "0" for layer in layers):
         assert len(layers) == 1, "what else the value consists of would have to be told apart"
         assert torch.equal(in_training, torch.zeros_like(in_training))
     else:
@@ -259,52 +269,30 @@ def test_gradient_reaches_every_parameter(case: Case) -> None:
         assert (parameter.grad != 0).any(), name
 
 
-def test_parameters_are_floating_and_contiguous(case: Case) -> None:
-    # Pyro's store copies a parameter that is not contiguous, and then trains the copy.
-    transform = case.make()
-    for _ in range(2):
-        for name, tensor in transform.named_parameters():
-            assert tensor.is_contiguous(), name
-            assert tensor.is_floating_point(), name
-            assert tensor.is_leaf, name
-        train(transform, case, steps=2)
-
-
-def test_everything_is_created_at_construction(case: Case) -> None:
-    transform = case.make()
-    parameters = dict(transform.named_parameters())
-    buffers = [name for name, _ in transform.named_buffers()]
-    modules = [name for name, _ in transform.named_modules()]
-    keys = list(transform.state_dict())
-    train(transform, case, steps=2)
-    outputs(transform, case)
-    after = dict(transform.named_parameters())
-    assert list(after) == list(parameters)
-    assert all(after[name] is parameters[name] for name in parameters)
-    assert [name for name, _ in transform.named_buffers()] == buffers
-    assert [name for name, _ in transform.named_modules()] == modules
-    assert list(transform.state_dict()) == keys
-
-
-def test_training_leaves_the_global_random_stream_alone(case: Case) -> None:
+def test_training_leaves_the_module_and_the_random_stream_as_they_are(case: Case) -> None:
     transform, x, y = case.make(), batch(case), output_batch(case, seed=1)
-    state = torch.get_rng_state()
+    parameters = dict(transform.named_parameters())
+
+    def names() -> list[list[str]]:
+        members = (transform.named_parameters(), transform.named_buffers())
+        return [
+            *[[name for name, _ in each] for each in (*members, transform.named_modules())],
+            list(transform.state_dict()),
+        ]
+
+    before, state = names(), torch.get_rng_state()
     transform.log_abs_det_jacobian(x, transform(x)).sum()
     transform.inv.log_abs_det_jacobian(y, transform.inv(y)).sum()
     outputs(transform, case)
     train(transform, case, steps=2)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_construction_draws_no_random_numbers() -> None:
-    # An unseeded initialization would make "the same seed" mean two things.
-    state = torch.get_rng_state()
-    pyro_snf.Compose([SelfNormalizingLinear(3), pyro_snf.SmoothLeakyReLU(learnable=True)])
-    for log_det in LOG_DETS:
-        controller = pyro_snf.GECO(0.1)
-        SelfNormalizingLinear(3, log_det=log_det, reconstruction_weight=controller)
-        SelfNormalizingConv2d(3, log_det=log_det, reconstruction_weight=controller)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert names() == before
+    for name, tensor in transform.named_parameters():
+        assert tensor is parameters[name], name
+        # Pyro's store copies a parameter that is not contiguous, and then trains the copy.
+        assert tensor.is_contiguous(), name
+        assert tensor.is_floating_point(), name
+        assert tensor.is_leaf, name
 
 
 # --- State and copies, before and after training ------------------------------------------------
@@ -326,9 +314,8 @@ def prepare(case: Case, trained: bool) -> Transform:
     return transform
 
 
-@TRAINED
-def test_state_dict_round_trip(case: Case, trained: bool) -> None:
-    transform = prepare(case, trained)
+def by_state_dict(transform: Transform, case: Case) -> Transform:
+    """Another one, made with another seed, in the same state."""
     buffer = io.BytesIO()
     torch.save(transform.state_dict(), buffer)
     buffer.seek(0)
@@ -337,65 +324,54 @@ def test_state_dict_round_trip(case: Case, trained: bool) -> None:
     result = other.load_state_dict(torch.load(buffer, weights_only=True))
     assert not result.missing_keys
     assert not result.unexpected_keys
+    return other
+
+
+@TRAINED
+def test_state_dict_round_trip(case: Case, trained: bool) -> None:
+    transform = prepare(case, trained)
+    other = by_state_dict(transform, case)
     assert same(outputs(other, case), outputs(transform, case))
-    # The training value, too: R came along.
+    # The training value is the same, too: R was saved.
     x = batch(case)
     ours, theirs = (t.log_abs_det_jacobian(x, t(x)) for t in (transform, other))
-    assert close(theirs, ours, 1e-5 if trained else EXACT)  # one more round of updates
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("through", [by_state_dict, copy.deepcopy, by_pickle])
+def test_resumed_run_is_the_same_bit_for_bit(case: Case, through: Callable[..., Transform]) -> None:
+    transform = prepare(case, trained=True)
+    other = through(transform, *[case] * (through is by_state_dict))
+    torch.randn(5)  # the global stream is no part of it
+    assert train(other, case, seed=20) == train(transform, case, seed=20)
+    states = [part.state_dict() for part in (other, transform)]
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
 
 @TRAINED
 @COPIED
-def test_copy_equals_the_original(
-    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
-) -> None:
-    transform = prepare(case, trained)
-    twin = make_copy(transform)
-    assert same(outputs(twin, case), outputs(transform, case))
-
-
-@TRAINED
-@COPIED
-def test_copy_is_independent(
-    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
-) -> None:
-    transform = prepare(case, trained)
-    before = outputs(transform, case)
-    twin = make_copy(transform)
-    train(twin, case, seed=50)
-    transform.clear_cache()
-    assert same(outputs(transform, case), before)
-    if list(transform.parameters()):
-        assert not same(outputs(twin, case), before)
-
-
-@TRAINED
-@COPIED
-def test_inverse_of_a_copy_belongs_to_the_copy(
-    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
-) -> None:
+def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transform]) -> None:
     transform = prepare(case, trained)
     assert transform.inv.inv is transform
-    twin = make_copy(transform)
-    assert twin.inv is not transform.inv
-    assert twin.inv.inv is twin
-    ours, theirs = list(twin.parameters()), list(twin.inv.parameters())
-    assert all(a is b for a, b in zip(ours, theirs, strict=True))
-
-
-@TRAINED
-@COPIED
-def test_copy_of_the_inverse_is_the_inverse_of_its_copy(
-    case: Case, trained: bool, make_copy: Callable[[Transform], Transform]
-) -> None:
-    transform = prepare(case, trained)
     before = outputs(transform, case)
+    other = make_copy(transform)
+    assert same(outputs(other, case), before)
+    # Its inverse belongs to it, and a copy of the inverse is the inverse of a copy.
+    assert other.inv is not transform.inv
+    assert other.inv.inv is other
+    assert share_parameters(other, other.inv)
     inverse = make_copy(transform.inv)
     assert inverse.inv.inv is inverse
     assert inverse.inv is not transform
     assert same(outputs(inverse.inv, case), before)
-    train(inverse.inv, case, seed=50)
+    # It is independent.
+    train(other, case, steps=1, seed=50)
+    train(inverse.inv, case, steps=1, seed=50)
+    transform.clear_cache()
     assert same(outputs(transform, case), before)
+    if list(transform.parameters()):
+        assert not same(outputs(other, case), before)
+        assert not same(outputs(inverse.inv, case), before)
 
 
 @COPIED
@@ -410,14 +386,6 @@ def test_transform_and_inverse_stay_a_pair_when_copied_together(
     assert other.inv is one
 
 
-def test_training_the_copy_equals_training_the_original(case: Case) -> None:
-    transform = prepare(case, trained=True)
-    twin = copy.deepcopy(transform)
-    # R may be one round of updates further in one of them: its error is of second order.
-    first, second = train(transform, case, seed=20), train(twin, case, seed=20)
-    assert close(torch.tensor(first), torch.tensor(second), 1e-5)
-
-
 def test_state_dict_does_not_recurse(case: Case) -> None:
     transform = case.make()
     before = list(transform.state_dict())
@@ -426,17 +394,18 @@ def test_state_dict_does_not_recurse(case: Case) -> None:
     assert list(transform.state_dict()) == before
     names = [name for name, _ in transform.named_modules()]
     assert len(names) == len(set(names))
-    # A class's name per module at most: the inverse is no child of its transform.
     if not isinstance(transform, InverseTransformModule):
         assert not any(child is transform.inv for child in transform.children())
 
 
-@TRAINED
-def test_repr(case: Case, trained: bool) -> None:
-    transform = prepare(case, trained)
+def test_repr(case: Case) -> None:
+    transform = prepare(case, trained=True)
     assert repr(transform).startswith(type(transform).__name__ + "(")
     assert repr(transform) in repr(transform.inv) or repr(transform.inv) in repr(transform)
     assert repr(by_pickle(transform)) == repr(transform)
+
+
+# --- Types --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", ["T", "T.inv"])
@@ -452,6 +421,10 @@ def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> N
     y = transform(x)
     log_det = transform.log_abs_det_jacobian(x, y)
     assert y.dtype == log_det.dtype == torch.float32
+    if log_det.requires_grad:
+        log_det.sum().backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in transform.parameters())
+        transform.zero_grad()
     assert close(y, expected[0].float(), SINGLE)
     assert close(transform.eval().log_abs_det_jacobian(x, y), expected[2].float(), SINGLE)
     # The log-determinant above was a training step's, and improved a tracked R on the way.
@@ -465,41 +438,64 @@ def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> N
     assert close(y, expected[0], SINGLE)
     assert close(x, expected[1], inverse_tolerance)
     assert close(log_det, expected[2], SINGLE)
+    assert all(map(math.isfinite, train(transform.train(), case, steps=2)))
 
 
-def test_training_after_a_change_of_dtype(case: Case) -> None:
-    transform = case.make().float()
-    x = batch(case).float()
-    y = transform(x)
-    in_training = transform.log_abs_det_jacobian(x, y)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@OWN
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    tolerance = HALF * torch.finfo(dtype).eps
+    transform = case.make().float().to(dtype)
+    x, y = batch(case).to(dtype), output_batch(case).to(dtype)
+    # What the parameters have been rounded to, in float64.
+    reference = copy.deepcopy(transform).double()
+    expected = reference(x.double())
+    image = transform(x)
+    in_training = transform.log_abs_det_jacobian(x, image)
+    preimage = transform.inv(y)
+    assert image.dtype == preimage.dtype == dtype
+    assert in_training.dtype in (dtype, torch.float32)
+    assert close(image.double(), expected, tolerance)
+    assert close(preimage.double(), reference.inv(y.double()), 2 * tolerance)
+    with torch.no_grad():
+        value = transform.log_abs_det_jacobian(x, image).double()
+        assert close(value, reference.log_abs_det_jacobian(x.double(), expected), tolerance)
     if in_training.requires_grad:
-        in_training.sum().backward()
-        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in transform.parameters())
-    transform.double()
-    losses = train(transform, case)
-    assert all(map(math.isfinite, losses))
+        (image.float().square().sum() - in_training.float().sum()).backward()
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is None or parameter.grad.dtype == dtype, name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@OWN
+def test_autocast(case: Case) -> None:
+    transform = case.make().float()
+    x, target = batch(case).float(), output_batch(case).float()
+    with torch.no_grad():
+        expected, expected_inverse = transform(x), transform.inv(target)
+        exact = transform.log_abs_det_jacobian(x, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = transform(x)
+        in_training = transform.log_abs_det_jacobian(x, y)
+        inverse = transform.inv(target)
+        low = transform(x.bfloat16())
+        with torch.no_grad():
+            value = transform.log_abs_det_jacobian(x, y)
+    for actual, wanted in [(y, expected), (low, expected), (inverse, expected_inverse)]:
+        assert close(actual.float(), wanted, 0.1)
+    assert close(value.float(), exact, 0.1)
+    assert torch.equal(transform.with_cache(0)(x), expected)  # no pair of autocast is given out
+    if in_training.requires_grad:
+        (y.float().square().sum() - in_training.float().sum() + inverse.float().sum()).backward()
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32, name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
 # --- The inverse as a module --------------------------------------------------------------------
 
 
 def test_inverse_is_one_registered_module(case: Case) -> None:
-    transform = case.make()
-    inverse = transform.inv
-    assert inverse is transform.inv
-    assert inverse.inv is transform
-    assert is_module(inverse)
-    assert all(a is b for a, b in zip(inverse.parameters(), transform.parameters(), strict=True))
-
-
-def test_inverse_is_registered_by_pyro_module(case: Case) -> None:
-    transform = case.make()
-    pyro.module("t", transform.inv)
-    registered = {id(value) for _, value in pyro.get_param_store().named_parameters()}
-    assert registered == {id(parameter) for parameter in transform.parameters()}
-
-
-def test_inverse_is_registered_by_a_pyro_module_attribute(case: Case) -> None:
     class Model(PyroModule):
         def __init__(self, transform: Transform) -> None:
             super().__init__()
@@ -509,27 +505,34 @@ def test_inverse_is_registered_by_a_pyro_module_attribute(case: Case) -> None:
             return self.flow(x)
 
     transform = case.make()
-    model = Model(transform)
-    assert {id(p) for p in model.parameters()} == {id(p) for p in transform.parameters()}
-    model(output_batch(case))
-    registered = {id(value) for _, value in pyro.get_param_store().named_parameters()}
-    assert registered == {id(parameter) for parameter in transform.parameters()}
-
-
-def test_train_and_eval_through_the_inverse(case: Case) -> None:
-    transform = case.make()
     inverse = transform.inv
+    assert inverse is transform.inv
+    assert inverse.inv is transform
+    assert is_module(inverse)
+    assert share_parameters(inverse, transform)
+    parameters = {id(parameter) for parameter in transform.parameters()}
+
+    def registered() -> set[int]:
+        return {id(value) for _, value in pyro.get_param_store().named_parameters()}
+
+    pyro.module("t", inverse)
+    assert registered() == parameters
+    pyro.clear_param_store()
+    model = Model(transform)
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    model(output_batch(case))
+    assert registered() == parameters
+
+
+def test_mode_and_freezing_through_the_inverse(case: Case) -> None:
+    transform = case.make()
+    inverse, x = transform.inv, batch(case)
     for mode in (False, True):
         inverse.train(mode)
         layers = [part for part in transform.modules() if not isinstance(part, WRAPPERS)]
         assert layers
         assert all(layer.training is mode for layer in layers)
-
-
-def test_freezing_through_the_inverse(case: Case) -> None:
-    transform = case.make()
-    transform.inv.requires_grad_(False)
-    x = batch(case)
+    inverse.requires_grad_(False)
     y = transform(x)
     assert not y.requires_grad
     assert not transform.log_abs_det_jacobian(x, y).requires_grad
@@ -539,42 +542,29 @@ def test_freezing_through_the_inverse(case: Case) -> None:
 
 
 @pytest.mark.parametrize("through", ["T", "T.inv"])
+@OWN
 def test_with_cache_shares_everything_but_the_cache(case: Case, through: str) -> None:
-    if case.foreign:
-        pytest.skip("Pyro's Spline has no with_cache")
     transform = case.make()
-    inverse = transform.inv  # created here: a twin needs one of its own
+    inverse, own_size = transform.inv, transform._cache_size
     module = transform if through == "T" else inverse
     for size in (0, 1):
-        twin = module.with_cache(size)
-        assert twin._cache_size == size
-        assert twin.inv._cache_size == size
-        assert twin.inv.inv is twin
-        assert is_module(twin)
-        assert is_module(twin.inv)
-        ours, theirs = list(module.parameters()), list(twin.parameters())
-        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+        other = module.with_cache(size)
+        assert other._cache_size == size
+        assert other.inv._cache_size == size
+        assert other.inv.inv is other
+        assert is_module(other)
+        assert is_module(other.inv)
+        assert share_parameters(module, other)
         x = batch(case) if through == "T" else output_batch(case)
-        assert torch.equal(twin(x), module(x.clone()))
-        assert twin.with_cache(size) is twin
-
-
-def test_with_cache_leaves_the_transform_as_it_was(case: Case) -> None:
-    if case.foreign:
-        pytest.skip("Pyro's Spline has no with_cache")
-    transform = case.make()
-    inverse, size = transform.inv, transform._cache_size
-    for other in (0, 1):
-        transform.with_cache(other)
-        inverse.with_cache(other)
-    assert transform._cache_size == size
+        assert torch.equal(other(x), module(x.clone()))
+        assert other.with_cache(size) is other
+    assert transform._cache_size == own_size
     assert transform.inv is inverse
     assert inverse.inv is transform
 
 
+@OWN
 def test_without_a_cache_nothing_is_remembered(case: Case) -> None:
-    if case.foreign:
-        pytest.skip("Pyro's Spline has no with_cache")
     transform, x = case.make().with_cache(0), batch(case)
     if any(isinstance(part, ComposeTransformModule) for part in transform.modules()):
         pytest.skip("a stack turns the caches of its parts on, never off")
@@ -583,22 +573,15 @@ def test_without_a_cache_nothing_is_remembered(case: Case) -> None:
     assert transform.inv(y) is not x
 
 
-def test_same_object_comes_back(case: Case) -> None:
-    if case.foreign:
-        pytest.skip("the cache of Pyro's Spline is its own affair")
-    transform, x = case.make(), batch(case)
-    y = transform(x)
-    assert transform(x) is y
-    assert transform.inv(y) is x
-
-
-def test_inverse_is_remembered_only_where_it_is_exact(case: Case) -> None:
-    if case.foreign:
-        pytest.skip("the cache of Pyro's Spline is its own affair")
-    transform, y = case.make(), output_batch(case)
-    x = transform.inv(y)
-    assert (transform(x) is y) == case.remembers_inverse
-    assert (transform.inv(y) is x) == case.remembers_inverse
+@OWN
+def test_pair_is_remembered_where_it_is_exact(case: Case) -> None:
+    transform, x, y = case.make(), batch(case), output_batch(case)
+    image = transform(x)
+    assert transform(x) is image
+    assert transform.inv(image) is x
+    preimage = transform.inv(y)
+    assert (transform(preimage) is y) == case.remembers_inverse
+    assert (transform.inv(y) is preimage) == case.remembers_inverse
 
 
 @pytest.mark.parametrize("through", ["T", "T.inv"])
@@ -623,37 +606,67 @@ def test_sample_scores_as_its_clone_does(case: Case) -> None:
         assert close(flow.log_prob(y), flow.log_prob(y.clone()), SAMPLED)
 
 
+@TRAINABLE
 def test_same_data_tensor_is_scored_step_after_step(case: Case) -> None:
     transform, data = case.make(), batch(case)
     reference = copy.deepcopy(transform)
-    parameters = list(transform.parameters())
-    if not parameters:
-        pytest.skip("nothing to train")
-    optimizer = torch.optim.SGD(parameters, lr=0.01)
-    reference_optimizer = torch.optim.SGD(reference.parameters(), lr=0.01)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01) for each in (transform, reference)]
     for _ in range(4):
-        loss, expected = density_loss(transform, data), density_loss(reference, data.clone())
-        assert close(loss, expected)
-        for each, value in [(optimizer, loss), (reference_optimizer, expected)]:
-            each.zero_grad()
-            value.backward()
-            each.step()
+        losses = [density_loss(transform, data), density_loss(reference, data.clone())]
+        assert close(*losses)
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():  # nor does a pair from between two steps stay
+            assert close(density_loss(transform, data), density_loss(transform, data.clone()))
 
 
+@TRAINABLE
 def test_two_backward_passes_before_a_step(case: Case) -> None:
     # Gradient accumulation: a remembered pair must not bring a freed graph back.
     transform, data = case.make(), batch(case)
     parameters = list(transform.parameters())
-    if not parameters:
-        pytest.skip("nothing to train")
     density_loss(transform, data).backward()
     once = [parameter.grad.clone() for parameter in parameters]
     for part in transform.modules():
-        if isinstance(part, SelfNormalizing):
-            part.estimator.num_draws = 0  # the same probes once more
+        if isinstance(part, ProbeStream):
+            part.count = 0  # the same probes once more
     density_loss(transform, data).backward()
     for parameter, gradient in zip(parameters, once, strict=True):
         assert close(parameter.grad, 2 * gradient)
+
+
+@OWN
+def test_training_after_inference_mode(case: Case) -> None:
+    transform, x, y = case.make(), batch(case), output_batch(case)
+    expected = outputs(transform, case)
+    transform.log_abs_det_jacobian(x, transform(x))
+    with torch.inference_mode():
+        for mode in (False, True):
+            transform.train(mode)
+            transform.log_abs_det_jacobian(x, transform(x))
+            transform.inv(y)
+            for part in transform.modules():
+                if isinstance(part, AffineSelfNormalizingTransform):
+                    part.refactorize()
+    with torch.no_grad():
+        assert not transform(x).is_inference()
+        assert close(transform(x), expected[0])
+    assert all(map(math.isfinite, train(transform, case, steps=2)))
+
+
+@OWN
+def test_transform_is_freed_with_its_last_reference(case: Case) -> None:
+    # A remembered pair has a graph, and a graph must not hold the transform that remembers it.
+    transform, x, y = case.make(), batch(case), output_batch(case)
+    train(transform, case, steps=1)
+    transform.log_abs_det_jacobian(transform.inv(y), y)
+    transform.log_abs_det_jacobian(x, transform(x))
+    reference = weakref.ref(transform)
+    del transform
+    gc.collect()
+    assert reference() is None
 
 
 # --- Devices ------------------------------------------------------------------------------------
@@ -678,7 +691,7 @@ def test_on_the_device(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("kind", [SelfNormalizingLinear, SelfNormalizingConv2d])
 @pytest.mark.parametrize("log_det", LOG_DETS)
 def test_built_on_the_device(
-    log_det: str, kind: type[SelfNormalizingTransform], device: torch.device
+    log_det: str, kind: type[AffineSelfNormalizingTransform], device: torch.device
 ) -> None:
     layer = kind(3, log_det=log_det, device=device, dtype=torch.float64)
     for tensor in [*layer.parameters(), *layer.buffers()]:
@@ -694,8 +707,7 @@ def test_built_on_the_device(
 
 @pytest.mark.parametrize("log_det", LOG_DETS)
 def test_helper_makes_the_inverse_exact(log_det: str) -> None:
-    layer = linear(6, log_det=log_det)
-    eye = torch.eye(6)
+    layer, eye = linear(6, log_det=log_det), torch.eye(6)
     assert close(layer.inverse_weight @ layer.weight, eye)
     nudge_inverses(layer, 0.1)
     assert close(layer.inverse_weight @ layer.weight, eye) == (log_det == "exact")
@@ -703,7 +715,7 @@ def test_helper_makes_the_inverse_exact(log_det: str) -> None:
     assert close(layer.inverse_weight @ layer.weight, eye)
 
 
-def test_helper_makes_a_learned_kernel_exact_on_the_torus_that_it_covers() -> None:
+def test_helper_makes_a_learned_kernel_exact_with_a_periodic_boundary() -> None:
     layer = conv(2, log_det="learned", padding_mode="circular", inverse_kernel_size=(3, 5))
 
     def product() -> Tensor:
@@ -717,9 +729,3 @@ def test_helper_makes_a_learned_kernel_exact_on_the_torus_that_it_covers() -> No
     assert not close(product(), eye)
     make_inverse_exact(layer)
     assert close(product(), eye)
-
-
-def test_helper_sets_a_kernel() -> None:
-    layer, kernel = conv(2), torch.randn(2, 2, 3, 3)
-    set_kernel(layer.theta, kernel)
-    assert close(layer.weight, layer.log_scale.exp().view(-1, 1, 1, 1) * kernel)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
-import pyro
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -14,16 +13,14 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from pyro_snf.transforms.image_coupling import CouplingNet, ImageCoupling, image_coupling
-from tests.registry import COPIES
 
 # Float64: rounding, and three digits to spare.
 EXACT = 1e-9
-SINGLE = 1e-5
 BATCH_SHAPES = [(), (2,), (2, 1), (2, 1, 3)]
 
 
 def coupling(num_channels: int = 3, seed: int = 0, **options: object) -> ImageCoupling:
-    """With a random network that is nowhere 0."""
+    """With a network of random parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = image_coupling(num_channels, hidden_channels=8, **options)
@@ -54,30 +51,17 @@ def test_formula_and_round_trip(batch_shape: tuple[int, ...], num_channels: int)
     assert torch.allclose(layer.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize("direction", ["T", "T.inv"])
-@pytest.mark.parametrize("num_channels", [2, 3])
-def test_log_det_is_that_of_the_jacobian(num_channels: int, direction: str) -> None:
-    layer = coupling(num_channels)
-    part = layer if direction == "T" else layer.inv
-    x = torch.randn(num_channels, 3, 2)
-    size = x.numel()
-    jacobian = torch.autograd.functional.jacobian(part, x).reshape(size, size)
-    expected = torch.linalg.slogdet(jacobian).logabsdet
-    assert torch.allclose(part.log_abs_det_jacobian(x, part(x)), expected, rtol=EXACT)
-
-
 def test_it_starts_as_the_identity() -> None:
     layer, x = image_coupling(4), torch.randn(2, 4, 3, 3)
     assert torch.equal(layer(x), x)
     assert (layer.log_abs_det_jacobian(x, layer(x)) == 0).all()
     assert layer.network[0].out_channels == 512
-    # And yet it learns from there.
+    # The identity is not a stationary point.
     layer(x).square().sum().backward()
     assert (layer.network[-1].weight.grad != 0).any()
 
 
-def test_scale_is_bounded_and_its_gradient_true() -> None:
-    # Where it would be clipped, a clipped scale with a gradient of its own would fail.
+def test_scale_is_bounded_and_its_gradient_exact() -> None:
     layer = coupling(2, max_log_scale=0.5)
     with torch.no_grad():
         layer.network[-1].bias.fill_(0.6)
@@ -107,47 +91,10 @@ def test_network_runs_once_for_value_and_log_det() -> None:
     assert calls == [3]
 
 
-def test_same_data_tensor_is_scored_step_after_step() -> None:
-    layer, data = coupling(), torch.randn(5, 3, 4, 4)
-    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
-    flow = dist.TransformedDistribution(base, [layer.inv])
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = -flow.log_prob(data).mean()
-        assert torch.allclose(loss, -flow.log_prob(data.clone()).mean(), rtol=EXACT)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def test_a_network_of_ones_own() -> None:
+def test_network_of_another_kind() -> None:
     network = nn.Conv2d(1, 4, 1)
     layer, x = ImageCoupling(3, network), torch.randn(2, 3, 4, 4)
     assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
-    layer, x = coupling(dtype=dtype), torch.randn(5, 3, 4, 4).to(dtype)
-    y = layer(x)
-    log_det = layer.log_abs_det_jacobian(x, y)
-    assert y.dtype == dtype
-    assert log_det.dtype == (dtype if dtype != torch.bfloat16 else torch.float32)
-    tolerance = {torch.float32: SINGLE, torch.float64: EXACT, torch.bfloat16: 0.2}[dtype]
-    assert torch.allclose(layer.inv(y.clone()), x, atol=tolerance)
-
-
-def test_autocast() -> None:
-    layer, x = coupling(dtype=torch.float32), torch.randn(5, 3, 4, 4, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        log_det = layer.log_abs_det_jacobian(x, y)
-    assert y.dtype == log_det.dtype == torch.float32
-    assert torch.allclose(y, layer(x), atol=0.1)
 
 
 def test_nan_surfaces() -> None:
@@ -157,38 +104,6 @@ def test_nan_surfaces() -> None:
     assert y[0].isnan().any()
     assert torch.isfinite(y[1]).all()
     assert layer.log_abs_det_jacobian(x, y).isnan().tolist() == [True, False]
-
-
-def test_sampling() -> None:
-    base = dist.Normal(torch.zeros(3, 4, 4), 1.0).to_event(3)
-    layer = coupling()
-    for part in (layer, layer.inv):
-        flow = dist.TransformedDistribution(base, [part])
-        sample = flow.rsample((5,))
-        assert sample.shape == (5, 3, 4, 4)
-        assert torch.allclose(flow.log_prob(sample), flow.log_prob(sample.clone()), rtol=EXACT)
-
-
-@pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
-def test_copies_of_a_trained_layer(make_copy: object) -> None:
-    layer, x = coupling(), torch.randn(2, 3, 4, 4)
-    layer.log_abs_det_jacobian(x, layer(x)).sum().backward()
-    y = layer(x)  # the cache holds a graph
-    assert torch.equal(make_copy(layer)(x), y)
-    fresh = coupling(seed=1)
-    fresh.load_state_dict(layer.state_dict())
-    assert torch.equal(fresh(x), y)
-
-
-def test_parameter_store(tmp_path: Path) -> None:
-    layer, x = coupling(), torch.randn(2, 3, 4, 4)
-    pyro.module("layer", layer.inv)
-    pyro.get_param_store().save(tmp_path / "store")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    fresh = coupling(seed=1)
-    pyro.module("layer", fresh.inv, update_module_params=True)
-    assert torch.equal(fresh(x), layer(x))
 
 
 # --- Mistakes -----------------------------------------------------------------------------------
@@ -220,8 +135,12 @@ def test_max_log_scale_is_checked(value: object) -> None:
 
 
 def test_other_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
         image_coupling(4, dtype=torch.int64)
+    layer = image_coupling(
+        np.int64(4), hidden_channels=np.int32(2), max_log_scale=np.float32(2), dtype=torch.float32
+    )
+    assert repr(layer).startswith("ImageCoupling(4, max_log_scale=2.0")
     with pytest.raises(ValueError, match="expected network, a module; got None"):
         ImageCoupling(4, None)
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: against ArviZ, known tails and analytic posteriors."""
+"""Pareto-smoothed importance sampling, against ArviZ, known tails and analytic posteriors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -51,7 +52,7 @@ def pareto_weights(count: int, shape: float) -> Tensor:
 
 def arviz_psislw(log_weights: Tensor) -> tuple[Tensor, float]:
     with warnings.catch_warnings():
-        # Once a day, importing ArviZ warns of changes to come; and its fit lets exp overflow.
+        # ArviZ announces changes when it is imported, and its fit overflows in exp.
         warnings.simplefilter("ignore")
         arviz = pytest.importorskip("arviz")
         smoothed, khat = arviz.psislw(log_weights.numpy().copy())
@@ -84,7 +85,7 @@ def test_weights_of_zero_are_treated_as_by_arviz(num_zeros: int) -> None:
     [(0.5, 0.640827734266076), (0.7, 0.46123219241598756), (2.0, -1.5851556814480448)],
 )
 def test_tail_index_recorded_from_arviz(scale: float, expected: float) -> None:
-    # For those who do not have it: N(0, 1) from N(0, scale²) at its quantiles, by ArviZ 0.23.4.
+    # Without ArviZ: values of its version 0.23.4 for N(0, 1) from quantiles of N(0, scale²).
     proposal = dist.Normal(0.0, scale)
     draws = proposal.icdf((torch.arange(1000) + 0.5) / 1000)
     raw = dist.Normal(0.0, 1.0).log_prob(draws) - proposal.log_prob(draws)
@@ -98,15 +99,15 @@ def test_tail_index_of_exponentials(rate: float) -> None:
     proposal = dist.Exponential(torch.tensor(rate))
     draws = proposal.sample((200_000,))
     raw = dist.Exponential(1.0).log_prob(draws) - proposal.log_prob(draws)
-    # A tail of M = 1342 leaves a deviation of (1 + k)/√M = 0.05 at most; the prior's weight is
-    # 10 in M + 10.
+    # With a tail of M = 1342, the standard deviation of k̂ is (1 + k)/√M, at most 0.05; its prior
+    # has the weight 10/(M + 10).
     expected = 1 - 1 / rate if rate > 1 else -1.0
     assert pareto_smooth(raw)[1] == pytest.approx(expected, abs=0.15)
 
 
 @pytest.mark.parametrize("degrees", [1.0, 2.0])
 def test_tail_index_of_a_student_target(degrees: float) -> None:
-    # Of tails |x|^−(ν + 1) and |x|^−(2ν + 1): w ~ |x|^ν, P(w > t) ~ t^−2: k = 1/2.
+    # The densities decay as |x|^−(ν + 1) and |x|^−(2ν + 1): w ~ |x|^ν, P(w > t) ~ t^−2, k = 1/2.
     proposal = dist.StudentT(2 * degrees)
     draws = proposal.sample((200_000,))
     raw = dist.StudentT(degrees).log_prob(draws) - proposal.log_prob(draws)
@@ -191,7 +192,7 @@ class Gammas:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("log_det", LOG_DETS)
 def test_exact_flow_is_recognized(log_det: str, mode: str, vectorize: bool) -> None:
-    # In training mode, the log-determinants would be estimates: of 0, with "learned".
+    # In training mode, the log-determinants would be estimates, or 0 with "learned".
     conjugate = Conjugate()
     layer = conjugate.optimal(log_det=log_det).train(mode == "train")
     result = psis(conjugate, flow_guide(layer, conjugate.dim), num_samples=200, vectorize=vectorize)
@@ -255,7 +256,7 @@ def test_numbers_are_their_definitions(vectorize: bool) -> None:
 
 
 def constrained_model(counts: Tensor, successes: Tensor) -> None:
-    """Conjugate, with sites of three kinds of support; one of them with a batch shape."""
+    """A conjugate model with sites of three kinds of support, one of them with a batch shape."""
     weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
     pyro.sample("counts", dist.Multinomial(probs=weights, total_count=9), obs=counts)
     scale = pyro.sample("scale", dist.LogNormal(0.5, 1.0))
@@ -418,7 +419,7 @@ def test_arguments_go_to_model_and_guide() -> None:
 
 
 def test_nested_plates_and_scales() -> None:
-    # Plates of both, one inside the other, and a likelihood that counts three times.
+    # Two plates, one inside the other, and a likelihood of weight 3.
     data = torch.randn(3, 4, 2)
 
     def model() -> None:
@@ -464,11 +465,11 @@ def test_subsampled_plates_are_looped_over() -> None:
 
     result = psis(model, guide, num_samples=400)
     assert result.samples.keys() == {"z"}
-    # The guide is exact, and all of the spread is the subsample's.
+    # The guide is exact, so all of the variance is due to the subsample.
     assert result.elbo_error > 0.01
 
 
-# --- What it leaves alone -----------------------------------------------------------------------
+# --- Side effects -------------------------------------------------------------------------------
 
 
 @BOTH_WAYS
@@ -491,14 +492,14 @@ def test_modes_of_all_submodules_are_restored(vectorize: bool) -> None:
 
     guide = Guide()
     guide.second.eval()
-    guide.first.train()  # and with it what the two share
+    guide.first.train()  # and with it the module that both have
     before = [module.training for module in guide.modules()]
     assert before == [True, True, True, False]
     psis(model, guide, num_samples=30, vectorize=vectorize)
     assert not any(any(modes) for modes in seen)
     assert [module.training for module in guide.modules()] == before
 
-    # Methods of a module count as it does; and errors change nothing.
+    # The same for a method of the module, and after an error.
     seen.clear()
     with pyro_may_warn(), pytest.raises(ValueError, match="expected a guide for the model's"):
         psis(lambda: None, guide.forward, num_samples=30, vectorize=vectorize)
@@ -528,8 +529,7 @@ def test_results_are_reproducible_and_nothing_else_changes(vectorize: bool) -> N
     assert store.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in store.items())
     assert repr(guide.state_dict()) == repr(state)
-    # Training goes on.
-    svi.step()
+    svi.step()  # training can continue
 
 
 def test_random_stream_is_that_of_the_draws() -> None:
@@ -599,10 +599,13 @@ def pyro_may_warn() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("count", [24, 0, -5, 100.0])
-def test_too_few_draws_are_an_error(count: int) -> None:
-    with pytest.raises(ValueError, match="expected num_samples, an integer >= 25; got"):
+@pytest.mark.parametrize("count", [24, 0, -5, 100.0, True, "30"])
+def test_options_are_checked(count: object) -> None:
+    with pytest.raises(ValueError, match=f"expected num_samples, an integer >= 25; got {count!r}"):
         psis(normal_model, normal_model, num_samples=count)
+    with pytest.raises(ValueError, match="expected vectorize to be True or False; got 1"):
+        psis(normal_model, normal_model, vectorize=1)
+    assert len(psis(normal_model, normal_model, num_samples=np.int64(30)).log_weights) == 30
 
 
 @BOTH_WAYS
@@ -631,7 +634,7 @@ def test_enumerated_sites_are_an_error(vectorize: bool) -> None:
 
 @BOTH_WAYS
 def test_point_masses_are_an_error(vectorize: bool) -> None:
-    # All weights are equal, which would pass for exact.
+    # All weights are equal, as for an exact guide.
     conjugate = Conjugate()
     guide = AutoDelta(conjugate)
     guide()

@@ -1,4 +1,4 @@
-"""Residual networks against their formula, and what they start as."""
+"""Residual networks: formula, the identity at the start, options."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pyro_snf import (
     ResidualMLP,
-    SelfNormalizing,
-    conditional_self_normalizing,
-    self_normalizing,
+    SelfNormalizingPair,
+    conditional_self_normalizing_pair,
+    self_normalizing_pair,
 )
 from tests.registry import COPIES
 
@@ -25,7 +26,7 @@ EXACT = 1e-12
 def network(
     dim: int = 3, widths: tuple[int, ...] = (5, 4), *, context_dim: int = 0, **options: object
 ) -> ResidualMLP:
-    """One whose every parameter is random."""
+    """A network of random parameters."""
     result = ResidualMLP(dim, widths, context_dim=context_dim, **options)
     with torch.no_grad():
         for parameter in result.parameters():
@@ -59,7 +60,7 @@ def test_formula(widths: tuple[int, ...], num_blocks: int, context_dim: int) -> 
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus, lambda: nn.ELU(0.5)])
-def test_activation_is_what_it_is_told(activation: Callable[[], nn.Module]) -> None:
+def test_activation_is_that_of_the_option(activation: Callable[[], nn.Module]) -> None:
     result, x = network(3, (4,), num_blocks=1, activation=activation), torch.randn(7, 3)
     weight, bias, last_weight, last_bias = result.parameters()
     hidden = activation()(x @ weight.mT + bias)
@@ -84,8 +85,8 @@ def test_start_is_the_identity_whatever_the_context(context_dim: int) -> None:
     assert torch.equal(result(x, *contexts), x)
 
 
-def test_start_can_be_left() -> None:
-    # At the start the last layers have a gradient, and after a step all do.
+def test_identity_is_not_a_stationary_point() -> None:
+    # At first the last layers have a gradient, and after a step all do.
     result, x = ResidualMLP(3, [8]), torch.randn(5, 3)
     optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
     for _ in range(2):
@@ -105,17 +106,11 @@ def test_context_enters_every_block() -> None:
         assert not torch.allclose(result(x, context), result(x, -context))
 
 
-def test_networks_start_from_different_numbers() -> None:
+def test_networks_and_blocks_differ_in_their_initial_weights() -> None:
     first, second = ResidualMLP(3, [8]), ResidualMLP(3, [8])
     assert not torch.equal(first.blocks[0][0].weight, second.blocks[0][0].weight)
     blocks = first.blocks
     assert not torch.equal(blocks[0][0].weight, blocks[1][0].weight)
-
-
-def test_defaults_are_of_some_use() -> None:
-    result, x = ResidualMLP(4), torch.randn(2, 4)
-    assert torch.equal(result(x), x)
-    assert sum(parameter.numel() for parameter in result.parameters()) > 100
 
 
 # --- Types, devices, copies ---------------------------------------------------------------------
@@ -135,8 +130,8 @@ def test_built_on_the_device_and_of_the_dtype(dtype: torch.dtype, device: torch.
 @pytest.mark.parametrize("make_copy", COPIES)
 def test_copies(make_copy: Callable[[nn.Module], nn.Module]) -> None:
     result, x = network(), torch.randn(5, 3)
-    twin = make_copy(result)
-    assert torch.equal(twin(x), result(x))
+    other = make_copy(result)
+    assert torch.equal(other(x), result(x))
     other = network()
     other.load_state_dict(copy.deepcopy(result.state_dict()))
     assert torch.equal(other(x), result(x))
@@ -167,9 +162,12 @@ def test_counts_are_checked(option: str, values: list[object], minimum: int) -> 
             ResidualMLP(**{"input_dim": 3, option: value})
 
 
-def test_dtype_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"expected a floating-point dtype; got torch\.int64"):
+def test_dtype_and_numpy_integers() -> None:
+    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
         ResidualMLP(3, dtype=torch.int64)
+    widths = [np.int32(4), np.int64(5)]
+    result = ResidualMLP(np.int64(3), widths, num_blocks=np.int64(1), context_dim=np.int64(2))
+    assert result(torch.ones(7, 3), torch.ones(7, 2)).shape == (7, 3)
 
 
 def test_options_are_keyword_only() -> None:
@@ -183,7 +181,7 @@ def inputs_of_wrong_sizes() -> list[tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("given", inputs_of_wrong_sizes(), ids=["features", "context"])
 def test_inputs_of_wrong_sizes_are_an_error(given: tuple[Tensor, ...]) -> None:
-    # Torch's own: a network of one's own has no other.
+    # The error is torch's, as for any other network.
     result = network(context_dim=2 if len(given) == 2 else 0)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         result(*(one.double() for one in given))
@@ -192,11 +190,11 @@ def test_inputs_of_wrong_sizes_are_an_error(given: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(
     "transform",
     [
-        self_normalizing(2, [4], activation=nn.Tanh),
-        conditional_self_normalizing(2, 3, [4], activation=nn.Tanh).transform,
+        self_normalizing_pair(2, [4], activation=nn.Tanh),
+        conditional_self_normalizing_pair(2, 3, [4], activation=nn.Tanh).transform,
     ],
     ids=["plain", "conditional"],
 )
-def test_factories_pass_the_activation_on(transform: SelfNormalizing) -> None:
+def test_factories_pass_the_activation_on(transform: SelfNormalizingPair) -> None:
     for network in (transform.forward_net, transform.inverse_net):
         assert any(isinstance(module, nn.Tanh) for module in network.modules())

@@ -1,4 +1,4 @@
-"""The path derivative: values, scores against autodiff, expectations, where it does not apply."""
+"""The path derivative: values, scores against autodiff, expectations, unequal weights."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from pyro_snf import (
     SelfNormalizingLinear,
     SmoothLeakyReLU,
 )
-from pyro_snf.path_gradient import PathGradientDistribution, push_score
+from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution, push_score
 from tests.registry import linear, randomize
 from tests.test_pyro import Conjugate
 
 # Float64, condition numbers below 3, a few layers deep: rounding, and three digits to spare.
 EXACT = 1e-9
-# Pyro's Spline inverts itself to so many digits only.
+# The accuracy of the inverse of Pyro's Spline.
 SPLINE = 1e-6
-# Averages of many samples are normal: a true one is so many standard errors off once in 10⁵ times.
+# The average of many samples is about normal: such a deviation has a probability of about 10⁻⁵.
 STANDARD_ERRORS = 4.5
 
 DIM = 3
@@ -67,7 +67,7 @@ def autoregressive(dim: int = DIM) -> LowRankAutoregressive:
 
 
 def foreign(transform: nn.Module) -> nn.Module:
-    """Pyro's, its random start made a little less of the identity."""
+    """A transform of Pyro, with noise added to its parameters."""
     with torch.no_grad():
         for parameter in transform.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -213,13 +213,13 @@ def test_gradient_is_the_score(stack: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @EVERY_STACK
 def test_gradient_of_a_sample_is_the_score(stack: str, mode: str) -> None:
-    # What is remembered of a sample takes other ways through the layers.
+    # Through the cached pairs of the sample.
     transforms = STACKS[stack]()
     set_mode(transforms, mode)
     flow = path(*transforms)
     x = flow.rsample((4,))
     if not x.requires_grad:
-        return  # nothing to learn, no graph
+        return  # no parameters, so no graph
     (found,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
     value = x.detach().requires_grad_()
     (expected,) = torch.autograd.grad(density_by_hand(transforms, value).sum(), value)
@@ -231,7 +231,7 @@ SMALL_STACKS = ["linear", "linear, autoregressive, linear", "SmoothLeakyReLU", "
 
 @pytest.mark.parametrize("stack", SMALL_STACKS)
 def test_score_by_plain_autodiff(stack: str) -> None:
-    # No inverse and no log-det of ours: log q(T(z)) = log q(z) − log|det J(z)|, J by autodiff.
+    # Without inverses and log-dets of the transforms: log q(T(z)) = log q(z) − log|det J(z)|.
     transforms = [transform.eval() for transform in STACKS[stack]()]
 
     def forward(z: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def test_score_by_plain_autodiff(stack: str) -> None:
 
 
 def test_weight_of_each_row() -> None:
-    # As poutine.scale and subsampling have it; the weights of single rows are no sample's here.
+    # As with poutine.scale. x is not a sample, so unequal weights are allowed.
     flow = path(linear(DIM))
     x = torch.randn(4, 1, DIM).requires_grad_()
     factors = torch.tensor([1.0, -2.0, 0.0, 3.0]).unsqueeze(-1)
@@ -307,17 +307,15 @@ def elbo_gradient(
     result = []
     for row in noise:
         x = flow(row)
-        q = kind(base(), [flow])
-        if isinstance(q, PathGradientDistribution):
-            q._weights.remember(x)
         target = 0.25 * (x - 1).pow(4).sum()
-        gradients = torch.autograd.grad(q.log_prob(x) + target, list(flow.parameters()))
+        loss = kind(base(), [flow]).log_prob(x) + target
+        gradients = torch.autograd.grad(loss, list(flow.parameters()))
         result.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(result)
 
 
 def test_expectation_is_that_of_the_total_gradient() -> None:
-    # With the same noise: the difference is the left-out term, of mean 0.
+    # With the same noise: the difference is the omitted term, whose mean is 0.
     flow = everything().eval()
     noise = torch.randn(400, DIM)
     difference = elbo_gradient(PathGradientDistribution, flow, noise) - elbo_gradient(
@@ -325,12 +323,12 @@ def test_expectation_is_that_of_the_total_gradient() -> None:
     )
     deviation = difference.std(0) / math.sqrt(len(noise))
     assert (difference.mean(0).abs() <= STANDARD_ERRORS * deviation + EXACT).all()
-    # And not because there is no difference.
+    # The difference itself is not 0.
     assert difference.abs().max() > 0.1
 
 
-def test_what_is_left_out_is_the_score_term() -> None:
-    # Exactly, sample by sample: ∇_θ log q_θ(x) of an x that is held fixed.
+def test_omitted_term_is_the_gradient_at_a_fixed_sample() -> None:
+    # In every sample: ∇_θ log q_θ(x) for an x that does not depend on θ.
     flow = everything().eval()
     noise = torch.randn(5, DIM)
     found = elbo_gradient(dist.TransformedDistribution, flow, noise) - elbo_gradient(
@@ -362,7 +360,7 @@ def test_gradient_at_the_posterior_is_zero_in_every_sample(log_det: str, mode: s
             assert parameter.grad.abs().max() < EXACT
 
 
-def test_density_itself_trains_no_parameter() -> None:
+def test_density_at_an_input_has_no_gradient_in_the_parameters() -> None:
     flow = everything()
     x = path(flow).rsample((4,)).detach().requires_grad_()
     path(flow).log_prob(x).sum().backward()
@@ -370,8 +368,8 @@ def test_density_itself_trains_no_parameter() -> None:
     assert all(parameter.grad is None for parameter in flow.parameters())
 
 
-def test_density_of_what_needs_no_gradient_is_the_ordinary_one() -> None:
-    # As in reweighted wake-sleep, where samples are fixed.
+def test_density_at_a_constant_is_the_ordinary_one() -> None:
+    # As in reweighted wake-sleep, where samples are constants.
     flow, x = everything(), torch.randn(4, DIM)
     gradients = []
     for kind in (PathGradientDistribution, dist.TransformedDistribution):
@@ -381,25 +379,16 @@ def test_density_of_what_needs_no_gradient_is_the_ordinary_one() -> None:
         assert close(found, expected)
 
 
-def test_density_of_what_was_not_sampled() -> None:
-    flow = everything().eval()
-    x = torch.randn(4, DIM)
-    expected = dist.TransformedDistribution(base(), [flow]).log_prob(x)
-    path(flow).rsample((4,))  # something else is remembered
-    assert close(path(flow).log_prob(x), expected)
-    assert close(path(flow).log_prob(x.requires_grad_()), expected)
-
-
 # --- Inside Pyro --------------------------------------------------------------------------------
 
 
 def guide_of(flow: nn.Module, dim: int = DIM) -> Callable[[], None]:
-    """A guide written by hand, with one object for all weights, as the autoguide has it."""
-    weights = PathGradientDistribution(base(dim), [flow])._weights
+    """A hand-written guide with one check of weights for all samples, as in the autoguide."""
+    check = EqualWeightsCheck()
 
     def guide() -> None:
         pyro.module("flow", flow)
-        pyro.sample("z", PathGradientDistribution(base(dim), [flow], weights=weights))
+        pyro.sample("z", PathGradientDistribution(base(dim), [flow], weights_check=check))
 
     return guide
 
@@ -412,10 +401,10 @@ def conjugate() -> Conjugate:
 ACTIVATIONS: dict[str, Callable[[], list[Transform]]] = {
     "linear": lambda: [linear(DIM)],
     "autoregressive": lambda: [autoregressive(), linear(DIM)],
-    # Which keeps no cache, so that a sample's way back is not remembered.
+    # Has no cache, so that the inverse at a sample is computed.
     "Permute": lambda: [linear(DIM), pyro_transforms.Permute(torch.tensor([2, 0, 1]))],
 }
-WEIGHING = {
+UNEQUAL = {
     "Renyi sequential": lambda: RenyiELBO(alpha=0.5, num_particles=3),
     "Renyi vectorized": lambda: RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True),
     "importance weighted": lambda: RenyiELBO(alpha=0.0, num_particles=2),
@@ -424,11 +413,11 @@ WEIGHING = {
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("objective", WEIGHING)
+@pytest.mark.parametrize("objective", UNEQUAL)
 def test_unequal_weights_are_refused(objective: str, activation: str, conjugate: Conjugate) -> None:
     guide = guide_of(Compose(ACTIVATIONS[activation]()))
     with pytest.raises(RuntimeError, match="use gradient='total' instead"):
-        WEIGHING[objective]().loss_and_grads(conjugate, guide)
+        UNEQUAL[objective]().loss_and_grads(conjugate, guide)
 
 
 def test_training_goes_on_after_a_refusal(conjugate: Conjugate) -> None:
@@ -457,7 +446,7 @@ def test_averages_are_not_refused(
     flow = Compose(ACTIVATIONS[activation]())
     guide, model = guide_of(flow), conjugate
     elbo = AVERAGING[objective]()
-    for factor in (1.0, 0.5):  # another one in the next step
+    for factor in (1.0, 0.5):  # the weight may change from step to step
         elbo.loss_and_grads(
             poutine.scale(model, scale * factor), poutine.scale(guide, scale * factor)
         )
@@ -470,8 +459,8 @@ def test_sum_of_losses_in_one_backward_pass(conjugate: Conjugate) -> None:
     sum(losses).backward()
 
 
-def test_losses_that_were_computed_before_any_backward_pass(conjugate: Conjugate) -> None:
-    # Each by itself, and each with a factor of its own.
+def test_backward_passes_of_several_losses(conjugate: Conjugate) -> None:
+    # Each with its own weight.
     guide = guide_of(linear(DIM))
     losses = [Trace_ELBO().differentiable_loss(conjugate, guide) for _ in range(3)]
     for factor, loss in enumerate(losses, 1):
@@ -495,7 +484,7 @@ def test_two_guides_at_once(conjugate: Conjugate) -> None:
     (one + 0.1 * other).backward()
 
 
-def test_gradients_of_no_weight_are_equal_weights(conjugate: Conjugate) -> None:
+def test_weights_of_zero_are_equal(conjugate: Conjugate) -> None:
     # Annealing may start at 0.
     layer = linear(DIM)
     loss = Trace_ELBO(num_particles=2).differentiable_loss(conjugate, guide_of(layer))
@@ -503,8 +492,8 @@ def test_gradients_of_no_weight_are_equal_weights(conjugate: Conjugate) -> None:
     assert not layer.theta.grad.any()
 
 
-def test_expansion_knows_its_samples() -> None:
-    # Vectorized particles are an expansion's.
+def test_expansion_checks_its_samples() -> None:
+    # Vectorized particles are samples of an expansion.
     flow = path(linear(DIM)).expand([4])
     assert isinstance(flow, PathGradientDistribution)
     x = flow.rsample()
@@ -530,10 +519,10 @@ def test_copy(make_copy: Callable[[Distribution], Distribution]) -> None:
     flow = path(everything())
     x = flow.rsample((2,))
     flow.log_prob(x).sum().backward()
-    twin = make_copy(flow)
+    other = make_copy(flow)
     value = x.detach().requires_grad_()
-    assert close(twin.log_prob(value), flow.log_prob(value), 1e-5)  # R is updated between the two
-    twin.log_prob(twin.rsample((2,))).sum().backward()
+    assert close(other.log_prob(value), flow.log_prob(value), 1e-5)  # R is updated between the two
+    other.log_prob(other.rsample((2,))).sum().backward()
 
 
 # --- The jit, second derivatives, bad values ----------------------------------------------------
@@ -566,8 +555,17 @@ def test_jit_takes_the_total_gradient(conjugate: Conjugate) -> None:
         assert close(found, expected)
 
 
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_values_are_validated(needs_gradient: bool) -> None:
+    flow = PathGradientDistribution(base(), [linear(DIM)], validate_args=True)
+    with pytest.raises(ValueError, match="within the support"):
+        flow.log_prob(torch.full((DIM,), math.nan, requires_grad=needs_gradient))
+    with pytest.raises(ValueError, match=r"right-most size|shape"):
+        flow.log_prob(torch.zeros(DIM + 1, requires_grad=needs_gradient))
+
+
 def test_second_derivative_is_refused() -> None:
-    # In a sum with others it would be missing without a sign.
+    # In a sum with other terms it would silently be missing.
     flow = path(linear(DIM))
     x = flow.rsample()
     loss = x.square().sum() + flow.log_prob(x)
@@ -576,7 +574,7 @@ def test_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
-def test_gradient_with_a_graph_that_nobody_uses() -> None:
+def test_gradient_with_a_graph_that_is_not_used() -> None:
     flow = path(linear(DIM))
     x = flow.rsample()
     value = flow.log_prob(x)
@@ -599,17 +597,6 @@ def test_nan_surfaces_and_stays_in_its_row() -> None:
     assert x.grad[1].isfinite().all()
 
 
-@pytest.mark.parametrize("needs_gradient", [False, True])
-def test_values_are_validated(needs_gradient: bool) -> None:
-    flow = PathGradientDistribution(base(), [linear(DIM)], validate_args=True)
-    for value, message in [
-        (torch.full((DIM,), math.nan), "within the support"),
-        (torch.zeros(DIM + 1), "right-most size|shape"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            flow.log_prob(value.requires_grad_(needs_gradient))
-
-
 def test_half_precision() -> None:
     layers = [LowRankAutoregressive(DIM, 4), SelfNormalizingLinear(DIM)]
     flow = Compose([layer.bfloat16() for layer in layers])
@@ -621,7 +608,7 @@ def test_half_precision() -> None:
 
 
 def test_training_by_svi_reaches_the_posterior(conjugate: Conjugate) -> None:
-    # The noise vanishes with the distance: no average over steps, no falling rate.
+    # The noise vanishes at the posterior, so that a constant learning rate suffices.
     layer = SelfNormalizingLinear(DIM, init_scale=0.3)
     svi = SVI(conjugate, guide_of(layer), pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
     for _ in range(500):

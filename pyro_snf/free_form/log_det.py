@@ -1,18 +1,18 @@
 """``log|det J|`` of a network, exactly and by probes, and the surrogate of its gradient.
 
-For a network f with the Jacobian J at an event x, and all that f depends on (its parameters, x, a
-context) called θ::
+Let f be a network with the Jacobian J at an event x, and θ all that f depends on: its parameters,
+x, and a context. Then::
 
     ∂ log|det J|/∂θ = tr(∂J J⁻¹) = E[wᵀ ∂J v],      Jᵀ w = v,    E[v vᵀ] = I.         (1)
 
-Self normalization (Keller et al., 2021) puts the Jacobian of an approximate inverse g in the place
-of J⁻¹, that is ``w = J_gᵀ v``; :func:`probe_gradient` does so with ``max_iterations=0``. What that
-leaves of the system, ``‖v − Jᵀ w‖/‖v‖``, is the error of the method, and known at no cost. A few
-Krylov iterations, preconditioned by ``J_gᵀ``, reduce it.
+Self normalization (Keller et al., 2021) replaces J⁻¹ by the Jacobian of an approximate inverse g,
+that is, ``w = J_gᵀ v``; :func:`probe_gradient` does so with ``krylov_steps=0``. The residual of the
+system, ``‖v − Jᵀ w‖/‖v‖``, measures the error of the method, and costs nothing extra. A few Krylov
+steps, preconditioned by ``J_gᵀ``, reduce it.
 
-(1) is differentiated as ``⟨v, Jᵀ w⟩`` with w constant. Free-form flows (Draxler et al., 2024) have
-``⟨vᵀ J, u⟩``, ``u = J_g v`` in forward mode. The two have the same mean; (1) is cheaper, for
-``J_gᵀ v`` is a backward pass through what reconstruction needs anyway.
+(1) is computed as the gradient of ``⟨v, Jᵀ w⟩`` with w constant. Free-form flows (Draxler et al.,
+2024) use ``⟨vᵀ J, u⟩``, ``u = J_g v`` in forward mode. The two have the same mean; (1) is cheaper,
+because ``J_gᵀ v`` is a backward pass through the graph of the reconstruction.
 
 Felix Draxler, Peter Sorrenson, Lea Zimmermann, Armand Rousselot, Ullrich Köthe. Free-form Flows:
 Make Any Architecture a Normalizing Flow. AISTATS 2024. [arXiv:2310.16624]
@@ -33,11 +33,11 @@ from pyro_snf.precision import at_least_float32
 
 __all__ = ["estimated_log_abs_det", "exact_slogdet", "probe_gradient"]
 
-# Numbers in the Jacobians that are in memory at a time.
+# The most entries of Jacobians that are in memory at a time.
 _MAX_NUMBERS = 2**24
 
-# Events in a backward pass: with fewer, copies of them share the rows of their Jacobians. From here
-# on, a pass of twice the size takes twice the time.
+# Events in a backward pass. A smaller batch is copied, and the copies share the rows of the
+# Jacobians. Above this size, a pass of twice the size takes twice the time.
 _ROWS = 256
 
 
@@ -46,9 +46,9 @@ def exact_slogdet(
 ) -> tuple[Tensor, Tensor]:
     """The sign of ``det J`` and ``log|det J|`` for every x, shapes ``(B,)``.
 
-    By D backward passes and an LU factorization for each. The logarithm is differentiable to any
-    order in x, the context and the parameters, where gradients are recorded; it is −∞ where
-    J is singular.
+    They take D backward passes, and an LU factorization for each event. Where gradients are
+    recorded, the logarithm is differentiable to any order in x, the context and the parameters. It
+    is −∞ where J is singular.
 
     :param Tensor x: shape ``(B, *event)``.
     :param parameters: of the network.
@@ -60,7 +60,7 @@ def exact_slogdet(
     chunks = list(zip(*(one.split(size) for one in (x, *context)), strict=True))
     evaluate = partial(_exact_slogdet, network, is_recorded)
     if is_recorded and len(chunks) > 1:
-        # Only one chunk's graph is in memory at a time: the others are recorded again when needed.
+        # Only one chunk's graph is in memory at a time: each is recorded again when it is needed.
         pairs = [
             checkpoint(evaluate, *chunk, use_reentrant=False, preserve_rng_state=False)
             for chunk in chunks
@@ -82,23 +82,24 @@ def _exact_slogdet(
 
 
 @torch.no_grad()
-def estimated_log_abs_det(near: Linearization, probes: Tensor, *, max_iterations: int) -> Tensor:
+def estimated_log_abs_det(near: Linearization, probes: Tensor, *, lanczos_steps: int) -> Tensor:
     """An estimate of ``log|det J|`` for every x, shape ``(B,)``, a constant.
 
-    See :func:`~pyro_snf.krylov.log_quadrature`. It is exact where that is cheaper.
+    See :func:`~pyro_snf.krylov.log_quadrature`. Where the Jacobians themselves take no more
+    products, the value is exact.
 
-    :param near: f near x.
+    :param near: f, linearized at x.
     :param Tensor probes: v, shape ``(k, B, *event)``.
-    :param int max_iterations: of Lanczos' process, for each probe.
+    :param int lanczos_steps: for each probe.
     """
-    num_products = 2 * max_iterations * len(probes)
+    num_products = 2 * lanczos_steps * len(probes)
     if near.output[0].numel() <= num_products:
         return torch.linalg.slogdet(at_least_float32(near.jacobian())).logabsdet
     values = log_quadrature(
-        lambda vectors: _batched(near.product, vectors, probes),
-        lambda vectors: _batched(near.transposed, vectors, probes),
+        lambda vectors: _batched(near.jvp, vectors, probes),
+        lambda vectors: _batched(near.vjp, vectors, probes),
         at_least_float32(probes).flatten(0, 1),
-        max_iterations=max_iterations,
+        max_steps=lanczos_steps,
     )
     return values.view(len(probes), -1).mean(0).to(at_least_float32(near.output))
 
@@ -109,31 +110,31 @@ def probe_gradient(
     probes: Tensor,
     *,
     tolerance: float,
-    max_iterations: int,
+    krylov_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """A function of θ with the gradient of ``log|det J|`` in expectation, up to what g leaves.
+    """A function of θ whose expected gradient is that of ``log|det J|``, up to the residual.
 
-    :param near: f near x, with the graph of all that is to have a gradient.
-    :param inverse: g near ``f(x)``.
+    :param near: f, linearized at x, with the graph of all that is to have a gradient.
+    :param inverse: g, linearized at ``f(x)``.
     :param Tensor probes: v, shape ``(k, B, *event)``.
-    :param float tolerance: of ``‖v − Jᵀ w‖/‖v‖``.
-    :param int max_iterations: to reduce it; 0 for none.
-    :return: ``⟨v, Jᵀ w⟩`` (whose value is that of no log-determinant), the mean over the probes,
+    :param float tolerance: the residual ``‖v − Jᵀ w‖/‖v‖`` at which the Krylov steps end.
+    :param int krylov_steps: the most; 0 for none.
+    :return: ``⟨v, Jᵀ w⟩`` (whose value is not that of a log-determinant), the mean over the probes,
         shape ``(B,)``; and the residuals, shape ``(k, B)``.
     """
     with torch.no_grad():
-        solution = inverse.transposed(probes)
-        if max_iterations > 0:
+        solution = inverse.vjp(probes)
+        if krylov_steps > 0:
             space = krylov(
-                lambda vectors: _batched(near.transposed, vectors, probes),
-                lambda vectors: _batched(inverse.transposed, vectors, probes),
+                lambda vectors: _batched(near.vjp, vectors, probes),
+                lambda vectors: _batched(inverse.vjp, vectors, probes),
                 at_least_float32(probes).flatten(0, 1),
                 preconditioned=at_least_float32(solution).flatten(0, 1),
                 tolerance=tolerance,
-                max_iterations=max_iterations,
+                max_steps=krylov_steps,
             )
             solution = space.solution.view_as(probes).to(probes)
-    product = near.transposed(solution, create_graph=True)
+    product = near.vjp(solution, create_graph=True)
     with torch.no_grad():
         residual = torch.linalg.vector_norm((probes - product).flatten(2), dim=2)
         residual = residual / torch.linalg.vector_norm(probes.flatten(2), dim=2)

@@ -14,23 +14,23 @@ from pyro_snf.transforms.conditional_linear import (
     ConditionalSelfNormalizingLinear,
     conditional_self_normalizing_linear,
 )
-from pyro_snf.transforms.conv import SelfNormalizingConv2d, self_normalizing_conv2d
-from pyro_snf.transforms.free_form import (
-    ConditionalSelfNormalizing,
-    SelfNormalizing,
-    conditional_self_normalizing,
-    self_normalizing,
-)
+from pyro_snf.transforms.convolution import SelfNormalizingConv2d, self_normalizing_conv2d
 from pyro_snf.transforms.image_coupling import CouplingNet, ImageCoupling, image_coupling
 from pyro_snf.transforms.linear import SelfNormalizingLinear, self_normalizing_linear
 from pyro_snf.transforms.multiscale import MultiScale
+from pyro_snf.transforms.pair import (
+    ConditionalSelfNormalizingPair,
+    SelfNormalizingPair,
+    conditional_self_normalizing_pair,
+    self_normalizing_pair,
+)
 from pyro_snf.transforms.squeeze import Squeeze2d, squeeze2d
 
 __all__ = [
     "ActNorm",
     "Compose",
-    "ConditionalSelfNormalizing",
     "ConditionalSelfNormalizingLinear",
+    "ConditionalSelfNormalizingPair",
     "CouplingNet",
     "ImageCoupling",
     "InverseTransformModule",
@@ -38,20 +38,20 @@ __all__ = [
     "LowRankAutoregressive",
     "MultiScale",
     "RationalQuadraticSpline",
-    "SelfNormalizing",
     "SelfNormalizingConv2d",
     "SelfNormalizingLinear",
+    "SelfNormalizingPair",
     "SmoothLeakyReLU",
     "Squeeze2d",
     "actnorm",
-    "conditional_self_normalizing",
     "conditional_self_normalizing_linear",
+    "conditional_self_normalizing_pair",
     "image_coupling",
     "low_rank_autoregressive",
     "rational_quadratic_spline",
-    "self_normalizing",
     "self_normalizing_conv2d",
     "self_normalizing_linear",
+    "self_normalizing_pair",
     "smooth_leaky_relu",
     "squeeze2d",
 ]

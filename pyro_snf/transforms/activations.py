@@ -14,9 +14,17 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import TensorMemo
+from pyro_snf.options import (
+    as_event_shape,
+    as_number,
+    as_positive,
+    check_dtype,
+    check_flag,
+    expect,
+    is_count,
+)
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.options import as_event_shape, check_floating
 
 __all__ = [
     "RationalQuadraticSpline",
@@ -25,11 +33,11 @@ __all__ = [
     "smooth_leaky_relu",
 ]
 
-# Newton's method from the right converges monotonically and quadratically; 4 to 7 steps were
-# seen for α from 0.5 to 0.01. The bound only keeps bad input from looping.
+# Started to the right of the root, Newton's method converges monotonically and quadratically. It
+# took 4 to 7 steps for α from 0.5 to 0.01; the limit bounds the loop for input such as NaN.
 _MAX_NEWTON_STEPS = 50
 
-# As in Durkan et al.: the least share of the interval that a bin takes, and the least slope.
+# As in Durkan et al.: the smallest share of the interval that a bin takes, and the smallest slope.
 _MIN_SHARE = 1e-3
 _MIN_SLOPE = 1e-3
 
@@ -41,8 +49,8 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         T(x) = \alpha x + (1 - \alpha) \log(1 + e^x), \qquad
         T'(x) = \alpha + (1 - \alpha)\,\sigma(x) \in (\alpha, 1).
 
-    Value, log-det and inverse are exact (the inverse to rounding, by a safeguarded Newton
-    iteration, with implicit gradients); all cost O(D).
+    Value and log-det are exact. The inverse is exact to rounding: a safeguarded Newton iteration,
+    whose gradients are those of the implicit function theorem. All cost O(D).
 
     >>> activation = SmoothLeakyReLU(0.3)
     >>> torch.allclose(activation.inv(activation(torch.ones(3))), torch.ones(3))
@@ -52,7 +60,8 @@ class SmoothLeakyReLU(InvertibleTransformModule):
     :param bool learnable: whether α is learned, by its logit.
     :param device: of α.
     :param dtype: of α.
-    :raises ValueError: for an α outside (0, 1), and for inputs that are empty or not floating.
+    :raises ValueError: for options outside these ranges, and for inputs that are empty or not
+        floating-point tensors.
 
     References:
 
@@ -72,8 +81,9 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < alpha < 1:
-            raise ValueError(f"expected alpha in (0, 1); got {alpha}")
+        alpha = as_number("alpha in (0, 1)", alpha, lambda number: 0 < number < 1)
+        check_flag("learnable", learnable)
+        check_dtype(dtype)
         logit = torch.tensor(math.log(alpha) - math.log1p(-alpha), device=device, dtype=dtype)
         if learnable:
             self.logit_alpha = nn.Parameter(logit)
@@ -106,7 +116,8 @@ class SmoothLeakyReLU(InvertibleTransformModule):
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # Above its threshold, by default 20, torch returns x: off by e⁻²⁰ = 2e-9, much in float64.
+    # Above its threshold, torch returns x. At the default of 20 the error is e⁻²⁰ = 2e-9, which is
+    # far above the rounding of float64.
     return F.softplus(x, threshold=40)
 
 
@@ -121,18 +132,18 @@ def _slope(x: Tensor, alpha: Tensor) -> Tensor:
 class _InverseSmoothLeakyReLU(Function):
     """Newton's method forward, the implicit function theorem backward.
 
-    T is increasing and convex, and lies above ``max(x, αx)`` by at most ``(1 − α) log 2``. So the
-    inverse of the kinked function starts to the right of the root, from where Newton's method
-    decreases monotonically; rounding alone can make it step up again, which ends it.
+    T is increasing and convex, and exceeds ``max(x, αx)`` by at most ``(1 − α) log 2``. So the
+    inverse of ``max(x, αx)`` is an upper bound of the root. From there Newton's iterates decrease
+    monotonically; a step upwards is a rounding error and ends the iteration.
     """
 
     @staticmethod
     def forward(y: Tensor, alpha: Tensor) -> Tensor:
         x = torch.where(y > 0, y, y / alpha)
-        lowest = torch.where(y > 0, y, y / alpha) - (1 - alpha) * math.log(2) / alpha
+        lowest = x - (1 - alpha) * math.log(2) / alpha  # a lower bound of the root
         for _ in range(_MAX_NEWTON_STEPS):
             step = (_smooth_leaky_relu(x, alpha) - y) / _slope(x, alpha)
-            # Not to follow a rounding error up, nor past the bracket; infinities stay.
+            # Only downwards, and not below the lower bound; infinities stay where they are.
             smaller = torch.where(step > 0, x - step, x).clamp_min(lowest)
             if not (smaller < x).any():
                 break
@@ -146,8 +157,8 @@ class _InverseSmoothLeakyReLU(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # y = T(x; α)  ⇒  dx = (dy − ∂T/∂α dα) / T'(x);  in differentiable operations of the
-        # output x, so that higher derivatives are right too.
+        # y = T(x; α)  ⇒  dx = (dy − ∂T/∂α dα) / T'(x), by differentiable operations on the output
+        # x, so that higher derivatives are exact too.
         x, alpha = ctx.saved_tensors
         grad_y = cotangent / _slope(x, alpha)
         grad_alpha = None
@@ -166,8 +177,8 @@ def smooth_leaky_relu(alpha: float = 0.3, **kwargs: Any) -> SmoothLeakyReLU:
 
 
 class RationalQuadraticSpline(InvertibleTransformModule):
-    r"""A spline for every element of an event (Durkan et al., 2019): increasing, with K bins on
-    [−B, B], and the identity outside. In a bin from :math:`(x_k, y_k)` to
+    r"""An increasing spline for every element of an event (Durkan et al., 2019), with K bins on
+    [−B, B] and the identity outside. In a bin from :math:`(x_k, y_k)` to
     :math:`(x_{k+1}, y_{k+1})` with the slopes :math:`d_k` and :math:`d_{k+1}` at its ends,
 
     .. math::
@@ -175,9 +186,9 @@ class RationalQuadraticSpline(InvertibleTransformModule):
             \frac{s \xi^2 + d_k \xi (1 - \xi)}{s + (d_{k+1} + d_k - 2 s)\,\xi (1 - \xi)}, \qquad
         \xi = \frac{x - x_k}{x_{k+1} - x_k}, \quad s = \frac{y_{k+1} - y_k}{x_{k+1} - x_k}.
 
-    Knots and inner slopes are learned, 3K − 1 numbers an element; at −B and B the slope is 1. It
-    starts as the identity. Value, log-det and inverse are exact (the inverse solves a quadratic
-    equation); all cost O(D).
+    The knots and the inner slopes are learned, 3K − 1 numbers for each element; at −B and B the
+    slope is 1. The spline starts as the identity. Value, log-det and inverse are exact (the inverse
+    solves a quadratic equation). All cost O(KD).
 
     >>> spline = RationalQuadraticSpline((1, 4, 4))
     >>> torch.allclose(spline(torch.ones(2, 1, 4, 4)), torch.ones(2, 1, 4, 4))
@@ -188,7 +199,7 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     :param float bound: B, positive.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :raises ValueError: for options that are not of these, and for inputs of other shapes or dtypes.
+    :raises ValueError: for options outside these ranges, and for inputs of other shapes or dtypes.
 
     References:
 
@@ -196,10 +207,10 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     2019. [arXiv:1906.04032]
     """
 
-    # Pyro's Spline(order="quadratic") is the same family, but does not serve: its slope at the
-    # bounds is 0.999, so that it has no identity to start from, and its log-det jumps there; it
-    # keeps a tensor with its graph, so that it cannot be copied once it has been trained; its
-    # inverse asserts what rounding can break; and a step takes half as long again.
+    # Why not Pyro's Spline(order="quadratic"), which is the same family: its slope at the bounds is
+    # 0.999, so it cannot start as the identity and its log-det jumps there; it keeps a tensor with
+    # its graph, so it cannot be copied after training; its inverse asserts inequalities that
+    # rounding can violate; and a step takes 1.5 times as long.
 
     sign = 1
 
@@ -207,9 +218,7 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     def domain(self) -> Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    @dependent_property(is_discrete=False)
-    def codomain(self) -> Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
+    codomain = domain
 
     def __init__(
         self,
@@ -222,20 +231,18 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     ) -> None:
         super().__init__()
         self.event_shape = as_event_shape(event_shape)
-        if not isinstance(num_bins, int) or not 2 <= num_bins <= 1000:
-            raise ValueError(f"expected num_bins, an integer from 2 to 1000; got {num_bins!r}")
-        if not 0 < bound < math.inf:
-            raise ValueError(f"expected bound > 0; got {bound!r}")
-        check_floating(dtype)
-        self.num_bins = num_bins
-        self.bound = float(bound)
+        fits = is_count(num_bins, 2) and num_bins <= 1000
+        expect("num_bins, an integer from 2 to 1000", fits, num_bins)
+        check_dtype(dtype)
+        self.num_bins = int(num_bins)
+        self.bound = as_positive("bound", bound)
 
         def zeros(count: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*self.event_shape, count, device=device, dtype=dtype))
 
-        self.unnormalized_widths = zeros(num_bins)
-        self.unnormalized_heights = zeros(num_bins)
-        self.unnormalized_slopes = zeros(num_bins - 1)
+        self.unnormalized_widths = zeros(self.num_bins)
+        self.unnormalized_heights = zeros(self.num_bins)
+        self.unnormalized_slopes = zeros(self.num_bins - 1)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, num_bins={self.num_bins}, bound={self.bound:g}"
@@ -244,51 +251,46 @@ class RationalQuadraticSpline(InvertibleTransformModule):
         return self._call_with_memo(x)[0]
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo]:
-        self._check(x)
-        inside, values = self._inside(x)
+        inside, values = self._clamp(x)
         y, log_slope = _spline(values, _select(values, self._bins()))
         y = torch.where(inside, y, x).to(x.dtype)
         log_slope = torch.where(inside, log_slope, 0)
         return y, TensorMemo(log_slope.sum(tuple(range(-len(self.event_shape), 0))))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        self._check(y)
-        inside, values = self._inside(y)
+        inside, values = self._clamp(y)
         x = _inverse_spline(values, _select(values, self._bins(), inverse=True))
         return torch.where(inside, x, y).to(y.dtype)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        found: Any = self._pair.memo_of(x, y, self._map_parameters())
-        return (self._call_with_memo(x)[1] if found is None else found[0]).handle
+        memo = self._pair.memo_of(x, y, self._map_parameters())
+        return (self._call_with_memo(x)[1] if memo is None else memo).handle
 
     def _bins(self) -> _Bins:
-        """All bins, each entry of shape ``(*event_shape, K)``."""
+        """The bins of all elements, each field of shape ``(*event_shape, K)``."""
         x, width = self._knots(self.unnormalized_widths)
         y, height = self._knots(self.unnormalized_heights)
-        # Parameters at 0 are slopes of 1.
-        offset = math.log(math.expm1(1 - _MIN_SLOPE))
+        offset = math.log(math.expm1(1 - _MIN_SLOPE))  # makes the slope 1 where the parameter is 0
         slopes = _MIN_SLOPE + F.softplus(at_least_float32(self.unnormalized_slopes) + offset)
         slopes = F.pad(slopes, (1, 1), value=1.0)
         return _Bins(x, y, width, height, slopes[..., :-1], slopes[..., 1:])
 
     def _knots(self, unnormalized: Tensor) -> tuple[Tensor, Tensor]:
-        """The bins' lower ends, and their lengths."""
+        """The lower ends and the lengths of the bins."""
         shares = torch.softmax(at_least_float32(unnormalized), dim=-1)
         shares = _MIN_SHARE + (1 - _MIN_SHARE * self.num_bins) * shares
         inner = self.bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
         knots = F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
         return knots[..., :-1], knots.diff(dim=-1)
 
-    def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What lies between the bounds, NaNs too, and all of it moved there."""
-        return ~(x.abs() >= self.bound), at_least_float32(x).clamp(-self.bound, self.bound)
-
-    def _check(self, x: Tensor) -> None:
+    def _clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each value lies in (−B, B), True for NaN; and the values clamped to [−B, B]."""
         check_input(self, x, self.event_shape, self.unnormalized_widths.dtype)
+        return ~(x.abs() >= self.bound), at_least_float32(x).clamp(-self.bound, self.bound)
 
 
 class _Bins(NamedTuple):
-    """The bins of splines: where they begin, how long they are, and the slopes at their ends."""
+    """Bins of splines: their lower ends, their lengths, and the slopes at both ends."""
 
     x: Tensor
     y: Tensor
@@ -299,41 +301,44 @@ class _Bins(NamedTuple):
 
 
 def _select(values: Tensor, bins: _Bins, *, inverse: bool = False) -> _Bins:
-    """The bin of every value, by its x or, for the inverse, its y; of the values' shape."""
+    """The bin that each value lies in, by x or, for the inverse, by y; fields of values' shape."""
     *event_shape, num_bins = bins.x.shape
     index = torch.zeros(values.shape, dtype=torch.long, device=values.device)
     for inner_knot in (bins.y if inverse else bins.x).detach()[..., 1:].unbind(-1):
         index += values >= inner_knot
     offsets = torch.arange(0, bins.x.numel(), num_bins, device=values.device)
     index = (index + offsets.view(event_shape)).flatten()
-    # Of one dimension, this is the fastest of torch's ways to pick and, backward, to add up.
-    return _Bins(*(entry.flatten().index_select(0, index).view(values.shape) for entry in bins))
+    # In one dimension, index_select has torch's fastest gather and, backward, fastest scatter.
+    return _Bins(*(field.flatten().index_select(0, index).view(values.shape) for field in bins))
 
 
-def _spline(x: Tensor, of: _Bins) -> tuple[Tensor, Tensor]:
-    """The values, and the logarithms of the slopes."""
-    xi = (x - of.x) / of.width
-    s = of.height / of.width
+def _spline(x: Tensor, bins: _Bins) -> tuple[Tensor, Tensor]:
+    """T(x) and log T'(x)."""
+    xi = (x - bins.x) / bins.width
+    s = bins.height / bins.width
     product = xi * (1 - xi)
-    denominator = s + (of.next_slope + of.slope - 2 * s) * product
-    y = of.y + of.height * (s * xi**2 + of.slope * product) / denominator
-    numerator = of.next_slope * xi**2 + 2 * s * product + of.slope * (1 - xi) ** 2
+    denominator = s + (bins.next_slope + bins.slope - 2 * s) * product
+    y = bins.y + bins.height * (s * xi**2 + bins.slope * product) / denominator
+    numerator = bins.next_slope * xi**2 + 2 * s * product + bins.slope * (1 - xi) ** 2
     return y, 2 * (s / denominator).log() + numerator.log()
 
 
-def _inverse_spline(y: Tensor, of: _Bins) -> Tensor:
-    """The root ξ in [0, 1] of ``a ξ² + b ξ + c``, by the one of its two formulas without
-    cancellation: for b < 0, which is near the upper end of a bin that ends steeply, the second."""
-    s = of.height / of.width
-    eta = y - of.y
-    curvature = eta * (of.next_slope + of.slope - 2 * s)
-    a = of.height * (s - of.slope) + curvature
-    b = of.height * of.slope - curvature
+def _inverse_spline(y: Tensor, bins: _Bins) -> Tensor:
+    """T⁻¹(y), by the root ξ in [0, 1] of ``a ξ² + b ξ + c``.
+
+    Of the two formulas for the root, the sign of b chooses the one without cancellation; b < 0
+    occurs near the upper end of a bin with a steep slope there.
+    """
+    s = bins.height / bins.width
+    eta = y - bins.y
+    curvature = eta * (bins.next_slope + bins.slope - 2 * s)
+    a = bins.height * (s - bins.slope) + curvature
+    b = bins.height * bins.slope - curvature
     c = -s * eta
-    root = (b**2 - 4 * a * c).clamp_min(0).sqrt()  # below 0 by rounding alone
+    root = (b**2 - 4 * a * c).clamp_min(0).sqrt()  # rounding can make it negative
     q = -(b + torch.where(b >= 0, root, -root)) / 2
     xi = torch.where(b >= 0, c, q) / torch.where(b >= 0, q, a)
-    return of.x + xi * of.width
+    return bins.x + xi * bins.width
 
 
 def rational_quadratic_spline(

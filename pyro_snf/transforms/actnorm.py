@@ -1,4 +1,4 @@
-"""A scale and a shift per channel, which the first batch sets."""
+"""A scale and a shift for each channel, which the first batch initializes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
+from pyro_snf.options import as_count, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
-from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.image_input import check_image
-from pyro_snf.transforms.options import check_count, check_floating
+from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 
 __all__ = ["ActNorm", "actnorm"]
 
 
 class ActNorm(InvertibleTransformModule):
-    r"""Activation normalization (Kingma and Dhariwal, 2018): with every channel c,
+    r"""Activation normalization (Kingma and Dhariwal, 2018): for every channel c,
 
     .. math::
         y_c = e^{s_c} (x_c + b_c), \qquad \log|\det J| = HW \sum_c s_c .
 
-    Value, log-det and inverse are exact; all cost O(D). The scale multiplies what b has centred, so
-    that the gradient of s does not depend on how far from 0 the data are.
+    Value, log-det and inverse are exact; all cost O(D). The scale multiplies the centred values, so
+    the gradient of s does not depend on the mean of the data.
 
-    **It starts from data.** The first batch that goes through T in training (in ``train()`` mode,
-    gradients being recorded and the parameters not frozen) sets s and b: of T(x), every channel has
-    mean 0 and standard deviation 1 over that batch. Until then, and so in ``eval()`` mode, it is
-    the identity.
+    **The first batch initializes it.** The first batch that passes through T in training (in
+    ``train()`` mode, with gradients recorded and the parameters not frozen) sets s and b such that
+    every channel of T(x) has mean 0 and standard deviation 1 over that batch. Before that, and so
+    in ``eval()`` mode of a new layer, T is the identity.
 
-    - This one write happens before T(x) is computed, so nothing is stale; it never happens again:
-      ``initialized`` is in the ``state_dict``. Parameters that are no longer 0, whoever has set
-      them (Pyro's parameter store keeps no buffers), are never overwritten either.
-    - ``T.inv`` sets nothing, so a flow can be sampled from before it is trained. Put
-      ``ActNorm(...).inv`` into a flow whose data go through its inverse.
-    - A guide has no data to start from: ``layer.initialized.fill_(True)`` keeps the identity.
-    - :meth:`initialize` does it by hand: with a larger batch, or once more.
+    - The parameters are written before T(x) is computed, so no cached value becomes invalid. It
+      happens once: ``initialized`` is in the ``state_dict``. Nor are parameters ever overwritten
+      that are not 0 any more, as after loading Pyro's parameter store, which has no buffers.
+    - ``T.inv`` initializes nothing, so a flow can be sampled from before training. In a flow whose
+      data pass through the inverses of its layers, use ``ActNorm(...).inv``.
+    - In a guide, where there are no data, ``layer.initialized.fill_(True)`` keeps the identity.
+    - :meth:`initialize` does the same explicitly, for instance with a larger batch, or again.
 
     >>> layer = ActNorm(2, event_dim=1)
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))
@@ -53,7 +52,7 @@ class ActNorm(InvertibleTransformModule):
         ``(..., C)``.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :raises ValueError: for options that are not of these, for inputs of other shapes or dtypes, and
+    :raises ValueError: for options outside these ranges, for inputs of other shapes or dtypes, and
         for a first batch that is not finite or has a channel of equal values.
 
     References:
@@ -68,9 +67,7 @@ class ActNorm(InvertibleTransformModule):
     def domain(self) -> Constraint:
         return constraints.independent(constraints.real, self._event_dim)
 
-    @dependent_property(is_discrete=False)
-    def codomain(self) -> Constraint:
-        return constraints.independent(constraints.real, self._event_dim)
+    codomain = domain
 
     def __init__(
         self,
@@ -81,19 +78,17 @@ class ActNorm(InvertibleTransformModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("num_channels", num_channels)
-        if event_dim not in (1, 3) or not isinstance(event_dim, int) or isinstance(event_dim, bool):
-            raise ValueError(f"expected event_dim 1 or 3; got {event_dim!r}")
-        check_floating(dtype)
-        self.num_channels = num_channels
-        self._event_dim = event_dim
+        self.num_channels = as_count("num_channels", num_channels)
+        expect("event_dim 1 or 3", is_count(event_dim) and event_dim in (1, 3), event_dim)
+        check_dtype(dtype)
+        self._event_dim = int(event_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.log_scale = nn.Parameter(torch.zeros(num_channels, **factory))  # s
-        self.bias = nn.Parameter(torch.zeros(num_channels, **factory))  # b
+        self.log_scale = nn.Parameter(torch.zeros(self.num_channels, **factory))  # s
+        self.bias = nn.Parameter(torch.zeros(self.num_channels, **factory))  # b
         self.register_buffer("initialized", torch.tensor(False, device=device))
-        # At which version ``initialized`` was last seen to be true: not to wait for a GPU at
-        # every call.
-        self._seen_at: int | None = None
+        # The version of ``initialized`` at which it was last found True. To look at its value in
+        # every call would be to wait for the GPU in every call.
+        self._initialized_version: int | None = None
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, event_dim={self._event_dim}"
@@ -121,21 +116,19 @@ class ActNorm(InvertibleTransformModule):
     def initialize(self, x: Tensor) -> None:
         """Set s and b so that every channel of T(x) has mean 0 and standard deviation 1.
 
-        :param Tensor x: a batch; two different values a channel, at least.
+        :param Tensor x: a batch, with at least two different values in each channel.
         :raises ValueError: if it is not finite, or a channel has equal values.
         """
         self._check(x)
-        dims = [dim for dim in range(-x.dim(), 0) if dim != -self._event_dim]
-        values = at_least_float32(x).unsqueeze(0)  # one more: no dims would mean all of them
-        dims = [-values.dim(), *dims]
-        variance, mean = torch.var_mean(values, dims, correction=0)
+        channels = at_least_float32(x).movedim(-self._event_dim, 0).reshape(self.num_channels, -1)
+        variance, mean = torch.var_mean(channels, 1, correction=0)
         deviation = variance.sqrt()
         if not torch.isfinite(mean + deviation).all():
             raise ValueError(
                 f"{self}: expected a first batch of finite mean and variance; got NaN or infinity"
             )
-        # Of equal values, a mean can be rounded, and a deviation from it is nothing but that.
-        is_flat = (deviation == 0) | (values.amax(dims) == values.amin(dims))
+        # The mean of equal values is rounded, so their computed deviation need not be 0.
+        is_flat = (deviation == 0) | (channels.amax(1) == channels.amin(1))
         if is_flat.any():
             raise ValueError(
                 f"{self}: expected a first batch in which every channel has different values; got "
@@ -153,19 +146,19 @@ class ActNorm(InvertibleTransformModule):
             and torch.is_grad_enabled()
             and self.log_scale.requires_grad
             and self.bias.requires_grad
-            and not torch.jit.is_tracing()  # a trace would repeat it in every call
+            and not torch.jit.is_tracing()  # a trace would repeat the initialization in every call
         )
 
     @torch.no_grad()
     def _is_new(self) -> bool:
-        """Whether nobody has set the parameters."""
-        if self._seen_at == version(self.initialized):
+        """Whether the parameters have not been set by anything yet."""
+        if self._initialized_version == version(self.initialized):
             return False
         if not self.initialized:
             if not self.log_scale.any() and not self.bias.any():
                 return True
             self.initialized.fill_(True)
-        self._seen_at = version(self.initialized)
+        self._initialized_version = version(self.initialized)
         return False
 
     def _per_channel(self, parameter: Tensor) -> Tensor:

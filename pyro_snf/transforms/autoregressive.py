@@ -1,4 +1,4 @@
-"""An affine autoregressive map whose Jacobian is a diagonal and little else."""
+"""An affine autoregressive map whose Jacobian is diagonal plus low-rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_snf.caching import TensorMemo
-from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.options import as_count, as_positive, check_dtype
+from pyro_snf.precision import at_least_float32, soft_bound, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.options import check_count, check_floating, expect
 
 __all__ = ["LowRankAutoregressive", "low_rank_autoregressive"]
 
@@ -27,18 +27,19 @@ class LowRankAutoregressive(InvertibleTransformModule):
         y_i = e^{s_i(x_{<i})}\, x_i + t_i(x_{<i}), \qquad
         \binom{t}{r} = C\,h + c, \quad h = \tanh(B x + b), \quad s = \sigma \tanh(r / \sigma).
 
-    The H hidden units are spread over the features: a unit sees :math:`x_1 \ldots x_d` and is seen
-    by :math:`y_{d+1} \ldots y_D`. So features should come causes first, as they do in a Pyro model,
-    and the map lets the first ones shift and scale the rest: what hierarchies, funnels and bananas
-    ask of a guide. Between dense layers, it makes a flow more than Gaussian.
+    The H hidden units are spread evenly over the features: the inputs of a unit are
+    :math:`x_1 \ldots x_d`, and it is an input of :math:`y_{d+1} \ldots y_D`. So the first features
+    shift and scale the later ones, as the posteriors of hierarchies, funnels and bananas need it.
+    Causes should come before effects, which is the order of a Pyro model. Between dense layers, the
+    map makes the distribution of a flow non-Gaussian.
 
-    Its Jacobian is a diagonal plus a matrix of rank H. T(x), the log-det :math:`\sum_i s_i` and
-    what a path gradient needs of the Jacobian, :meth:`push_score`, are exact and cost O(DH), the
-    latter O(DH² + H³). ``T.inv(y)`` takes H + 1 steps one after the other, O(DH) in total.
+    Its Jacobian is a diagonal matrix plus one of rank H. Value, inverse and log-det,
+    :math:`\sum_i s_i`, are exact and cost O(DH), the inverse in H + 1 sequential steps.
+    :meth:`push_score`, which path gradients need, is exact and costs O(DH² + H³).
 
-    It starts as the identity: C is 0. B is random, of torch's global random stream. B and C are in
-    units of 1/√fan-in and 2/√H, and s is bounded by :math:`\pm\sigma`, so that Pyro's usual
-    learning rates suit.
+    It starts as the identity, with C = 0. B is drawn from torch's global random stream. B and C are
+    in units of 1/√fan-in and 2/√H, and s is bounded by :math:`\pm\sigma`, so that Pyro's usual
+    learning rates are suitable.
 
     >>> flow = Compose([LowRankAutoregressive(5), SelfNormalizingLinear(5, init_scale=0.1)])
     >>> flow(torch.ones(2, 5))[0]
@@ -49,8 +50,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
     :param float max_log_scale: σ, positive.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :raises ValueError: for sizes below 1 and a σ that is not positive and finite, and for inputs of
-        other shapes or dtypes.
+    :raises ValueError: for options outside these ranges, and for inputs of other shapes or dtypes.
 
     References:
 
@@ -77,35 +77,32 @@ class LowRankAutoregressive(InvertibleTransformModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("input_dim", input_dim)
-        check_count("hidden_dim", hidden_dim)
-        expect("max_log_scale > 0", 0 < max_log_scale < math.inf, max_log_scale)
-        check_floating(dtype)
-        self.input_dim = input_dim
-        self.hidden_dim = hidden_dim
-        self.max_log_scale = max_log_scale
+        self.input_dim = input_dim = as_count("input_dim", input_dim)
+        self.hidden_dim = hidden_dim = as_count("hidden_dim", hidden_dim)
+        self.max_log_scale = as_positive("max_log_scale", max_log_scale)
+        check_dtype(dtype)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_in = nn.Parameter(torch.randn(hidden_dim, input_dim, **factory))  # B
         self.bias_in = nn.Parameter(torch.zeros(hidden_dim, **factory))  # b
         self.weight_out = nn.Parameter(torch.zeros(2 * input_dim, hidden_dim, **factory))  # C
         self.bias_out = nn.Parameter(torch.zeros(2 * input_dim, **factory))  # c
-        # The last feature that each unit sees; the last of all has nothing to be seen for.
-        self._last_seen = [unit * (input_dim - 1) // hidden_dim for unit in range(hidden_dim)]
-        # Features between two of these see the same units.
-        starts = {0, input_dim, *(last + 1 for last in self._last_seen)}
+        # The last input of each unit. The last feature is no unit's input: no output depends on it.
+        self._last_inputs = [unit * (input_dim - 1) // hidden_dim for unit in range(hidden_dim)]
+        # Ranges of outputs that depend on the same units.
+        starts = {0, input_dim, *(last + 1 for last in self._last_inputs)}
         self._stages = list(pairwise(sorted(starts)))
         self.register_buffer("mask_in", None, persistent=False)
         self.register_buffer("mask_out", None, persistent=False)
         self._set_masks()
 
     def _set_masks(self) -> None:
-        """Masks for B and C, which hold their units as well."""
-        last_seen, features = torch.tensor(self._last_seen), torch.arange(self.input_dim)
-        sees = (features <= last_seen.unsqueeze(-1)).double()
-        is_seen = (last_seen < features.unsqueeze(-1)).double().repeat(2, 1)
-        self.mask_in = (sees / sees.sum(-1, keepdim=True).sqrt()).to(self.weight_in)
-        self.mask_out = (is_seen * 2 / math.sqrt(self.hidden_dim)).to(self.weight_in)
+        """Masks for B and C, multiplied by the units of B and C."""
+        last_inputs, features = torch.tensor(self._last_inputs), torch.arange(self.input_dim)
+        is_input = (features <= last_inputs.unsqueeze(-1)).double()
+        is_output = (last_inputs < features.unsqueeze(-1)).double().repeat(2, 1)
+        self.mask_in = (is_input / is_input.sum(-1, keepdim=True).sqrt()).to(self.weight_in)
+        self.mask_out = (is_output * 2 / math.sqrt(self.hidden_dim)).to(self.weight_in)
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, hidden_dim={self.hidden_dim}, max_log_scale={self.max_log_scale}"
@@ -116,7 +113,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
         shift, log_scale = self._shift_and_log_scale(x)
         y = torch.addcmul(shift, x, log_scale.exp())
-        # What has no graph of its own could not tell when its time is over.
+        # Where y has a graph, the cache puts a hook on the memo's tensor, which then needs one too.
         memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
         return y, memo
 
@@ -128,16 +125,18 @@ class LowRankAutoregressive(InvertibleTransformModule):
         inner = self.bias_in.expand(*y.shape[:-1], self.hidden_dim)
         parts = []
         for start, stop in self._stages:
-            hidden = torch.tanh(inner)  # of the units that are to be seen, all that they see is in
+            # Complete for the units that this stage depends on; the masks leave out the others.
+            hidden = torch.tanh(inner)
             shift = F.linear(hidden, weight_t[start:stop], bias_t[start:stop])
-            log_scale = self._bound(F.linear(hidden, weight_r[start:stop], bias_r[start:stop]))
+            log_scale = F.linear(hidden, weight_r[start:stop], bias_r[start:stop])
+            log_scale = soft_bound(log_scale, self.max_log_scale)
             parts.append((y[..., start:stop] - shift) * torch.exp(-log_scale))
             inner = inner + F.linear(parts[-1], weight_in[:, start:stop])
         return torch.cat(parts, dim=-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        found: Any = self._pair.memo_of(x, y, self._map_parameters())
-        log_scale = self._shift_and_log_scale(x)[1] if found is None else found[0].handle
+        memo = self._pair.memo_of(x, y, self._map_parameters())
+        log_scale = self._shift_and_log_scale(x)[1] if memo is None else memo.handle
         return at_least_float32(log_scale).sum(-1)
 
     @torch.no_grad()
@@ -145,9 +144,8 @@ class LowRankAutoregressive(InvertibleTransformModule):
         """See :func:`pyro_snf.path_gradient.push_score`; by Woodbury's identity."""
         with without_autocast(x.device):
             weight_in, weight_out = self._weights()
-            x, score = x.to(weight_in.dtype), score.to(weight_in.dtype)  # not so under autocast
-            hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
-            log_scale = self._bound(F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)[1])
+            x, score = x.to(weight_in.dtype), score.to(weight_in.dtype)  # may differ under autocast
+            hidden, _, log_scale = self._network(x, weight_in, weight_out)
             scale = log_scale.exp()
             hidden_slope = 1 - hidden.square()
             slope = 1 - (log_scale / self.max_log_scale).square()  # ds/dr
@@ -156,36 +154,38 @@ class LowRankAutoregressive(InvertibleTransformModule):
             # ∇ log|det J| = Bᵀ (h' ⊙ C_rᵀ s').
             middle = weight_t.mT + weight_r.mT * (slope * x * scale).unsqueeze(-2)
             middle = hidden_slope.unsqueeze(-1) * middle
-            wanted = (score - F.linear(hidden_slope * (slope @ weight_r), weight_in.mT)) / scale
-            # u + diag(e⁻ˢ) Bᵀ M u = wanted:  first M u, from (I + M diag(e⁻ˢ) Bᵀ) M u = M wanted.
+            right = (score - F.linear(hidden_slope * (slope @ weight_r), weight_in.mT)) / scale
+            # u + diag(e⁻ˢ) Bᵀ M u = right:  first M u, from (I + M diag(e⁻ˢ) Bᵀ) M u = M right.
             small = (middle / scale.unsqueeze(-2)) @ weight_in.mT
             small.diagonal(dim1=-2, dim2=-1).add_(1)
             product = torch.linalg.solve(
-                at_least_float32(small), at_least_float32(middle @ wanted.unsqueeze(-1))
+                at_least_float32(small), at_least_float32(middle @ right.unsqueeze(-1))
             ).to(x.dtype)
-            return wanted - F.linear(product.squeeze(-1), weight_in.mT) / scale
+            return right - F.linear(product.squeeze(-1), weight_in.mT) / scale
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> LowRankAutoregressive:  # .to(), .double(), …
         super()._apply(fn, recurse)
-        self._set_masks()  # not rounded by the types that they have been in
+        self._set_masks()  # anew, so that they are not rounded to an earlier dtype
         return self
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """B and C, masked, shapes ``(H, D)`` and ``(2D, H)``."""
         return self.weight_in * self.mask_in, self.weight_out * self.mask_out
 
-    def _bound(self, log_scale: Tensor) -> Tensor:
-        return self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
+    def _network(
+        self, x: Tensor, weight_in: Tensor, weight_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h, shape ``(..., H)``, and t and s, each of x's shape."""
+        hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
+        shift, log_scale = F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)
+        return hidden, shift, soft_bound(log_scale, self.max_log_scale)
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """t and s, each of x's shape."""
         check_input(self, x, (self.input_dim,), self.weight_in.dtype)
-        weight_in, weight_out = self._weights()
-        hidden = torch.tanh(F.linear(x, weight_in, self.bias_in))
-        shift, log_scale = F.linear(hidden, weight_out, self.bias_out).chunk(2, -1)
-        return shift, self._bound(log_scale)
+        return self._network(x, *self._weights())[1:]
 
 
 def low_rank_autoregressive(

@@ -1,4 +1,4 @@
-"""What all transforms of this library share: an honest cache, and an inverse that is a module."""
+"""What all transforms share: a cache that is dropped in time, and an inverse that is a module."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.distributions.constraints import Constraint, dependent_property
 from pyro_snf.caching import Memo, PairCache, state_of
 
 __all__ = [
-    "GuardedTransformModule",
     "InverseTransformModule",
     "InvertibleTransformModule",
+    "SafelyCachedTransform",
+    "check_image",
     "check_input",
-    "guard",
+    "with_safe_cache",
 ]
 
 Self = TypeVar("Self", bound="InvertibleTransformModule")
@@ -48,6 +49,30 @@ def check_input(
         )
     if dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"{transform}: expected dtype {dtype}; got {x.dtype}")
+
+
+def check_image(
+    transform: Transform,
+    x: Tensor,
+    num_channels: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise a ValueError unless ``x`` is a floating, non-empty batch of images.
+
+    :param Transform transform: named in the error.
+    :param Tensor x: the input, of shape ``(..., C, H, W)``.
+    :param num_channels: C; None if any will do.
+    :param dtype: as for :func:`check_input`.
+    """
+    if not isinstance(x, Tensor):
+        check_input(transform, x, ())  # raises
+    if x.dim() < 3 or num_channels not in (None, x.shape[-3]):
+        channels = "C" if num_channels is None else num_channels
+        raise ValueError(
+            f"{transform}: expected a non-empty tensor of shape (..., {channels}, H, W); "
+            f"got {tuple(x.shape)}"
+        )
+    check_input(transform, x, tuple(x.shape[-3:]), dtype)
 
 
 class InvertibleTransformModule(TransformModule):
@@ -124,16 +149,16 @@ class InvertibleTransformModule(TransformModule):
             return self
         if cache_size not in (0, 1):
             raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
-        twin = self.twin()
-        twin._cache_size = cache_size
-        return twin
+        other = self.copy_with_own_cache()
+        other._cache_size = cache_size
+        return other
 
-    def twin(self: Self) -> Self:
+    def copy_with_own_cache(self: Self) -> Self:
         """This transform with a cache of its own; it shares parameters, buffers and children."""
-        twin = copy.copy(self)  # shares their dictionaries
-        twin._pair = PairCache()
-        twin.__dict__["_inv"] = None
-        return twin
+        other = copy.copy(self)  # shares their dictionaries
+        other._pair = PairCache()
+        other.__dict__["_inv"] = None
+        return other
 
     def train(self: Self, mode: bool = True) -> Self:
         self._pair.clear()  # the other mode may have another graph between x and y
@@ -144,11 +169,11 @@ class InvertibleTransformModule(TransformModule):
         self._pair.clear()
 
 
-class GuardedTransformModule(InvertibleTransformModule):
-    """A transform of Pyro or torch whose own cache is not to be trusted, behind an honest one.
+class SafelyCachedTransform(InvertibleTransformModule):
+    """A transform of Pyro or torch, with this library's cache in the place of its own.
 
-    Pyro's learnable transforms return what they remember for a tensor also after their parameters
-    have changed: the same data tensor, scored step after step, has the same stale density.
+    Pyro's learnable transforms return the cached value of a tensor even after their parameters have
+    changed: the same data tensor, scored step after step, would keep its first density.
 
     :param Transform transform: the transform, with a cache; if it is a module, it is registered.
     """
@@ -177,17 +202,17 @@ class GuardedTransformModule(InvertibleTransformModule):
         return repr(self.transform)
 
     def _call(self, x: Tensor) -> Tensor:
-        self._forget_stale()
+        self._clear_own_cache()
         return self.transform(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        self._forget_stale()
+        self._clear_own_cache()
         return self.transform._inv_call(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         parameters = self._map_parameters()
         if self._pair.y_of(x, parameters, state_of(parameters)) is not y:
-            self._forget_stale()
+            self._clear_own_cache()
         return self.transform.log_abs_det_jacobian(x, y)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -199,9 +224,9 @@ class GuardedTransformModule(InvertibleTransformModule):
     def clear_cache(self) -> None:
         """Drop the cached pair, here and in the transform."""
         super().clear_cache()
-        self._forget_stale()
+        self._clear_own_cache()
 
-    def _forget_stale(self) -> None:
+    def _clear_own_cache(self) -> None:
         self.transform.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
 
 
@@ -218,13 +243,13 @@ class InverseTransformModule(TransformModule):
     :param Transform transform: any bijective transform; if it is a module, it is registered.
     """
 
-    _guarded: Any
+    _evaluator: Any
 
     def __init__(self, transform: Transform) -> None:
         super().__init__(cache_size=transform._cache_size)
         self.transform = transform
-        # What evaluates it; not registered once more.
-        self.__dict__["_guarded"] = guard(transform)
+        # What evaluates it; not registered as a second child.
+        self.__dict__["_evaluator"] = with_safe_cache(transform)
         self._link()
 
     @dependent_property(is_discrete=False)
@@ -252,13 +277,13 @@ class InverseTransformModule(TransformModule):
         return f"{type(self).__name__}({self.transform!r})"
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._guarded._inv_call(x)
+        return self._evaluator._inv_call(x)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._guarded(y)
+        return self._evaluator(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return -self._guarded.log_abs_det_jacobian(y, x)  # this one's output is T's input
+        return -self._evaluator.log_abs_det_jacobian(y, x)  # this one's output is T's input
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.inverse_shape(shape)
@@ -274,7 +299,7 @@ class InverseTransformModule(TransformModule):
 
     def clear_cache(self) -> None:
         """Drop the transform's cached pair."""
-        self._guarded.clear_cache()
+        self._evaluator.clear_cache()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A transform leaves its link to the inverse out of pickles and copies.
@@ -284,21 +309,22 @@ class InverseTransformModule(TransformModule):
     def _link(self) -> None:
         """Make this module the ``.inv`` of the transform."""
         # Past nn.Module.__setattr__: as a registered child of the transform, this module, which
-        # registers the transform in turn, would send .to() and state_dict() round in circles.
+        # registers the transform in turn, would send .to() and state_dict() into endless recursion.
         self.transform.__dict__["_inv"] = self
 
 
-def guard(transform: Transform) -> Transform:
-    """A transform whose cache can be trusted: the same one, or one that stands before it.
+def with_safe_cache(transform: Transform) -> Transform:
+    """The transform itself if its cache can be trusted, else a :class:`SafelyCachedTransform`.
 
-    The inverse of a module that has lost sight of the module's parameters finds them again.
+    For torch's inverse of a module, which does not register the module's parameters, it is an
+    :class:`InverseTransformModule`.
     """
     if isinstance(transform, InvertibleTransformModule | InverseTransformModule):
         return transform
     if isinstance(transform, ComposeTransform) and all(
-        guard(part) is part for part in transform.parts
+        with_safe_cache(part) is part for part in transform.parts
     ):
-        return transform  # a composition keeps nothing itself
+        return transform  # a composition caches nothing itself
     if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
         return InverseTransformModule(transform.inv)
-    return GuardedTransformModule(transform) if transform._cache_size else transform
+    return SafelyCachedTransform(transform) if transform._cache_size else transform

@@ -8,7 +8,7 @@ from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
-from pyro_snf.transforms.base import InverseTransformModule, guard
+from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
 
 __all__ = ["Compose"]
 
@@ -17,7 +17,7 @@ class Compose(ComposeTransformModule):
     r"""The composition :math:`T = T_n \circ \cdots \circ T_1` of transforms.
 
     Pyro's ``ComposeTransformModule``, except that ``.inv`` is a registered module (Pyro's is a
-    bare transform, whose parameters ``pyro.module`` does not find), and stays one through
+    bare transform, whose parameters ``pyro.module`` does not find), and remains one through
     ``with_cache``. So one stack serves as a guide, ``TransformedDistribution(base, [T])``, and as
     a density model, ``TransformedDistribution(base, [T.inv])``.
 
@@ -27,9 +27,11 @@ class Compose(ComposeTransformModule):
     torch.Size([5])
 
     :param parts: the transforms, in the order in which they are applied; those of Pyro and torch
-        too. Those that keep a cache of their own, such as Pyro's ``Spline``, are put behind an
-        honest one; compositions of Pyro and torch are taken apart.
+        too. Transforms with a cache of their own, such as Pyro's ``Spline``, are wrapped: see
+        :func:`~pyro_snf.transforms.base.with_safe_cache`. Compositions of Pyro and torch are
+        replaced by their parts.
     :param int cache_size: 1 to turn the caches of all parts on.
+    :raises ValueError: if there are no parts.
     """
 
     def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
@@ -41,18 +43,12 @@ class Compose(ComposeTransformModule):
                 flat.append(part)
         if len(flat) == 0:
             raise ValueError("expected at least one transform; got none")
-        if cache_size:  # here, for the base class registers what it is given, not what it uses
+        if cache_size:  # here: the base class would register the parts before it replaces them
             flat = [part.with_cache(cache_size) for part in flat]
-        flat = [guard(part) for part in flat]  # last: some of torch's keep a cache only from here
+        flat = [with_safe_cache(part) for part in flat]  # after with_cache, which may add a cache
         super().__init__(flat, cache_size=cache_size)
 
-    @property
-    def inv(self) -> InverseTransformModule:
-        """The inverse transform, always the same object; ``T.inv.inv is T``."""
-        inverse = self._inv
-        return (
-            inverse if isinstance(inverse, InverseTransformModule) else InverseTransformModule(self)
-        )
+    inv = InvertibleTransformModule.inv
 
     def _inv_call(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):

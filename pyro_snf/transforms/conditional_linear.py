@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.nn import init
 
-from pyro_snf.dense.affine import scale_and_shift
+from pyro_snf.maps.base import scale_and_shift
+from pyro_snf.options import as_count, expect, is_count
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
-from pyro_snf.transforms.options import check_count, expect, is_count
 
 __all__ = ["ConditionalSelfNormalizingLinear", "conditional_self_normalizing_linear"]
 
@@ -32,21 +32,21 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         \log|\det| = \log|\det W| + \sum_i s_i(c) + \log|\det(I + V(c)^\top U(c))|,
 
     where the matrix W, of a :class:`SelfNormalizingLinear` without a bias, is the same for all
-    contexts, and b, s, U and V are the outputs of a network. The factor stands to the right of W,
-    where its determinant and its inverse,
+    contexts, and b, s, U and V are the outputs of a network. The low-rank factor is to the right of
+    W, so that its determinant and its inverse,
 
     .. math::
         (I + U V^\top)^{-1} = I - U (I + V^\top U)^{-1} V^\top,
 
-    need no inverse of W; ``W + PQᵀ`` is of this form as well, with ``U = W⁻¹P`` and ``V = Q``.
+    need no inverse of W. ``W + PQᵀ`` is of this form as well, with ``U = W⁻¹P`` and ``V = Q``.
 
-    All that the context adds is exact: T, its inverse, the log-det and its gradients. log|det W|
-    and W⁻¹ are those of the shared layer, :attr:`linear`, with its options: by default an estimate
-    in training, whose gradient has a measured error, and exact otherwise. They are found once for
-    all contexts.
+    The terms that depend on the context are exact: in T, its inverse, the log-det and the
+    gradients. log|det W| and W⁻¹ are those of the shared layer, :attr:`linear`, with its options.
+    By default log|det W| is an estimate in training, whose gradient has a measured error, and exact
+    otherwise. It is computed once for all contexts.
 
-    A row costs O(D²), and a context the network and O(Dr²). A full matrix for each context would
-    cost O(D³) for each, and take a network with D² outputs.
+    A row costs O(D²), and a context costs O(Dr²) and a pass through the network. A full matrix for
+    each context would cost O(D³), and need a network with D² outputs.
 
     As an amortized guide, with a distribution for each of eight contexts:
 
@@ -62,7 +62,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     >>> loss = -density.condition(torch.zeros(8, 2)).log_prob(torch.ones(8, 3)).mean()
     >>> loss.backward()
 
-    With a network of one's own, of class labels say:
+    With another network, of class labels for example:
 
     >>> class Labels(torch.nn.Embedding):
     ...     def forward(self, labels):
@@ -78,11 +78,12 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     :param int rank: r, of the low-rank factor; 0 for none.
     :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear` but ``bias``.
     :raises ValueError: for options that are not of these; for contexts that do not fit a
-        ``DenseNN``, and outputs of the network of other numbers, shapes or dtypes; for inputs as
-        :class:`SelfNormalizingLinear`, and where their batch does not broadcast with the context's.
-    :raises torch.linalg.LinAlgError: where a log-determinant or an inverse is asked of a W that is
-        singular or not finite; and where an inverse is asked of an I + VᵀU that is singular. (The
-        log-det of the latter is −∞ for the contexts concerned, and a number for all others.)
+        ``DenseNN``, and for outputs of the network of another number, shape or dtype; for inputs as
+        :class:`SelfNormalizingLinear` does, and for inputs whose batch does not broadcast with that
+        of the context.
+    :raises torch.linalg.LinAlgError: by the log-determinant and the inverse if W is singular or not
+        finite, and by the inverse if an I + VᵀU is singular. (Then the log-det is −∞ for the
+        contexts concerned, and finite for all others.)
 
     References:
 
@@ -103,7 +104,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _check_sizes(input_dim, rank)
+        input_dim, rank = _checked_sizes(input_dim, rank)
         if not callable(nn):
             raise ValueError(f"expected nn, a network that maps contexts to tensors; got {nn!r}")
         if "bias" in kwargs:
@@ -120,26 +121,26 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
 
-        It is a new one each time, with caches of its own, and the network is evaluated here, once:
-        what it remembers belongs to the network's parameters as they are now. So a training step
-        begins with a call of this, as it does in a model or a guide.
+        Each call evaluates the network once, and returns a new transform with caches of its own,
+        for the current parameters of the network. So each training step has to call it, as a model
+        or a guide does.
 
         :param context: c, for a ``DenseNN`` of shape ``(*batch, context_dim)``. Inputs of the
             transform have shape ``(..., D)``, and ``...`` broadcasts with ``batch``.
         """
         bias, log_scale, *factors = self._parameters_of(context)
-        # With one cache for all contexts, the latest sample would push out what is known of others.
-        parts: list[Transform] = [self.linear.twin(), ScaleAndShift(bias, log_scale)]
+        # With one cache for all contexts, each sample would replace those of other contexts.
+        parts: list[Transform] = [self.linear.copy_with_own_cache(), ScaleAndShift(bias, log_scale)]
         if factors:
             u, v = (factor.unflatten(-1, (self.rank, self.input_dim)) for factor in factors)
             parts.insert(0, LowRankUpdate(u, v))
         return Compose(parts)
 
     def _parameters_of(self, context: Any) -> list[Tensor]:
-        """``b, s`` and, flat, ``U, V``: the network's outputs, checked."""
+        """The network's outputs, checked: ``b, s`` and, with a rank, ``U, V`` as flat vectors."""
         dtype = self.linear.theta.dtype
         under_autocast = torch.is_autocast_enabled(self.linear.theta.device.type)
-        # What others than Pyro's networks make of a context is their own affair.
+        # Other networks than Pyro's check their contexts themselves.
         if isinstance(self.nn, DenseNN):
             _check_context(context, self.nn.input_dim, None if under_autocast else dtype)
         outputs = self.nn(context)
@@ -157,10 +158,10 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
 class _BatchOfMaps(InvertibleTransformModule):
     """An affine map of vectors for each context, given by tensors with batch dimensions.
 
-    The tensors are outputs of a network, not parameters: they have a graph, and are not saved.
+    The tensors are outputs of a network, not parameters. They have a graph, and are not saved.
 
-    :param batch_shape: that of the contexts.
-    :param tensors: what the map depends on.
+    :param batch_shape: of the contexts.
+    :param tensors: on which the map depends.
     """
 
     domain = constraints.real_vector
@@ -196,7 +197,7 @@ class _BatchOfMaps(InvertibleTransformModule):
 
 
 class ScaleAndShift(_BatchOfMaps):
-    r"""The map :math:`T(x) = e^{s} \odot x + b`, O(D).
+    r"""The map :math:`T(x) = e^{s} \odot x + b`, at a cost of O(D).
 
     :param Tensor bias: b, shape ``(*batch, D)``.
     :param Tensor log_scale: s, shape ``(*batch, D)``.
@@ -222,7 +223,7 @@ class ScaleAndShift(_BatchOfMaps):
 
 
 class LowRankUpdate(_BatchOfMaps):
-    r"""The map :math:`T(x) = (I + U V^\top)\, x`, O(Dr) a row and O(Dr²) a context.
+    r"""The map :math:`T(x) = (I + U V^\top)\, x`, at a cost of O(Dr) a row and O(Dr²) a context.
 
     :param Tensor u: Uᵀ, shape ``(*batch, r, D)``.
     :param Tensor v: Vᵀ, shape ``(*batch, r, D)``.
@@ -240,7 +241,7 @@ class LowRankUpdate(_BatchOfMaps):
         return _add_low_rank(x, *self._tensors)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        # Woodbury's identity: another such map, with −U, and V (I + VᵀU)⁻ᵀ for V.
+        # By Woodbury's identity the inverse is another such map, with −U, and V (I + VᵀU)⁻ᵀ for V.
         self._check(y)
         with without_autocast(y.device):
             u, v = map(at_least_float32, self._tensors)
@@ -270,17 +271,21 @@ def _small_matrix(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _output_dims(input_dim: int, rank: int) -> list[int]:
-    """The sizes of b, s and, if there is a rank, U and V."""
+    """The sizes of b, s and, with a rank, of U and V."""
     return [input_dim] * 2 + [rank * input_dim] * (2 if rank else 0)
 
 
-def _check_sizes(input_dim: int, rank: int) -> None:
-    check_count("input_dim", input_dim)
+def _checked_sizes(input_dim: int, rank: int) -> tuple[int, int]:
+    input_dim = as_count("input_dim", input_dim)
     expect(f"rank, an integer from 0 to {input_dim}", is_count(rank, 0) and rank <= input_dim, rank)
+    return input_dim, int(rank)
 
 
 def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) -> None:
-    """:param dtype: None if any will do."""
+    """Raise unless a context is a floating, non-empty batch of vectors.
+
+    :param dtype: the type to expect; None if any will do.
+    """
     if not isinstance(context, Tensor) or not context.is_floating_point():
         got = context.dtype if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"expected a floating-point context; got {got}")
@@ -316,9 +321,9 @@ def conditional_self_normalizing_linear(
     """A :class:`ConditionalSelfNormalizingLinear` with a ``DenseNN``, in the style of Pyro's
     helper functions.
 
-    It starts as ``init_scale`` times the identity, whatever the context: b, s and U are 0. The
-    columns of V are random, of norm about 1, drawn like the network's weights from torch's global
-    random stream; so U has a gradient from the first step on.
+    It starts as ``init_scale`` times the identity for all contexts: b, s and U are 0. The columns
+    of V are random, with norms of about 1, and drawn from torch's global random stream as the
+    network's weights are. So U has a gradient from the first step on.
 
     >>> transform = conditional_self_normalizing_linear(3, 2, [16], rank=1, init_scale=0.5)
     >>> transform.condition(torch.randn(4, 2))(torch.ones(3))[0]
@@ -327,13 +332,13 @@ def conditional_self_normalizing_linear(
     :param int input_dim: D, the number of features.
     :param int context_dim: the number of features of a context.
     :param hidden_dims: the widths of the network's hidden layers, at least one; by default
-        ``[10·D, 10·D]``, as Pyro has it.
+        ``[10·D, 10·D]``, as in Pyro.
     :param int rank: r, of the low-rank factor; 0 for none.
     :param kwargs: the keyword arguments of :class:`SelfNormalizingLinear` but ``bias``. The network
         is of the same ``device`` and ``dtype``.
     """
-    _check_sizes(input_dim, rank)
-    check_count("context_dim", context_dim)
+    input_dim, rank = _checked_sizes(input_dim, rank)
+    context_dim = as_count("context_dim", context_dim)
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
     fits = isinstance(widths, Sequence) and all(map(is_count, widths))
     if not fits or not widths:  # a DenseNN has at least one hidden layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,24 +9,23 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_snf.caching import TensorMemo
-from pyro_snf.precision import at_least_float32
-from pyro_snf.transforms.base import InvertibleTransformModule
-from pyro_snf.transforms.image_input import check_image
-from pyro_snf.transforms.options import check_count, check_floating, expect
+from pyro_snf.options import as_count, as_positive, check_dtype, expect
+from pyro_snf.precision import at_least_float32, soft_bound
+from pyro_snf.transforms.base import InvertibleTransformModule, check_image
 
 __all__ = ["CouplingNet", "ImageCoupling", "image_coupling"]
 
-# Pyro's AffineCoupling(split_dim, hypernet, dim=-3) has the right constraints and log-det shape,
-# but does not serve: it hands the network its images flattened to (..., C·H·W), of whatever height
-# and width; it keeps the latest log-scale with its graph, so that it cannot be copied or pickled
-# once it has been trained; and where it clips log-scales, the gradient is not that of the value.
+# Why not Pyro's AffineCoupling(split_dim, hypernet, dim=-3), whose constraints and log-det shape
+# would fit: it flattens the network's input to (..., C·H·W), so that height and width are lost; it
+# keeps the latest log-scale with its graph, so it cannot be copied or pickled after training; and
+# where it clips log-scales, the gradient is not that of the value.
 
 
 class CouplingNet(nn.Sequential):
-    """The network of Glow's couplings: 3×3 convolution, ReLU, 1×1, ReLU, 3×3 that starts at 0.
+    """The network of Glow's couplings: convolutions 3×3, 1×1 and 3×3, with ReLU between them.
 
-    Images keep their size, by a padding of zeros. The first two convolutions start as torch's do,
-    random, of torch's global random stream.
+    Zero padding keeps the size of the images. The last convolution starts at 0; the other two start
+    as torch's do, with weights from torch's global random stream.
 
     >>> CouplingNet(2, 4, hidden_channels=8)(torch.ones(5, 2, 6, 6)).shape
     torch.Size([5, 4, 6, 6])
@@ -37,7 +35,7 @@ class CouplingNet(nn.Sequential):
     :param int hidden_channels: the width, 512 in Glow.
     :param device: of the parameters.
     :param dtype: of the parameters.
-    :raises ValueError: for numbers of channels below 1.
+    :raises ValueError: for numbers of channels below 1 and other dtypes.
     """
 
     def __init__(
@@ -49,13 +47,10 @@ class CouplingNet(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, count in [
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("hidden_channels", hidden_channels),
-        ]:
-            check_count(name, count)
-        check_floating(dtype)
+        in_channels = as_count("in_channels", in_channels)
+        out_channels = as_count("out_channels", out_channels)
+        hidden_channels = as_count("hidden_channels", hidden_channels)
+        check_dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1, **factory)
         for parameter in last.parameters():
@@ -77,9 +72,9 @@ class ImageCoupling(InvertibleTransformModule):
         y_1 = x_1, \qquad y_2 = e^{s(x_1)} \odot x_2 + t(x_1), \qquad
         \binom{t}{r} = \mathrm{network}(x_1), \quad s = \sigma \tanh(r / \sigma).
 
-    Value, inverse and the log-det :math:`\sum s` are exact; each is one pass through the network,
-    that of the log-det being T's own where the pair is cached. Where the network starts at 0, the
-    map starts as the identity. Of C channels, the first half has ⌊C/2⌋.
+    Value, inverse and log-det, :math:`\sum s`, are exact. Each costs one pass through the network;
+    the log-det of a cached pair costs none, as T(x) has computed s. Where the network starts at 0,
+    the map starts as the identity. Of C channels, the first half has ⌊C/2⌋.
 
     >>> layer = ImageCoupling(3, CouplingNet(1, 4, hidden_channels=8))
     >>> layer(torch.ones(5, 3, 6, 6)).shape
@@ -88,7 +83,7 @@ class ImageCoupling(InvertibleTransformModule):
     :param int num_channels: C ≥ 2. Inputs have shape ``(..., C, H, W)``.
     :param nn.Module network: maps ``(B, ⌊C/2⌋, H, W)`` to ``(B, 2 ⌈C/2⌉, H, W)``, t before r.
     :param float max_log_scale: σ, positive.
-    :raises ValueError: for options that are not of these, for inputs of other shapes or dtypes, and
+    :raises ValueError: for options outside these ranges, for inputs of other shapes or dtypes, and
         for a network that returns another shape.
 
     References:
@@ -108,13 +103,10 @@ class ImageCoupling(InvertibleTransformModule):
         self, num_channels: int, network: nn.Module, *, max_log_scale: float = 3.0
     ) -> None:
         super().__init__()
-        check_count("num_channels", num_channels, 2)
+        self.num_channels = as_count("num_channels", num_channels, 2)
         expect("network, a module", isinstance(network, nn.Module), network)
-        is_number = isinstance(max_log_scale, int | float) and not isinstance(max_log_scale, bool)
-        expect("max_log_scale > 0", is_number and 0 < max_log_scale < math.inf, max_log_scale)
-        self.num_channels = num_channels
         self.network = network
-        self.max_log_scale = max_log_scale
+        self.max_log_scale = as_positive("max_log_scale", max_log_scale)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, max_log_scale={self.max_log_scale}"
@@ -125,7 +117,7 @@ class ImageCoupling(InvertibleTransformModule):
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
         first, second, shift, log_scale = self._split(x)
         y = torch.cat([first, second * log_scale.exp() + shift], dim=-3)
-        # What has no graph of its own could not tell when its time is over.
+        # Where y has a graph, the cache puts a hook on the memo's tensor, which then needs one too.
         memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
         return y, memo
 
@@ -134,27 +126,25 @@ class ImageCoupling(InvertibleTransformModule):
         return torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-3)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        found: Any = self._pair.memo_of(x, y, self._map_parameters())
-        log_scale = self._split(x)[3] if found is None else found[0].handle
+        memo = self._pair.memo_of(x, y, self._map_parameters())
+        log_scale = self._split(x)[3] if memo is None else memo.handle
         return at_least_float32(log_scale).sum((-3, -2, -1))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both halves of x, or of y, with t and s, of the second half's shape."""
+        """Both halves of x, or of y; and t and s, of the second half's shape."""
         dtype = next((parameter.dtype for parameter in self.network.parameters()), None)
         check_image(self, x, self.num_channels, dtype)
-        seen = self.num_channels // 2
-        first, second = x.split([seen, self.num_channels - seen], dim=-3)
-        # Convolutions take one batch dimension.
-        output = self.network(first.reshape(-1, *first.shape[-3:]))
-        rest = second.reshape(-1, *second.shape[-3:])
-        expected = (len(rest), 2 * rest.shape[1], *rest.shape[2:])
+        first, second = x.tensor_split([self.num_channels // 2], dim=-3)
+        output = self.network(first.reshape(-1, *first.shape[-3:]))  # one batch dimension
+        channels, *size = second.shape[-3:]
+        expected = (x.shape[:-3].numel(), 2 * channels, *size)
         if output.shape != expected:
             raise ValueError(
                 f"{self}: expected the network's output to have shape {expected}; "
                 f"got {tuple(output.shape)}"
             )
         shift, log_scale = output.chunk(2, dim=-3)
-        log_scale = self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
+        log_scale = soft_bound(log_scale, self.max_log_scale)
         return first, second, shift.reshape(second.shape), log_scale.reshape(second.shape)
 
 
@@ -166,7 +156,7 @@ def image_coupling(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ImageCoupling:
-    """An :class:`ImageCoupling` with Glow's :class:`CouplingNet`: it starts as the identity.
+    """An :class:`ImageCoupling` with Glow's :class:`CouplingNet`, which starts as the identity.
 
     >>> layer = image_coupling(4, hidden_channels=8)
     >>> torch.equal(layer(torch.ones(5, 4, 6, 6)), torch.ones(5, 4, 6, 6))
@@ -178,13 +168,10 @@ def image_coupling(
     :param device: of the parameters.
     :param dtype: of the parameters.
     """
-    check_count("num_channels", num_channels, 2)
-    seen = num_channels // 2
+    num_channels = as_count("num_channels", num_channels, 2)
+    half = num_channels // 2
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
     network = CouplingNet(
-        seen,
-        2 * (num_channels - seen),
-        hidden_channels=hidden_channels,
-        device=device,
-        dtype=dtype,
+        half, 2 * (num_channels - half), hidden_channels=hidden_channels, **factory
     )
     return ImageCoupling(num_channels, network, max_log_scale=max_log_scale)

@@ -1,10 +1,9 @@
-"""A flow of images in levels, each of which is done with half of the channels."""
+"""A flow of images in levels, each of which passes half of the channels on to the next."""
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from pyro.distributions.util import sum_rightmost
@@ -12,28 +11,25 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_snf.caching import PairCache
-from pyro_snf.transforms.base import (
-    InverseTransformModule,
-    InvertibleTransformModule,
-    check_input,
-)
+from pyro_snf.options import as_image_shape
+from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
-from pyro_snf.transforms.options import as_image_shape
 
 __all__ = ["MultiScale"]
 
 
 class MultiScale(InvertibleTransformModule):
-    r"""The multi-scale architecture (Dinh et al., 2017): of an image :math:`h_0 = x`,
+    r"""The multi-scale architecture (Dinh et al., 2017): for an image :math:`h_0 = x`,
 
     .. math::
         (h_l, z_l) = T_l(h_{l-1}), \quad l < L, \qquad z_L = T_L(h_{L-1}), \qquad
         y = (z_1, \ldots, z_L),
 
     where :math:`h_l` is the first half of the channels of :math:`T_l`'s output and :math:`z_l` the
-    second: what a coupling at the level's end has just changed. T maps images ``(..., C, H, W)`` to
-    *flat* latents ``(..., D)``, ``D = C·H·W``: the :math:`z_l` one after the other, each channels
-    first, of the shapes ``latent_shapes``. So a density of images has a base of vectors:
+    second, which a coupling at the end of the level has just changed. T maps images
+    ``(..., C, H, W)`` to *flat* latents ``(..., D)``, ``D = C·H·W``: the concatenated :math:`z_l`,
+    each flattened from the shape that ``latent_shapes`` gives. So the base of a density of images
+    is a distribution of vectors:
 
     >>> flow = MultiScale(
     ...     [Compose([Squeeze2d(), ActNorm(4)]), Compose([Squeeze2d(), ActNorm(8)])], (1, 8, 8)
@@ -44,14 +40,13 @@ class MultiScale(InvertibleTransformModule):
     >>> flow.latent_shapes
     [torch.Size([2, 4, 4]), torch.Size([8, 2, 2])]
 
-    The log-det is the sum of those of the levels; it, the value and the inverse are what the levels
-    make of them. T keeps no pair itself, but finds its levels' pairs again.
+    The log-det is the sum of those of the levels. Value, log-det and inverse are as exact as those
+    of the levels. T caches no pair of its own; the pairs that its levels cache are found again.
 
     :param levels: bijections of images, those of Pyro and torch too.
     :param event_shape: ``(C, H, W)``.
-    :raises ValueError: for levels that do not fit the images that they get, as far as their
-        ``forward_shape`` tells; where the channels to be halved are odd in number; and for inputs
-        of other shapes.
+    :raises ValueError: for levels that do not fit their images, as far as ``forward_shape`` of the
+        levels can tell; for an odd number of channels to be halved; and for inputs of other shapes.
 
     References:
 
@@ -70,31 +65,31 @@ class MultiScale(InvertibleTransformModule):
             raise ValueError("expected at least one level; got none")
         #: The shapes of the parts of a latent, in their order.
         self.latent_shapes: list[torch.Size] = []
-        cuts: list[tuple[torch.Size, list[torch.Size]]] = []
+        # Of the outputs of all levels but the last into halves.
+        self._halves: list[_Partition] = []
         shape = self.event_shape
         for index, level in enumerate(self._transforms()):
             shape = _output_shape(level, shape, index)
-            if index == len(self.levels) - 1:
-                self.latent_shapes.append(shape)
-                break
-            channels, *size = shape
-            if channels % 2:
-                raise ValueError(
-                    "expected an even number of channels, of which half are split off; "
-                    f"got images {tuple(shape)} from level {index}"
-                )
-            half = torch.Size((channels // 2, *size))
-            self.latent_shapes.append(half)
-            cuts.append((shape, [half, half]))
-            shape = half
-        cuts.append((torch.Size([math.prod(self.event_shape)]), self.latent_shapes))
-        self._cuts = [_Cut(*cut) for cut in cuts]
+            if index < len(self.levels) - 1:
+                channels, *size = whole = shape
+                if channels % 2:
+                    raise ValueError(
+                        "expected an even number of channels, of which half are split off; "
+                        f"got images {tuple(shape)} from level {index}"
+                    )
+                shape = torch.Size((channels // 2, *size))
+                self._halves.append(_Partition(whole, [shape, shape]))
+            self.latent_shapes.append(shape)
+        self._dim = self.event_shape.numel()
+        # Of the flat latent into the latents of the levels.
+        self._latents = _Partition(torch.Size([self._dim]), self.latent_shapes)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, {len(self.levels)} levels"
 
-    # What the levels remember is true for as long as they say, and they find it by the identity of
-    # tensors, which the cuts keep up. A pair kept here would have to know of all their reasons.
+    # Without a cache of its own: a level knows when its cached pair becomes invalid, a cache here
+    # would have to know that of all levels. The levels find their pairs by the identity of tensors,
+    # which the partitions preserve.
     def __call__(self, x: Tensor) -> Tensor:
         return self._call(x)
 
@@ -103,70 +98,64 @@ class MultiScale(InvertibleTransformModule):
 
     def _call(self, x: Tensor) -> Tensor:
         check_input(self, x, tuple(self.event_shape))
+        *levels, last = self._transforms()
         latents = []
-        for level, cut in self._steps():
-            x = level(x)
-            if cut is not None:
-                x, latent = cut.split(x)
-                latents.append(latent)
-        return self._cuts[-1].join([*latents, x])
+        for level, halves in zip(levels, self._halves, strict=True):
+            x, latent = halves.split(level(x))
+            latents.append(latent)
+        return self._latents.join([*latents, last(x)])
 
     def _inverse(self, y: Tensor) -> Tensor:
-        *latents, x = self._latents(y)
-        for level, cut in reversed(self._steps()):
-            if cut is not None:
-                x = cut.join([x, latents.pop()])
-            x = level.inv(x)
+        check_input(self, y, (self._dim,))
+        *levels, last = self._transforms()
+        *latents, z = self._latents.split(y)
+        x = last.inv(z)
+        for level, halves in zip(reversed(levels), reversed(self._halves), strict=True):
+            x = level.inv(halves.join([x, latents.pop()]))
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         check_input(self, x, tuple(self.event_shape))
-        terms = []
-        for level, cut in self._steps():
-            output = self._latents(y)[-1] if cut is None else level(x)
-            log_det = level.log_abs_det_jacobian(x, output)
-            terms.append(sum_rightmost(log_det, 3 - level.domain.event_dim))
-            if cut is not None:
-                x, _ = cut.split(output)
-        return sum(terms[1:], terms[0])
+        check_input(self, y, (self._dim,))
+        *levels, last = self._transforms()
+        log_dets = []
+        for level, halves in zip(levels, self._halves, strict=True):
+            output = level(x)
+            log_dets.append(_log_det(level, x, output))
+            x, _ = halves.split(output)
+        return sum(log_dets, _log_det(last, x, self._latents.split(y)[-1]))
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return self._replace(shape, self.event_shape, torch.Size([math.prod(self.event_shape)]))
+        return self._replace(shape, self.event_shape, torch.Size([self._dim]))
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return self._replace(shape, torch.Size([math.prod(self.event_shape)]), self.event_shape)
+        return self._replace(shape, torch.Size([self._dim]), self.event_shape)
 
-    def twin(self) -> MultiScale:
-        twin = super().twin()
-        twin._cuts = [_Cut(cut.shape, cut.pieces, is_kept=cut.is_kept) for cut in self._cuts]
-        return twin
+    def copy_with_own_cache(self) -> MultiScale:
+        other = super().copy_with_own_cache()
+        # Copies of partitions remember nothing.
+        other._halves, other._latents = copy.deepcopy((self._halves, self._latents))
+        return other
 
     def with_cache(self, cache_size: int = 1) -> MultiScale:
-        """This transform with another cache size; with 0, it keeps no cuts, so nothing is found."""
-        twin = super().with_cache(cache_size)
-        for cut in twin._cuts:
-            cut.is_kept = cache_size == 1
-        return twin
+        """This transform with another cache size; with 0, the levels' pairs are not found again."""
+        other = super().with_cache(cache_size)
+        for partition in (*other._halves, other._latents):
+            partition.is_caching = cache_size == 1
+        return other
 
     def clear_cache(self) -> None:
         """Drop the cached pairs of all levels."""
-        for cut in self._cuts:
-            cut.clear()
+        for partition in (*self._halves, self._latents):
+            partition.clear()
         for level in self._transforms():
             level.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
 
     def _transforms(self) -> list[Transform]:
         return list(self.levels)  # type: ignore[arg-type]  # all are both
 
-    def _steps(self) -> list[tuple[Transform, _Cut | None]]:
-        """The levels, each with the cut after it, which the last has not."""
-        return list(zip_longest(self._transforms(), self._cuts[:-1]))
-
-    def _latents(self, y: Tensor) -> list[Tensor]:
-        check_input(self, y, (math.prod(self.event_shape),))
-        return self._cuts[-1].split(y)
-
     def _replace(self, shape: torch.Size, old: torch.Size, new: torch.Size) -> torch.Size:
+        """The shape, with another event shape."""
         batch_shape = shape[: max(len(shape) - len(old), 0)]
         if shape != batch_shape + old:
             expected = ", ".join(["...", *map(str, old)])
@@ -174,43 +163,38 @@ class MultiScale(InvertibleTransformModule):
         return batch_shape + new
 
 
-class _Cut:
-    """A tensor and the pieces that it is cut into: each finds the other again, by identity.
+class _Partition:
+    """Splits a tensor into pieces and joins them; the last whole and its pieces are remembered.
 
-    The entries of an event, in their order, are those of its pieces, one piece after the other.
+    The entries of an event, in their order, are those of its pieces, one piece after the other. A
+    whole that has been split, or pieces that have been joined, come back as the same tensors.
 
     :param torch.Size shape: of an event.
-    :param pieces: their shapes.
-    :param bool is_kept: whether anything is remembered.
+    :param shapes: those of the pieces.
     """
 
-    def __init__(
-        self, shape: torch.Size, pieces: list[torch.Size], *, is_kept: bool = True
-    ) -> None:
+    def __init__(self, shape: torch.Size, shapes: list[torch.Size]) -> None:
         self.shape = shape
-        self.pieces = pieces
-        self.is_kept = is_kept
-        self._pairs = [PairCache() for _ in pieces]  # of each piece with the whole
+        self.shapes = shapes
+        self.is_caching = True
+        self._pairs = [PairCache() for _ in shapes]  # of each piece and the whole
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """Views of the whole, of shapes ``(*batch_shape, *piece)``."""
-        known = [pair.x_of(whole, (), ()) for pair in self._pairs]
-        found = [piece for piece in known if piece is not None]
-        if len(found) == len(known):
-            return found
+        """The pieces of the whole, of shapes ``(*batch_shape, *shape)``."""
+        known = [piece for pair in self._pairs if (piece := pair.x_of(whole, (), ())) is not None]
+        if len(known) == len(self._pairs):
+            return known
         batch_shape = whole.shape[: whole.dim() - len(self.shape)]
-        flat = whole.reshape(*batch_shape, math.prod(self.shape))
-        parts = flat.split([math.prod(piece) for piece in self.pieces], dim=-1)
+        flat = whole.reshape(*batch_shape, self.shape.numel())
+        parts = flat.split([shape.numel() for shape in self.shapes], dim=-1)
         pieces = [
-            part.reshape(batch_shape + piece)
-            for part, piece in zip(parts, self.pieces, strict=True)
+            part.reshape(batch_shape + shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
         ]
-        for pair, piece in zip(self._pairs, pieces, strict=True):
-            if self.is_kept:
-                pair.store(piece, whole, (), (), computed=piece)
+        self._store(pieces, whole, is_joined=False)
         return pieces
 
-    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+    def join(self, pieces: list[Tensor]) -> Tensor:
         """The whole, of shape ``(*batch_shape, *shape)``."""
         known = [pair.y_of(piece, (), ()) for pair, piece in zip(self._pairs, pieces, strict=True)]
         if known[0] is not None and all(whole is known[0] for whole in known):
@@ -218,18 +202,21 @@ class _Cut:
         batch_shape = pieces[0].shape[:-3]
         flat = torch.cat([piece.reshape(*batch_shape, -1) for piece in pieces], dim=-1)
         whole = flat.reshape(batch_shape + self.shape)
-        for pair, piece in zip(self._pairs, pieces, strict=True):
-            if self.is_kept:
-                pair.store(piece, whole, (), (), computed=whole)
+        self._store(pieces, whole, is_joined=True)
         return whole
 
     def clear(self) -> None:
         for pair in self._pairs:
             pair.clear()
 
+    def _store(self, pieces: list[Tensor], whole: Tensor, *, is_joined: bool) -> None:
+        if self.is_caching:
+            for pair, piece in zip(self._pairs, pieces, strict=True):
+                pair.store(piece, whole, (), (), computed=whole if is_joined else piece)
+
 
 def _as_module(level: Transform) -> nn.Module:
-    """The level as a module whose cache can be trusted."""
+    """The level as a module with a safe cache."""
     if not isinstance(level, Transform) or not level.bijective:
         raise ValueError(f"expected levels, bijective transforms; got {level!r}")
     if isinstance(level, InvertibleTransformModule | InverseTransformModule | Compose):
@@ -238,6 +225,7 @@ def _as_module(level: Transform) -> nn.Module:
 
 
 def _output_shape(level: Transform, shape: torch.Size, index: int) -> torch.Size:
+    """The shape of the level's output, for images of a shape; a ValueError if it does not fit."""
     try:
         output = level.forward_shape(shape)
     except ValueError as error:
@@ -249,3 +237,8 @@ def _output_shape(level: Transform, shape: torch.Size, index: int) -> torch.Size
             f"to {tuple(output)}, and its event dimensions are {event_dims}"
         )
     return output
+
+
+def _log_det(level: Transform, x: Tensor, y: Tensor) -> Tensor:
+    """The log-det of a level, summed over the event of an image."""
+    return sum_rightmost(level.log_abs_det_jacobian(x, y), 3 - level.domain.event_dim)

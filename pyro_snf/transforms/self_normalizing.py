@@ -1,82 +1,123 @@
-"""What all self-normalizing layers share: their options, their parameters, their modes."""
+"""What the self-normalizing layers share: the surface of all, and the affine layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_snf.geco import GECO
-from pyro_snf.learned import LearnedInverse
+from pyro_snf.caching import TensorState
+from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
+from pyro_snf.log_dets.base import as_method
+from pyro_snf.maps.base import LinearMap
+from pyro_snf.options import as_positive, check_choice, check_dtype, check_flag
+from pyro_snf.precision import without_autocast
+from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
 from pyro_snf.transforms.base import InvertibleTransformModule
-from pyro_snf.transforms.options import check_count, check_floating, expect
 
-__all__ = ["SelfNormalizingTransform", "check_estimator_options"]
-
-
-def check_estimator_options(
-    *,
-    num_probes: int,
-    tolerance: float,
-    seed: int,
-    reconstruction_weight: float | GECO,
-    mixture: float,
-    reconstruction: str,
-) -> None:
-    """Raise a ValueError unless the options of all ways to a log-determinant fit."""
-    weight, options = reconstruction_weight, LearnedInverse.RECONSTRUCTIONS
-    is_number = isinstance(weight, float | int) and 0 <= weight < math.inf
-    check_count("num_probes", num_probes)
-    check_count("seed", seed, 0)
-    expect("tolerance in (0, 1)", 0 < tolerance < 1, tolerance)
-    expect("mixture in [0, 1)", 0 <= mixture < 1, mixture)
-    expect("reconstruction_weight >= 0, or a GECO", isinstance(weight, GECO) or is_number, weight)
-    expect(f"reconstruction to be one of {options}", reconstruction in options, reconstruction)
+__all__ = ["AffineSelfNormalizingTransform", "SelfNormalizingTransform"]
 
 
 class SelfNormalizingTransform(InvertibleTransformModule):
-    """A layer ``T(x) = diag(e^s) A x + b`` with a linear A that ``theta`` parametrizes.
+    """A transform whose log-determinant in training is had by a method, :attr:`log_det`.
 
-    Subclasses set :attr:`estimator`, and define what remains.
-
-    :param theta_shape: of θ, which starts at 0; the first of it is the number of scales.
+    Subclasses set :attr:`log_det`, :attr:`inverse` and :attr:`event_shape`.
     """
 
-    #: The values of ``log_det``, and what the log-det's value in training is with each.
-    TRAINING_VALUES: ClassVar[dict[str, str]] = {
-        "refined": "estimate",
-        "learned": "0",
-        "exact": "exact",
-    }
-    INVERSES = ("refined", "learned", "exact")
+    #: The method. It has an ``error_estimate``, ``num_refactorizations`` and a ``training_value``.
+    log_det: Any
 
-    #: What stands in for the exact log-determinant in training; None with ``log_det="exact"``.
-    estimator: Any
+    #: How ``T.inv`` inverts.
+    inverse: str
+
+    #: That of events, the latest if it varies; None if it is not known.
+    event_shape: torch.Size | None
+
+    def extra_repr(self) -> str:
+        return (
+            f"log_det={self.log_det!r}, inverse={self.inverse!r}, "
+            f"training value: {self.log_det.training_value}"
+        )
+
+    @property
+    def error_estimate(self) -> float | None:
+        """The method's latest estimate of its error; None where it makes none."""
+        return self.log_det.error_estimate
+
+    @property
+    def num_refactorizations(self) -> int | None:
+        """How often the method has factorized in training; None where it never does."""
+        return self.log_det.num_refactorizations
+
+    def _is_training(self, *parameters: Tensor) -> bool:
+        """Whether the log-determinant is that of training, not the exact one.
+
+        :param parameters: one of which has to require a gradient.
+        """
+        return (
+            torch.is_grad_enabled()
+            # Not self.training: copies with a cache of their own share the method, and its mode.
+            and self.log_det.training
+            and any([one.requires_grad for one in parameters])
+            and not torch.jit.is_tracing()  # a trace could not repeat what the method does
+        )
+
+    def _inverse_is_exact(self) -> bool:
+        return self.inverse != "one_pass"
+
+    def _named_errors(self) -> _NamedErrors:
+        return _NamedErrors(self)
+
+
+class _NamedErrors:
+    """A context that adds the name of a layer to errors of linear algebra."""
+
+    def __init__(self, layer: SelfNormalizingTransform) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, torch.linalg.LinAlgError):
+            raise torch.linalg.LinAlgError(f"{self.layer}: {error}") from error
+
+
+class AffineSelfNormalizingTransform(SelfNormalizingTransform):
+    """A layer ``T(x) = diag(e^s) A x + b`` with a linear map A, and its parameters θ, s and b.
+
+    Subclasses define ``domain``, ``codomain``, :attr:`event_shape` and :meth:`_as_events`.
+
+    :param LinearMap linear_map: A, as a function of θ.
+    :param theta_shape: of θ, which starts at 0; the first of it is the number of channels.
+    """
+
+    log_det: LogDetMethod
 
     def __init__(
         self,
+        linear_map: LinearMap,
         theta_shape: tuple[int, ...],
         *,
-        log_det: str,
-        inverse: str,
+        log_det: str | LogDetMethod,
+        inverse: str | None,
         bias: bool,
         init_scale: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        log_dets = tuple(self.TRAINING_VALUES)
-        expect(f"log_det to be one of {log_dets}", log_det in log_dets, log_det)
-        expect(f"inverse to be one of {self.INVERSES}", inverse in self.INVERSES, inverse)
-        expect("init_scale > 0", 0 < init_scale < math.inf, init_scale)
-        check_floating(dtype)
-        self.log_det = log_det
-        self.inverse = inverse
-        self.estimator = None
+        check_flag("bias", bias)
+        init_scale = as_positive("init_scale", init_scale)
+        check_dtype(dtype)
+        methods = {"refined": Refined, "learned": Learned, "exact": Exact}
+        method: LogDetMethod = as_method(log_det, methods, LogDetMethod)
+        self.inverse = method.inverses[0] if inverse is None else inverse
+        name = f"inverse, with log_det={type(method).__name__},"
+        check_choice(name, self.inverse, method.inverses)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         count = theta_shape[0]
@@ -86,60 +127,103 @@ class SelfNormalizingTransform(InvertibleTransformModule):
             self.bias = nn.Parameter(torch.zeros(count, **factory))
         else:
             self.register_parameter("bias", None)
+        method.setup(linear_map, self.theta.detach())
+        self.log_det = method
 
     def extra_repr(self) -> str:
-        return (
-            f"log_det={self.log_det!r}, inverse={self.inverse!r}, "
-            f"bias={self.bias is not None}, training value: {self.TRAINING_VALUES[self.log_det]}"
-        )
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._apply_map(self.theta, self._as_events(x), x.shape)
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, SharedParameter | None]:
+        events, theta = self._as_events(x), self.theta
+        if not (self.log_det.has_surrogate and self._is_training(theta)):
+            return self._apply_map(theta, events, x.shape), None
+        shared = share_gradient(theta, x)
+        return self._apply_map(
+            theta if shared is None else shared.parameter, events, x.shape
+        ), shared
+
+    def _apply_map(self, theta: Tensor, events: Tensor, shape: torch.Size) -> Tensor:
+        y = self.log_det.affine(theta, self.log_scale, self.bias, events)
+        return y if y.shape == shape else y.view(shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        h = self._as_events(y)
+        per_channel = self.log_det.linear_map.per_channel
+        if self.bias is not None:
+            h = h - per_channel(self.bias)
+        h = h * per_channel(torch.exp(-self.log_scale))
+        is_training = self._is_training(self.theta)
+        with without_autocast(y.device), self._named_errors():
+            x = self.log_det.invert(self.theta, h, self.inverse, is_training=is_training)
+            return x.reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        events, theta = self._as_events(x), self.theta
+        event_shape = events.shape[1:]
+        with without_autocast(x.device), self._named_errors():
+            state, shared = self._known_of(x, y)
+            total = self._sum_of_log_scale(event_shape)
+            if not self._is_training(theta):
+                value: Any = self.log_det.exact_log_abs_det(theta, event_shape, state)
+            else:
+                value = self.log_det.training_log_abs_det(theta, events, state)
+                if isinstance(value, Surrogate):
+                    value = value.attach_to(theta) if shared is None else shared.attach(value)
+                if self.log_det.training_value == "0":
+                    total = total - total.detach()  # the whole term adds exactly 0 to the value
+            value = value + total
+            batch_shape = x.shape[: x.dim() - len(event_shape)]
+            return value.expand(batch_shape) if value.dim() == 0 else value.view(batch_shape)
+
+    def push_score(self, x: Tensor, y: Tensor, score: Tensor) -> Tensor:
+        """See :func:`pyro_snf.path_gradient.push_score`: ``J⁻ᵀ`` times the score.
+
+        As accurate as the method's gradient of the log-determinant is.
+        """
+        events = self._as_events(score)
+        is_training, (state, _) = self._is_training(self.theta), self._known_of(x, y)
+        with torch.no_grad(), without_autocast(x.device), self._named_errors():
+            solve = self.log_det.score_solver(
+                self.theta, events.shape[1:], state, is_training=is_training
+            )
+            scale = self.log_det.linear_map.per_channel(torch.exp(-self.log_scale))
+            return (solve(events, True) * scale).view(score.shape)
 
     @property
-    def certificate(self) -> float | None:
-        """The latest estimate of the estimator's error; None unless ``log_det="refined"``."""
-        return self.estimator.certificate if self.log_det == "refined" else None
+    def weight(self) -> Tensor:
+        """The effective weight ``diag(e^s) a``, of θ's shape: a matrix or a kernel."""
+        weight = self.log_det.linear_map.weight(self.theta)
+        return self.log_scale.exp().view(-1, *[1] * (weight.dim() - 1)) * weight
 
-    @property
-    def num_refreshes(self) -> int | None:
-        """Times that the estimator was made exact; None unless ``log_det="refined"``."""
-        return self.estimator.num_refreshes if self.log_det == "refined" else None
+    def refactorize(self) -> None:
+        """Make the method's state exact for the current parameters, where it has one."""
+        with self._named_errors():
+            self.log_det.refactorize(self.theta)
 
-    def refresh(self) -> None:
-        """Make the estimator exact. Nothing to do unless ``log_det="refined"``."""
-        if self.log_det == "refined":
-            with self._named_errors():
-                self.estimator.refresh(self.theta)
+    @abstractmethod
+    def _as_events(self, x: Tensor) -> Tensor:
+        """Check an input of shape ``(..., *event)`` and flatten it to ``(B, *event)``."""
 
-    def _training_estimator(self) -> Any:
-        """What stands in for the exact log-determinant now; None where nothing does."""
-        if (
-            # The estimator's mode is the layer's, and that of its twins (see with_cache) too.
-            self.estimator is not None
-            and self.estimator.training
-            and torch.is_grad_enabled()
-            and self.theta.requires_grad
-            and not torch.jit.is_tracing()  # tracking is nothing that a trace could repeat
-        ):
-            return self.estimator
-        return None
+    def _known_of(self, x: Tensor, y: Tensor) -> tuple[TensorState, SharedParameter | None]:
+        """The state of θ, and the θ that y was computed from, if it is known."""
+        state, memo = self._pair.state_at(x, y, self._map_parameters())
+        if state is None:
+            return TensorState(self.theta), None
+        return state[0], memo  # type: ignore[return-value]  # see _call_with_memo
 
-    @staticmethod
-    def _sum_of_log_scale(log_scale: Tensor) -> Tensor:
+    def _sum_of_log_scale(self, event_shape: torch.Size) -> Tensor:
+        """``log|det diag(e^s)|``, shape ``()``."""
+        log_scale = self.log_scale
         total = log_scale.sum()
-        # A GPU is not waited for: there it is a NaN that the caller sees.
+        # A GPU is not waited for: there the caller gets a NaN.
         if not total.is_cuda and not math.isfinite(total.item()):
             raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
-        return total
+        copies = event_shape.numel() // len(log_scale)
+        return total if copies == 1 else copies * total
 
     def _map_parameters(self) -> list[Tensor]:
         parameters = [self.theta, self.log_scale]
         return parameters if self.bias is None else [*parameters, self.bias]
-
-    def _inverse_is_exact(self) -> bool:
-        return self.inverse != "learned"
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.linalg.LinAlgError as error:
-            raise torch.linalg.LinAlgError(f"{self}: {error}") from error

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_snf.options import as_count
 from pyro_snf.precision import at_least_float32
-from pyro_snf.transforms.base import InvertibleTransformModule
-from pyro_snf.transforms.image_input import check_image
-from pyro_snf.transforms.options import check_count
+from pyro_snf.transforms.base import InvertibleTransformModule, check_image
 
 __all__ = ["Squeeze2d", "squeeze2d"]
 
@@ -21,8 +20,8 @@ class Squeeze2d(InvertibleTransformModule):
     .. math::
         y_{c f^2 + i f + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \qquad 0 \le i, j < f.
 
-    A permutation: exact, and its log-det is 0. Images of shape ``(..., C, H, W)`` become
-    ``(..., C·f², H/f, W/f)``.
+    It is a permutation, so value and inverse are exact and the log-det is 0. Images of shape
+    ``(..., C, H, W)`` become ``(..., C·f², H/f, W/f)``.
 
     >>> Squeeze2d()(torch.arange(4.0).view(1, 2, 2)).flatten()
     tensor([0., 1., 2., 3.])
@@ -31,7 +30,7 @@ class Squeeze2d(InvertibleTransformModule):
 
     :param int factor: f.
     :raises ValueError: for a factor below 1, and for inputs that are not floating-point images, or
-        whose H or W (C, for the inverse) f (f²) does not divide.
+        whose H or W is not divisible by f (for the inverse, whose C is not divisible by f²).
 
     References:
 
@@ -44,8 +43,7 @@ class Squeeze2d(InvertibleTransformModule):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        check_count("factor", factor)
-        self.factor = factor
+        self.factor = as_count("factor", factor)
 
     def extra_repr(self) -> str:
         return f"{self.factor}"

@@ -1,0 +1,248 @@
+"""The log-determinant of a map that moves, from that of a map nearby that stands still.
+
+Let P be a map whose ``log|det P|`` and whose inverse are known. For every weight ``a`` of J then::
+
+    log|det J| = log|det P| + tr log(J P⁻¹)
+               = log|det P| + [tr(P⁻¹ J) − D] + tr(log(I + E) − E),        E = J P⁻¹ − I,
+    ∂ log|det J|/∂a = ∂ tr(P⁻¹ J)/∂a + tr((J⁻¹ − P⁻¹) ∂J/∂a).
+
+J is linear in ``a``, so that the middle term of the value is ``⟨G, a⟩ − D`` with
+``G = ∂ tr(P⁻¹ J)/∂a``, which is known too. The last term of the value is of second order in E, that
+of the gradient of first order. They are estimated by k random probes v (Hutchinson, 1989)::
+
+    tr(log(I + E) − E)    = E[vᵀ (log(J P⁻¹) − J P⁻¹ + I) v],
+    tr((J⁻¹ − P⁻¹) ∂J)    = E[vᵀ ∂J (u − P⁻¹ v)],        J u = v.
+
+One Krylov space for each probe, preconditioned by P, gives both (:mod:`~pyro_snf.krylov`). So P is
+a control variate, which keeps the noise down, for the probes only estimate what J and P differ by;
+and a preconditioner. It is chosen to be
+
+- J itself as it was some steps ago, factorized. Its inverse is exact, E is small, two or three
+  iterations suffice, and the error of a value is forgotten with the next factorization;
+- where that would cost too much (convolutions of many channels on large images, with zeros beyond
+  the edges): the convolution with a periodic boundary, whose factors are cheap. E is then confined
+  to the edges, but not small.
+
+Either is made anew when J has moved away from it.
+
+The paper's learned kernel, which this replaces, is a P⁻¹ that has to be trained, whose determinant
+is not known, and whose window is too small for a kernel of a condition number of 100.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_snf.caching import StateCache, TensorState
+from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.krylov import krylov
+from pyro_snf.maps.base import ControlVariate, LinearMap
+from pyro_snf.precision import at_least_float32, check_finite, keep_float32
+from pyro_snf.probes import ProbeStream, draw_probes
+from pyro_snf.surrogate import Surrogate
+
+__all__ = ["KrylovLogDet"]
+
+# ‖(J − P)P⁻¹V‖/‖V‖ up to which P serves. The probes' noise grows with its square.
+_MAX_DRIFT = 0.05
+
+# The smallest |eigenvalue| of J P⁻¹ with which P serves. Below it, J is nearly singular in a
+# direction in which P is not; few of the probes see that, and its logarithm is too large for them.
+_MIN_EIGENVALUE = 0.1
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """P, made for one weight a of J, and what is known of it."""
+
+    control_variate: ControlVariate
+    weight: Tensor
+    """That a."""
+    value: Tensor
+    """``log|det P| + ⟨G, a⟩ − D``, shape ``()``, in float64."""
+
+
+class KrylovLogDet(SavesAttributes):
+    """An estimate of ``log|det J|`` and of its gradient, by a control variate and Krylov probes.
+
+    :param LinearMap linear_map: J, as a function of its parameter θ.
+    :param Tensor theta: θ = 0, for its shape, device and dtype.
+    :param int num_probes: k, at least 1.
+    :param float tolerance: of the solves' residuals ``‖v − J u‖/‖v‖``.
+    :param int krylov_steps: the most in a solve.
+    :param seed: of the probes; see :class:`~pyro_snf.probes.ProbeStream`.
+    """
+
+    saved_attributes = ("num_refactorizations", "error_estimate", "event_shape")
+
+    #: Whether :meth:`inverse_weight` follows every step.
+    tracks_inverse = False
+
+    theta: Tensor  # that P was made for; in float32 at least
+
+    def __init__(
+        self,
+        linear_map: LinearMap,
+        theta: Tensor,
+        *,
+        num_probes: int,
+        tolerance: float,
+        krylov_steps: int,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.linear_map = linear_map
+        self.num_probes = num_probes
+        self.tolerance = tolerance
+        self.krylov_steps = krylov_steps
+        self.probes = ProbeStream(seed, device=theta.device)
+        #: Control variates made so far.
+        self.num_refactorizations = 0
+        #: The residual of the latest solves, the root mean square of ``‖v − J u‖/‖v‖``.
+        self.error_estimate = math.nan
+        #: The events' shape that P is for, as a tuple; None before the first.
+        self.event_shape: tuple[int, ...] | None = None
+        self.register_buffer("theta", at_least_float32(theta.detach().clone()))
+        self._has_warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what follows from the saved state."""
+        self._anchor: _Anchor | None = None
+        self._latest: StateCache[tuple[Tensor, Tensor]] = StateCache()
+        self._inverse_weights: StateCache[Tensor] = StateCache()
+
+    def update(self, theta: Tensor, event_shape: torch.Size, state: TensorState) -> Surrogate:
+        """The value and its gradient in θ, computed once for every change of θ.
+
+        :raises torch.linalg.LinAlgError: if a map that is to be factorized is singular or not
+            finite.
+        """
+        evaluate = partial(self._evaluate_at, theta, event_shape)
+        value, gradient = self._latest.get(state, evaluate, tuple(event_shape))
+        return Surrogate(value, gradient, self.linear_map.theta_scale(theta))
+
+    def inverse_weight(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
+        """The weight of the best inverse of its size."""
+        compute = partial(self.linear_map.inverse_weight, theta, event_shape)
+        return self._inverse_weights.get(TensorState(theta), compute, tuple(event_shape))
+
+    @torch.no_grad()
+    def _evaluate_at(self, theta: Tensor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        theta = theta.detach().to(self.theta.dtype)
+        check_finite(theta)
+        if tuple(event_shape) != self.event_shape:
+            self._make_anchor(theta, event_shape)
+        value, gradient = self._evaluate(theta, event_shape)
+        return value.to(theta), gradient.to(theta)
+
+    def refactorize(self, theta: Tensor) -> None:
+        """Make P anew, for events of the latest shape. Without one, there is nothing to do."""
+        if self.event_shape is not None:
+            theta = theta.detach().to(self.theta.dtype)
+            self._latest.clear()
+            self._make_anchor(theta, torch.Size(self.event_shape))
+
+    def _evaluate(self, theta: Tensor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient in the weight."""
+        linear_map = self.linear_map
+        anchor = self._current_anchor(theta, event_shape)
+        factors, trace_gradient, is_exact = anchor.control_variate
+        weight = linear_map.weight(theta)
+        change = weight - anchor.weight
+        if is_exact and not change.any():
+            self.error_estimate = 0.0
+            return anchor.value, trace_gradient
+        generator = self.probes.next_generator(theta.device)
+        shape = tuple(event_shape)
+        probes = draw_probes("rademacher", self.num_probes, shape, generator, theta.dtype)
+        start = factors.solve(probes)
+        drift = torch.linalg.vector_norm(linear_map.apply_weight(change, start))
+        if not drift <= _MAX_DRIFT * torch.linalg.vector_norm(probes):
+            anchor = self._make_anchor(theta, event_shape)
+            factors, trace_gradient, is_exact = anchor.control_variate
+            if is_exact:
+                return self._evaluate(theta, event_shape)
+            change = torch.zeros_like(weight)
+            start = factors.solve(probes)
+        space = krylov(
+            partial(linear_map.apply_weight, weight),
+            factors.solve,
+            probes,
+            preconditioned=start,
+            tolerance=self.tolerance,
+            max_steps=self.krylov_steps,
+        )
+        self.error_estimate = space.residual.square().mean().sqrt().item()
+        has_converged = self.error_estimate <= self.tolerance
+        if is_exact:
+            if not (has_converged and space.smallest_eigenvalue >= _MIN_EIGENVALUE):
+                self._make_anchor(theta, event_shape)
+                return self._evaluate(theta, event_shape)
+        elif not has_converged:
+            self._warn()
+        first_order = (trace_gradient.double() * change).sum()
+        second_order = space.second_order_log().mean().to(first_order)
+        factor = len(probes) * linear_map.theta_scale(theta)
+        correction = linear_map.gradient(theta, space.solution - start, probes) / factor
+        return anchor.value + first_order + second_order, trace_gradient + correction
+
+    def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
+        if self._anchor is None:
+            try:
+                self._anchor = self._anchor_of(self.theta, event_shape)
+            except torch.linalg.LinAlgError:
+                # A state from elsewhere, or a map that is singular in its new dtype.
+                return self._make_anchor(theta, event_shape)
+        return self._anchor
+
+    def _make_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
+        anchor = self._anchor_of(theta, event_shape)
+        self.theta.copy_(theta)
+        self.event_shape = tuple(event_shape)
+        self._anchor = anchor
+        self.num_refactorizations += 1
+        return anchor
+
+    @torch.no_grad()
+    def _anchor_of(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
+        linear_map = self.linear_map
+        with torch.inference_mode(False):  # for use outside it too
+            theta = theta.clone()  # the factors' own
+            control_variate = linear_map.control_variate(theta, event_shape, self.num_probes)
+            weight = linear_map.weight(theta)
+            value = control_variate.factors.log_abs_det.double()
+            if not control_variate.is_exact:
+                trace = (control_variate.trace_gradient.double() * weight).sum()
+                value = value + trace - event_shape.numel()
+        return _Anchor(control_variate, weight, value)
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the solves for the gradient of log|det J| left a relative residual of "
+                f"{self.error_estimate:.2g} after {self.krylov_steps} steps, above the tolerance "
+                f"of {self.tolerance:.2g}; error_estimate has the latest residual",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_anchor": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KrylovLogDet:
+        self._forget()
+        return super()._apply(keep_float32(fn), recurse)

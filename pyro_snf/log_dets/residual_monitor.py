@@ -1,0 +1,206 @@
+"""The error of a tracked inverse, estimated in training by a few matrix-vector products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_snf.caching import fixed_directions
+from pyro_snf.maps.dense import Dense
+
+__all__ = ["InverseError", "ResidualMonitor", "measure_error"]
+
+_DENSE = Dense()
+
+# Fixed directions for the checks, used in turn: an error that one of them misses is seen soon.
+_NUM_DIRECTIONS = 16
+
+# The most steps between two checks.
+_MAX_STEPS_UNTIL_CHECK = 8
+
+# The least growth of the error in a step to plan with, in units of its limit: the latest direction
+# may have missed most of it.
+_LEAST_GROWTH = 1 / 16
+
+# A step of Θ that is three times as long as the one before the latest check is checked at once; one
+# that is ten times as long is taken for an external change, by an edit or a checkpoint.
+_LONG_STEP = 3.0
+_EXTERNAL_STEP = 10.0
+
+
+class InverseError(NamedTuple):
+    """Estimates of the error of R as an inverse of A."""
+
+    inverse: float
+    """``‖I − RA‖_F/√D``, or ``‖I − AR‖_F/√D``."""
+    gradient: float
+    """``‖(I − RA)R‖_F/‖R‖_F``, to first order the relative error of the gradient ``Rᵀ``."""
+
+    def relative_to(self, limits: InverseError) -> float:
+        """The larger of the two, each in units of its limit; NaN if either is."""
+        inverse, gradient = self.inverse / limits.inverse, self.gradient / limits.gradient
+        return inverse if inverse > gradient or math.isnan(inverse) else gradient
+
+
+def measure_error(inverse_t: Tensor, theta: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """The error of R along some random directions g, and along their images R g.
+
+    :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
+    :param Tensor theta: Θ, shape ``(D, D)``.
+    :param Tensor probes: the directions as rows, shape ``(k, D)``.
+    :return: the residuals ``(I − RA) g`` as rows, k for the directions and then half as many, at
+        least one, for the images; and the two numbers of :class:`InverseError`, shape ``(2,)``.
+    """
+    count = len(probes)
+    images = probes[: (count + 1) // 2] @ inverse_t  # (R g)ᵀ
+    # Scaled like the directions, for an update uses the residuals of both.
+    images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
+    probes = torch.cat([probes, images])
+    residual = probes - _DENSE.multiply(theta, probes) @ inverse_t
+    found = torch.linalg.vector_norm(residual, dim=-1)
+    norm = torch.linalg.vector_norm
+    numbers = [norm(found[:count]) / norm(probes[:count]), norm(found[count:]) / norm(images)]
+    return residual, torch.stack(numbers)
+
+
+def _check_error(inverse_t: Tensor, theta: Tensor, direction: Tensor) -> Tensor:
+    """The error of R along one random direction w, by three matrix-vector products.
+
+    :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
+    :param Tensor theta: Θ, shape ``(D, D)``.
+    :param Tensor direction: w, shape ``(D,)``, of norm ``√D``.
+    :return: the two numbers of :class:`InverseError`, shape ``(2,)``.
+    """
+    root = math.sqrt(len(direction))
+    norm = torch.linalg.vector_norm
+    image = torch.mv(inverse_t.mT, direction)  # R w
+    residual = torch.addmv(direction - image, theta, image, alpha=-1 / root)  # (I − AR) w
+    error = torch.mv(inverse_t.mT, residual)  # R(I − AR) w = (I − RA)R w
+    return torch.stack([norm(residual) / root, norm(error) / norm(image)])
+
+
+class ResidualMonitor:
+    """Estimates the error of R by single-vector residual checks, one direction after the other.
+
+    A check is made every few steps, more often the faster the error grows, and at once if Θ makes
+    an unusually long step. The step's length is that of the fingerprint ``Θ w``, which is computed
+    at every step anyway.
+
+    On a GPU, a check is read when the next one is made, so that the device is not waited for: the
+    estimate lags by one check, whatever the device's speed.
+    """
+
+    def __init__(self) -> None:
+        self.num_checks = 0
+        self.steps_until_check = 0
+        self.steps_since_check = 0
+        #: The error at the latest check, in units of the limits.
+        self.latest_error = 0.0
+        #: Θ w at the latest step.
+        self.fingerprint: Tensor | None = None
+        #: How far Θ w has moved in the latest step, and in the one before the latest check.
+        self.step_norm = 0.0
+        self.usual_step_norm = 0.0
+        #: Whether Θ has probably been changed by something else than an optimizer's step.
+        self.is_external_change = False
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def reset(self) -> None:
+        """R was corrected: check it at the next step."""
+        self.steps_until_check = self.steps_since_check = 0
+        self.latest_error = 0.0
+        self._pending = None
+
+    def observe(self, fingerprint: Tensor) -> bool:
+        """Whether Θ has moved since the latest call.
+
+        :param Tensor fingerprint: ``Θ w``, shape ``(D,)``.
+        """
+        previous, self.fingerprint = self.fingerprint, fingerprint
+        self.is_external_change = previous is None
+        if previous is None or fingerprint.is_cuda:  # which would have to be waited for
+            self.step_norm = math.inf
+            return True
+        self.step_norm = torch.linalg.vector_norm(fingerprint - previous).item()
+        self.is_external_change = self.step_norm > _EXTERNAL_STEP * self.usual_step_norm > 0
+        return self.step_norm != 0
+
+    def is_check_due(self) -> bool:
+        """Whether a check is due at this step; to be called once for each."""
+        self.steps_since_check += 1
+        if self.steps_until_check > 0 and self.step_norm <= _LONG_STEP * self.usual_step_norm:
+            self.steps_until_check -= 1
+            return False
+        return True
+
+    def check(self, inverse_t: Tensor, theta: Tensor, limits: InverseError) -> InverseError | None:
+        """An estimate of the error; None on a GPU, while there is no earlier check to read.
+
+        :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
+        :param Tensor theta: Θ, shape ``(D, D)``.
+        :param InverseError limits: what the estimate will be compared with.
+        """
+        self.usual_step_norm = self.step_norm if math.isfinite(self.step_norm) else 0.0
+        number = self.num_checks % _NUM_DIRECTIONS
+        self.num_checks += 1
+        directions = fixed_directions(
+            _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
+        )
+        numbers = self._read(_check_error(inverse_t, theta, directions[number]))
+        if numbers is None:
+            return None
+        error = InverseError(*numbers)
+        self.plan_next_check(error, limits)
+        return error
+
+    def _read(self, numbers: Tensor) -> list[float] | None:
+        """The numbers; on a GPU those of the check before, if there was one."""
+        if not numbers.is_cuda or self.is_external_change:
+            self._pending = None
+            return numbers.tolist()
+        previous = self._pending
+        copied = torch.empty(2, dtype=numbers.dtype, pin_memory=True)
+        copied.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = copied, event
+        if previous is None:
+            return None
+        previous[1].synchronize()
+        return previous[0].tolist()
+
+    def plan_next_check(self, error: InverseError, limits: InverseError) -> None:
+        """Wait half as many steps as the error needs to grow to 1.25 times the limits."""
+        size = error.relative_to(limits)
+        self.steps_until_check = 0
+        if size <= 1:
+            # In this order, max ignores a growth of NaN, from an earlier check.
+            growth = max(_LEAST_GROWTH, (size - self.latest_error) / max(self.steps_since_check, 1))
+            self.steps_until_check = min(int((1.25 - size) / (2 * growth)), _MAX_STEPS_UNTIL_CHECK)
+        self.latest_error, self.steps_since_check = size, 0
+
+    #: What a resumed run needs to take the same decisions.
+    _SAVED = (
+        "num_checks",
+        "steps_until_check",
+        "steps_since_check",
+        "latest_error",
+        "fingerprint",
+        "usual_step_norm",
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._SAVED}
+
+    def load_state_dict(self, state: dict[str, Any], *, like: Tensor) -> None:
+        """Go on from a state; its tensors are taken to the type and device of another one."""
+        self._pending = None
+        for name in self._SAVED:
+            value = state[name]
+            setattr(self, name, value.to(like) if isinstance(value, Tensor) else value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": None}  # it belongs to a device

@@ -1,0 +1,349 @@
+"""An inverse of the dense matrix ``A = I + Θ/√D`` that follows it at O(D²) a step.
+
+``R ≈ A⁻¹`` is a buffer, and ``E = I − RA`` its error. In most steps R is not changed: its error is
+only monitored, by a few matrix-vector products (:mod:`pyro_snf.log_dets.residual_monitor`). Where
+it exceeds the tolerance, it is measured with k random probes and removed where they found it. With
+vectors as columns, as on paper:
+
+1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of some. The
+   ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the error of the inverse; that of the
+   latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
+2. *Subspace iteration.* ``V = orth(EᵀU) = orth(EᵀE G)``: one iteration turns the probes towards the
+   largest right singular vectors of E. Few directions dominate an optimizer's step, and so the
+   error that it leaves in R: these probes remove most of it, random ones a share k/D.
+3. *Block Broyden update*, the "good" one. With ``P = RAV`` and ``M = VᵀP``,
+
+       R₊ = R + (V − P) M⁻¹ VᵀR,      so that      R₊ A V = V:
+
+   nothing is left of the error in the span of V, and ``R⁻¹`` has moved to ``A`` by a projection.
+4. *Determinant*, by the determinant lemma:
+
+       det R₊ = det R · det(I + M⁻¹Vᵀ(V − P)) = det R · det(VᵀV) / det M,      VᵀV = I.
+
+And in every step:
+
+5. *Value.* ``log|det A| = −log|det R| + log|det(I − E)| ≈ −log|det R| − tr E``, where the trace is
+   ``D − ⟨Rᵀ, A⟩``, exact in O(D²). The rest is of second order: ``tr(E²)/2``.
+
+Where one update is not enough (a high learning rate, a checkpoint), more follow, each with twice
+the probes. Where they do not halve the error, where the weights were edited, and where updates have
+cost four times as much as it, R is made exact by a *refactorization* in O(D³).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_snf.caching import TensorState, version
+from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.log_dets.residual_monitor import InverseError, ResidualMonitor, measure_error
+from pyro_snf.maps.base import LinearMap
+from pyro_snf.maps.dense import Dense, LUFactors
+from pyro_snf.precision import at_least_float32, keep_float32
+from pyro_snf.probes import ProbeStream
+from pyro_snf.surrogate import Surrogate
+
+__all__ = ["TrackedInverse"]
+
+_DENSE = Dense()
+
+# An error below this share of its limit needs no correction even after an external change. One
+# check could miss a direction in which A is singular; a larger share would tolerate that.
+_NEGLIGIBLE = 0.05
+
+# Updates at one step. Each has twice the probes of the one before; more would cost as much as a
+# refactorization.
+_MAX_UPDATES_AT_ONCE = 4
+
+# An error up to this many times its limit gets one update. What that leaves is seen at the next
+# step.
+_MODERATE_ERROR = 2.0
+
+# After updates that have cost this many times as much as a refactorization, R is refactorized.
+# Updates last long where an optimizer leaves the error in few directions. Where it is spread over
+# all of them (noisy gradients, a high learning rate), a refactorization lasts longer; the budget
+# bounds what the updates waste then.
+_UPDATE_BUDGET = 4
+
+# An update that changes log|det R| by more than this has met a nearly singular matrix. Rounding
+# dominates it, and would stay in the running sum.
+_MAX_LOG_ABS_DET_STEP = 3.0
+
+
+@dataclass
+class _Known:
+    """Numbers that are valid as long as neither R nor Θ changes."""
+
+    state: TensorState | None = None  # of Θ
+    version: int = -1  # of R
+    offset: Tensor | None = None  # tr R − D − log|det R|, valid for any Θ
+    value: Tensor | None = None
+
+
+class TrackedInverse(SavesAttributes):
+    """A buffer ``R`` that tracks ``A⁻¹``, and a running ``log|det R|``.
+
+    R is kept in float32 at least, whatever ``A`` is in.
+
+    :param LinearMap linear_map: copies of A, as a function of a parameter.
+    :param Tensor theta: the parameter, for its shape, device and dtype.
+    :param int num_probes: k, at least 1, of a measurement; more than D are not used.
+    :param float tolerance: the relative error of the gradient, in ``(0, 1)``, above which R is
+        corrected.
+    :param seed: of the probes; see :class:`~pyro_snf.probes.ProbeStream`.
+    """
+
+    saved_attributes = ("num_refactorizations", "num_updates", "error_estimate")
+
+    #: Whether :meth:`inverse_weight` follows every step.
+    tracks_inverse = True
+
+    inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
+    log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
+
+    def __init__(
+        self,
+        linear_map: LinearMap,
+        theta: Tensor,
+        *,
+        num_probes: int,
+        tolerance: float,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.linear_map = linear_map
+        dim, device = len(theta), theta.device
+        self.num_probes = min(num_probes, dim)
+        self.tolerance = tolerance
+        self.probes = ProbeStream(seed, device=device)
+        #: Exact O(D³) refactorizations so far.
+        self.num_refactorizations = 0
+        #: Updates since the last one.
+        self.num_updates = 0
+        #: The latest estimate of ‖I − RA‖_F/√D, from before the correction that may have followed.
+        self.error_estimate = math.nan
+        # The error that the latest refactorization left: rounding, which grows with A's condition.
+        self._rounding = InverseError(0.0, 0.0)
+        # A refactorization costs as much as so many updates, which are about nine thin products.
+        refactorization_cost = 3 + dim / (12 * self.num_probes)
+        self._max_updates = round(_UPDATE_BUDGET * refactorization_cost)
+        eye = torch.eye(dim, device=device, dtype=theta.dtype)
+        self.register_buffer("inverse_t", at_least_float32(eye))
+        self.register_buffer(
+            "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is known of R's error: the next use checks."""
+        self._known = _Known()
+        self._monitor = ResidualMonitor()
+
+    def update(self, theta: Tensor, event_shape: torch.Size, state: TensorState) -> Surrogate:
+        """Bring R up to date with A, once for every change of it.
+
+        :param Tensor theta: the map's parameter.
+        :param TensorState state: that of the parameter.
+        :return: the value and its gradient in θ.
+        :raises torch.linalg.LinAlgError: if A is singular or not finite.
+        """
+        value, gradient = self._log_abs_det(self._matrix_of(theta), state), self.inverse_t
+        scale = self.linear_map.theta_scale(theta)
+        if theta.dim() == 2:
+            return Surrogate(value, gradient, scale)
+        copies = event_shape.numel() // len(theta)
+        return Surrogate(copies * value, gradient.view_as(theta), copies * scale)
+
+    def inverse_weight(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
+        """R, of the parameter's shape."""
+        return self.inverse_t.mT.reshape(theta.shape)
+
+    def _matrix_of(self, theta: Tensor) -> Tensor:
+        """Θ, shape ``(D, D)``."""
+        matrix = self.linear_map.matrix_of(theta)
+        assert matrix is not None
+        return matrix
+
+    def _log_abs_det(self, theta: Tensor, state: TensorState) -> Tensor:
+        """The estimate of ``log|det A|``, shape ``()``, by an R that is up to date."""
+        inverse_t, known = self.inverse_t, self._known
+        if known.version == version(inverse_t) and known.state == state:
+            assert known.value is not None
+            return known.value
+        assert state.fingerprint is not None  # there is none while torch.jit traces
+        if known.version not in (version(inverse_t), -1):
+            self._forget()  # R has been written to from outside
+        current = theta.detach().to(inverse_t.dtype)
+        monitor = self._monitor
+        has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype))
+        try:
+            if self._known.offset is None and not torch.isfinite(self.log_abs_det_inverse):
+                self._refactorize(theta)  # an interrupted update has left it so
+            elif has_moved and monitor.is_check_due():
+                self._correct_if_needed(theta, current)
+        except torch.linalg.LinAlgError:
+            self._forget()  # the next use is to find out for itself
+            raise
+        known = self._known  # another one, if R has changed
+        if known.offset is None:
+            trace = inverse_t.diagonal().sum(dtype=torch.float64)
+            known.offset = trace - len(inverse_t) - self.log_abs_det_inverse
+        known.value = _add_trace(known.offset, inverse_t, current)
+        known.state, known.version = state, version(inverse_t)
+        return known.value
+
+    def _limits(self) -> InverseError:
+        """The error up to which R is not corrected."""
+        # One direction in which A is singular is an error of 1/√D. And no refactorization could do
+        # better than the last one did.
+        singular = 0.9 / math.sqrt(len(self.inverse_t))
+        return InverseError(
+            inverse=max(singular, 2 * self._rounding.inverse),
+            gradient=max(self.tolerance, 2 * self._rounding.gradient),
+        )
+
+    @torch.no_grad()
+    def _correct_if_needed(self, theta: Tensor, current: Tensor) -> None:
+        limits = self._limits()
+        error = self._monitor.check(self.inverse_t, current, limits)
+        if error is None:
+            return
+        size = error.relative_to(limits)
+        if self._monitor.is_external_change and not size <= _NEGLIGIBLE:
+            self._refactorize(theta)
+        elif size <= 1:
+            self.error_estimate = error.inverse
+        else:
+            self._correct(theta, current, limits)
+
+    def _correct(self, theta: Tensor, current: Tensor, limits: InverseError) -> None:
+        """Measure the error, and bring it below the limits if it is not."""
+        previous = math.inf
+        for count in range(_MAX_UPDATES_AT_ONCE):
+            residual, error = self._measure(current, self.num_probes * 2**count)
+            self.error_estimate = error.inverse
+            size = error.relative_to(limits)
+            if size <= 1:
+                if count == 0:
+                    self._monitor.plan_next_check(error, limits)
+                return
+            is_reduced = size <= previous / 2  # False also for NaN
+            if not is_reduced or self.num_updates >= self._max_updates:
+                break
+            if not self._update(current, residual):
+                break
+            if size <= _MODERATE_ERROR:
+                return
+            previous = size
+        self._refactorize(theta)
+
+    def refactorize(self, theta: Tensor) -> None:
+        """Recompute R exactly, in O(D³).
+
+        :raises torch.linalg.LinAlgError: if A is not finite, or singular at the precision of its
+            type.
+        """
+        self._refactorize(self._matrix_of(theta))
+
+    @torch.no_grad()
+    def _refactorize(self, theta: Tensor) -> None:
+        factors = LUFactors(_DENSE.weight(theta))
+        inverse_t = factors.gradient
+        self._known = _Known()
+        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
+        self.inverse_t.copy_(inverse_t)
+        self.log_abs_det_inverse.copy_(-factors.log_abs_det)
+        self.num_refactorizations += 1
+        self.num_updates = 0
+        self._monitor.reset()
+        current = theta.detach().to(self.inverse_t.dtype)
+        _, self._rounding = self._measure(current, self.num_probes)
+        self.error_estimate = self._rounding.inverse
+        if not self.error_estimate < 1:
+            raise torch.linalg.LinAlgError(
+                f"the weight is numerically singular in {current.dtype}: its computed inverse R "
+                f"leaves ‖I − RW‖_F/√D = {self.error_estimate:.2g}"
+            )
+
+    def _update(self, theta: Tensor, residual: Tensor) -> bool:
+        """Update R once (steps 2 to 4 of the module's text); whether that was possible.
+
+        :param Tensor residual: ``(EG)ᵀ``, as measured.
+        """
+        # Rows instead of columns from here on: residual = Uᵀ, basis = Vᵀ, image = Pᵀ.
+        turned = residual - _DENSE.multiply_transposed(theta, residual @ self.inverse_t.mT)
+        basis = torch.linalg.qr(turned.mT).Q.mT
+        image = _DENSE.multiply(theta, basis) @ self.inverse_t
+        middle = basis @ image.mT  # M
+        log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
+        if not log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP:
+            return False
+        step = torch.linalg.solve(middle.mT, basis - image)  # M⁻ᵀ (V − P)ᵀ
+        log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
+        # R and log|det R| change together: an interrupt (Ctrl-C) between the two leaves a NaN, and
+        # the next use refactorizes.
+        self._known = _Known()
+        self._monitor.reset()
+        self.log_abs_det_inverse.fill_(math.nan)
+        self.inverse_t.addmm_((basis @ self.inverse_t.mT).mT, step)
+        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        self.num_updates += 1
+        return True
+
+    def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, InverseError]:
+        """The residuals ``(EG)ᵀ`` of fresh Gaussian probes, and the error; see measure_error."""
+        device, dtype = self.inverse_t.device, self.inverse_t.dtype
+        generator = self.probes.next_generator(device)
+        dim = len(self.inverse_t)
+        shape = (min(num_probes, dim), dim)
+        probes = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        residual, numbers = measure_error(self.inverse_t, theta, probes)
+        return residual, InverseError(*numbers.tolist())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {
+            **super().get_extra_state(),
+            "rounding": tuple(self._rounding),
+            "monitor": self._monitor.state_dict(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self._rounding = InverseError(*state["rounding"])
+        self._forget()
+        self._monitor.load_state_dict(state["monitor"], like=self.inverse_t)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must not rely on R and Θ having been copied together.
+        return {**self.__dict__, "_known": _Known()}
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> TrackedInverse:  # .to(), .double(), .bfloat16(), .cuda(), …
+        self._forget()
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            if tensor is self.log_abs_det_inverse:
+                return tensor.to(fn(tensor).device)  # a sum over all steps stays in float64
+            return keep_float32(fn)(tensor)
+
+        return super()._apply(keep_precision, recurse)
+
+
+def _add_trace(offset: Tensor, inverse_t: Tensor, theta: Tensor) -> Tensor:
+    """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, that is ``tr(R A)``.
+
+    The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
+    with Θ would lose the small ones.
+
+    :param Tensor offset: shape ``()``, in float64.
+    :return: shape ``()``, in the type of ``inverse_t``.
+    """
+    product = torch.dot(inverse_t.view(-1), theta.reshape(-1))
+    return torch.add(offset, product, alpha=_DENSE.theta_scale(theta)).to(inverse_t.dtype)

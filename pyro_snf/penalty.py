@@ -1,0 +1,165 @@
+"""The weight λ of a reconstruction penalty: a number, a schedule, or a controller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_snf.caching import StateCache
+from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.options import as_number, as_positive
+from pyro_snf.precision import keep_float32
+
+__all__ = ["GECO", "PenaltyWeight", "StepCounter", "as_penalty_weight", "penalty_factor"]
+
+
+class GECO(nn.Module):
+    r"""Holds a reconstruction error at a tolerance by a multiplicative step on its weight λ.
+
+    .. math::
+        \bar e \leftarrow \rho\,\bar e + (1 - \rho)\,e, \qquad
+        \lambda \leftarrow \lambda \exp\bigl(\eta\,
+            \operatorname{clip}(\log(\sqrt{\bar e} / \tau), -1, 1)\bigr)
+
+    where e is the mean squared error per element of the current batch. λ rises while the averaged
+    error is above the tolerance, and falls while it is below. λ and ē are buffers, saved with the
+    module. Errors that are not finite are ignored.
+
+    Pass it as the ``reconstruction_weight`` of a method. Each layer takes a copy, which makes one
+    step for every change of the layer's parameters.
+
+    >>> layer = SelfNormalizingLinear(64, log_det=Learned(reconstruction_weight=GECO(0.02)))
+    >>> layer.log_det.reconstruction_weight.weight
+    tensor(1.)
+
+    :param float tolerance: τ > 0, the root mean square error per element to hold.
+    :param float weight: the first λ > 0.
+    :param float rate: η > 0.
+    :param float decay: ρ in ``[0, 1)``, of the moving average.
+
+    References:
+
+    Danilo Jimenez Rezende, Fabio Viola. Taming VAEs. 2018. [arXiv:1810.00597]
+    """
+
+    log_weight: Tensor
+    mean_square_error: Tensor
+
+    def __init__(
+        self,
+        tolerance: float,
+        *,
+        weight: float = 1.0,
+        rate: float = 1e-2,
+        decay: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.tolerance = as_positive("tolerance", tolerance)
+        self.rate = as_positive("rate", rate)
+        self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
+        log_weight = math.log(as_positive("weight", weight))
+        self.register_buffer("log_weight", torch.tensor(log_weight))
+        # Starting at the tolerance, the first errors move λ no faster than later ones.
+        self.register_buffer("mean_square_error", torch.tensor(self.tolerance**2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GECO:
+        # In half precision, steps of λ would be rounded away.
+        return super()._apply(keep_float32(fn), recurse)
+
+    def extra_repr(self) -> str:
+        return f"tolerance={self.tolerance}, rate={self.rate}, decay={self.decay}"
+
+    @property
+    def weight(self) -> Tensor:
+        """λ, shape ``()``."""
+        return self.log_weight.exp()
+
+    @torch.no_grad()
+    def update(self, mean_square_error: Tensor) -> bool:
+        """One step of the controller.
+
+        :param Tensor mean_square_error: e, shape ``()``.
+        :return: whether a step was taken, that is, whether e is finite.
+        """
+        if not torch.isfinite(mean_square_error):
+            return False
+        self.mean_square_error.lerp_(mean_square_error.to(self.mean_square_error), 1 - self.decay)
+        # A floor, so that an error of exactly 0 steps down by the full rate.
+        error = self.mean_square_error.clamp_min(torch.finfo(self.mean_square_error.dtype).tiny)
+        excess = (error.log() / 2 - math.log(self.tolerance)).clamp(-1, 1)
+        self.log_weight.add_(excess, alpha=self.rate)
+        return True
+
+
+#: λ: a number, a function of the number of optimizer steps taken, or a controller.
+PenaltyWeight = float | Callable[[int], float] | GECO
+
+
+def as_penalty_weight(name: str, value: Any) -> PenaltyWeight:
+    """A valid weight; numbers as a Python ``float``.
+
+    :param str name: of the option, for the error.
+    :raises ValueError: for a number below 0 or not finite, and for other objects.
+    """
+    expected = f"{name} >= 0, a function of the number of steps, or a GECO"
+    if isinstance(value, GECO) or (callable(value) and not isinstance(value, type | nn.Module)):
+        return value
+    return as_number(expected, value, lambda number: 0 <= number < math.inf)
+
+
+def penalty_factor(
+    name: str, weight: PenaltyWeight, num_steps: int, mean_square_error: Tensor, *, is_new: bool
+) -> float | Tensor:
+    """The current λ.
+
+    :param str name: of the option, for the error.
+    :param int num_steps: taken so far.
+    :param Tensor mean_square_error: that of the current batch, shape ``()``.
+    :param bool is_new: whether a controller is to make a step.
+    :raises ValueError: if a schedule's value is not a number from 0.
+    """
+    if isinstance(weight, GECO):
+        if is_new:
+            weight.update(mean_square_error)
+        return weight.weight
+    if callable(weight):
+        expected = f"{name}({num_steps}) to be a number >= 0"
+        value = float(weight(num_steps))
+        return as_number(expected, value, lambda number: 0 <= number < math.inf)
+    return weight
+
+
+class StepCounter(SavesAttributes):
+    """Counts the optimizer's steps: changes of the parameters, however often they are used.
+
+    Copies know the count, and count the first use as a new step.
+    """
+
+    saved_attributes = ("num_states",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Different states of the parameters seen so far.
+        self.num_states = 0
+        self._latest: StateCache[int] = StateCache()
+
+    def count(self, state: object) -> bool:
+        """Whether the parameters are new.
+
+        :param state: theirs.
+        """
+        before = self.num_states
+        self._latest.get(state, self._next)
+        return self.num_states > before
+
+    def _next(self) -> int:
+        self.num_states += 1
+        return self.num_states
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self._latest.clear()

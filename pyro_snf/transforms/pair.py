@@ -1,0 +1,566 @@
+"""Any network as a layer of a flow, with a second network that learns its inverse."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import ConditionalTransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_snf.caching import state_of
+from pyro_snf.free_form.linearization import Linearization, linearize
+from pyro_snf.free_form.log_det import exact_slogdet
+from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairRefined
+from pyro_snf.free_form.network_pair import NetworkPair
+from pyro_snf.free_form.reconstruction import Reconstruction
+from pyro_snf.free_form.solve import Convergence, implicit_inverse, invert
+from pyro_snf.log_dets.base import as_method
+from pyro_snf.networks import ResidualMLP
+from pyro_snf.options import as_count, as_event_shape, as_number, check_choice, expect
+from pyro_snf.precision import without_autocast
+from pyro_snf.surrogate import attach_penalty
+from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
+
+__all__ = [
+    "ConditionalSelfNormalizingPair",
+    "SelfNormalizingPair",
+    "conditional_self_normalizing_pair",
+    "self_normalizing_pair",
+]
+
+
+class _Evaluation(NamedTuple):
+    """``y = f(x)``, with the graph for products with the Jacobian."""
+
+    near: Linearization
+    handle: Tensor
+
+
+@dataclass
+class _Status:
+    """State that copies of a transform with other contexts share, besides modules."""
+
+    #: The check that the networks have passed in their current mode: None, "values", or
+    #: "derivatives", which includes the values.
+    checked: str | None = None
+    #: The outcome of the latest inverse; None before the first.
+    convergence: Convergence | None = None
+
+
+class SelfNormalizingPair(SelfNormalizingTransform):
+    r"""Any network as a bijection, with a second network as its approximate inverse,
+
+    .. math::
+        T(x) = f(x), \qquad g(f(x)) \approx x,
+
+    after Keller et al. (2021) and Draxler et al. (2024). Both map a batch of events, of shape
+    ``(B, *event)``, to one of the same shape, each event independently of the others.
+
+    ============  =======================================  =======================  ================
+    ``log_det``   gradient of :math:`\log|\det J_f|`       value in training        cost a step
+    ============  =======================================  =======================  ================
+    "refined"     by probes, :math:`J_f^\top w = v`        estimate (an upper one)  some passes each
+                  solved with g and Krylov steps                                    through f and g
+    "learned"     by probes, :math:`w = J_g^\top v`:       exactly 0                a pass or two
+                  biased                                                            through each
+    "exact"       exact                                    exact                    D passes, O(D³)
+    ============  =======================================  =======================  ================
+
+    *In training* means in ``train()`` mode, with gradients recorded and parameters that require
+    them. Otherwise value and gradient are exact, with D backward passes for every event. ``T(x)``
+    is always exact, and so is a density at x, which does not depend on g.
+
+    **What is approximate** is the gradient in training. It is unbiased where the residual of the
+    probes' systems, which :attr:`error_estimate` measures, is 0. A penalty on
+    :math:`\|g(f(x)) - x\|^2`, :class:`~pyro_snf.Reconstruction`, makes the residual small. It is
+    attached to the log-determinant, with all three methods, and never changes its value.
+
+    **What is not guaranteed** is that f is invertible at all. Where two events have the same image,
+    densities do not integrate to 1. The penalty counteracts this. Exact determinants of both signs
+    prove it, and cause a warning; :attr:`convergence` counts the samples whose inverse was found;
+    and see :func:`~pyro_snf.diagnostics.pair_report`.
+
+    ``T.inv(y)`` starts from g(y) and iterates to rounding, by a fixed-point iteration and Newton's
+    method, with implicit gradients. ``inverse="one_pass"`` is one pass through g, an *approximate*
+    inverse.
+
+    >>> f, g = ResidualMLP(2, [32]), ResidualMLP(2, [32])
+    >>> transform = SelfNormalizingPair(f, g, event_shape=2)
+    >>> density = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [transform.inv])
+    >>> loss = -density.log_prob(torch.ones(8, 2)).mean()
+    >>> loss.backward()
+
+    :param forward_net: f, twice differentiable and deterministic. It has to map each event
+        independently of the others, as dense layers, convolutions and attention do; dropout and
+        batch statistics are refused.
+    :param inverse_net: g, likewise; it may be differentiable once only.
+    :param event_shape: the shape of events, an integer for vectors. Either this is given,
+    :param event_dim: or their number of dimensions, for networks that take events of any size.
+    :param log_det: ``"refined"``, ``"learned"``, ``"exact"``, or an object with options of its own,
+        of which the layer takes a copy: :class:`~pyro_snf.PairRefined`,
+        :class:`~pyro_snf.PairLearned`, :class:`~pyro_snf.PairExact`. For D up to about ten,
+        ``"exact"`` is as cheap as the others.
+    :param reconstruction: the penalty, of which the layer takes a copy; by default
+        ``Reconstruction()``.
+    :param str inverse: ``"iterative"`` or ``"one_pass"``.
+    :param inverse_tolerance: of ``‖y − T(x)‖ / (‖y‖ + √D)`` in ``T.inv``, in (0, 1); by default
+        ``ε^(3/4)`` with the machine epsilon ε, 6e-6 in float32 and 2e-12 in float64.
+    :raises ValueError: for options that are not of these; for inputs that are not floating, empty,
+        or of another shape or dtype; and for networks that map to another shape, are random, or mix
+        the events of a batch.
+    :warns RuntimeWarning: where samples of ``T.inv`` have not converged, and where the signs of
+        exact determinants show that f is not invertible.
+
+    References:
+
+    T. Anderson Keller, Jorn W.T. Peters, Priyank Jaini, Emiel Hoogeboom, Patrick Forré, Max
+    Welling. Self Normalizing Flows. ICML 2021. [arXiv:2011.07248]
+
+    Felix Draxler, Peter Sorrenson, Lea Zimmermann, Armand Rousselot, Ullrich Köthe. Free-form
+    Flows: Make Any Architecture a Normalizing Flow. AISTATS 2024. [arXiv:2310.16624]
+    """
+
+    INVERSES = ("iterative", "one_pass")
+
+    log_det: PairMethod
+
+    def __init__(
+        self,
+        forward_net: nn.Module,
+        inverse_net: nn.Module,
+        *,
+        event_shape: int | Sequence[int] | None = None,
+        event_dim: int | None = None,
+        log_det: str | PairMethod = "refined",
+        reconstruction: Reconstruction | None = None,
+        inverse: str = "iterative",
+        inverse_tolerance: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, network in (("forward_net", forward_net), ("inverse_net", inverse_net)):
+            expect(f"{name}, a torch.nn.Module", isinstance(network, nn.Module), network)
+        given = (event_shape, event_dim)
+        expect("one of event_shape and event_dim", given.count(None) == 1, given)
+        methods = {"refined": PairRefined, "learned": PairLearned, "exact": PairExact}
+        method: PairMethod = as_method(log_det, methods, PairMethod)
+        fits = reconstruction is None or isinstance(reconstruction, Reconstruction)
+        expect("reconstruction, a Reconstruction or None", fits, reconstruction)
+        check_choice("inverse", inverse, self.INVERSES)
+        if inverse_tolerance is not None:
+            inverse_tolerance = as_number(
+                "inverse_tolerance in (0, 1), or None",
+                inverse_tolerance,
+                lambda number: 0 < number < 1,
+            )
+        self.event_shape = None if event_shape is None else as_event_shape(event_shape)
+        if self.event_shape is not None:
+            event_dim = len(self.event_shape)
+        self._event_dim = as_count("event_dim", event_dim)
+        self.inverse = inverse
+        self.inverse_tolerance = inverse_tolerance
+        self.forward_net = forward_net
+        self.inverse_net = inverse_net
+        parameters = chain(forward_net.parameters(), inverse_net.parameters())
+        device = next((one.device for one in parameters), None)
+        method.setup(device)
+        self.log_det = method
+        self.reconstruction = (
+            Reconstruction() if reconstruction is None else copy.deepcopy(reconstruction)
+        )
+        self.reconstruction.setup(method.default_weight, device)
+        self._status = _Status()
+        self._context: tuple[Tensor, ...] = ()
+        self._context_dim = 0
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> Constraint:
+        return constraints.independent(constraints.real, self._event_dim)
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> Constraint:
+        return constraints.independent(constraints.real, self._event_dim)
+
+    def extra_repr(self) -> str:
+        shape = f"event_dim={self._event_dim}" if self.event_shape is None else ""
+        return (
+            f"{shape or tuple(self.event_shape or ())}, {super().extra_repr()}, "
+            f"reconstruction={self.reconstruction}"
+        )
+
+    def _call(self, x: Tensor) -> Tensor:
+        rows, context, shape = self._as_rows(x)
+        return self._networks().forward(rows, *context).view(shape)
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _Evaluation | None]:
+        is_autocast = torch.is_autocast_enabled(x.device.type) if isinstance(x, Tensor) else False
+        if is_autocast or not self._is_training(*self._network_parameters()):
+            return self._call(x), None
+        rows, context, shape = self._as_rows(x)
+        near = linearize(self._networks().forward, rows, context, keep_graph=True)
+        # Another tensor than the output: a hook on it is called by backward passes from y, and not
+        # by products with J.
+        y = near.output.view(shape)
+        return y, _Evaluation(near, y)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, context, shape = self._as_rows(y)
+        pair = self._networks()
+        if self.inverse == "one_pass":
+            # g is a map of its own here: gradients go to its parameters.
+            return pair.inverse(rows, *context).view(shape)
+        self._refuse_trace()
+        with without_autocast(y.device):
+            rows, context = self._in_own_dtype(rows, context)
+            tolerance = self.inverse_tolerance or torch.finfo(rows.dtype).eps ** 0.75
+            found = invert(pair.forward, pair.inverse, rows, context, tolerance=tolerance)
+            self._note_convergence(found.residual, found.converged)
+            if not torch.is_grad_enabled():
+                return found.x.view(shape)
+            x = implicit_inverse(
+                pair.forward, pair.inverse, rows, found.x, context, tolerance=tolerance
+            )
+            return x.view(shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._refuse_trace()
+        rows, context, shape = self._as_rows(x)
+        pair = self._networks()
+        with without_autocast(x.device):
+            rows, context = self._in_own_dtype(rows, context)
+            if self._is_training(*self._network_parameters()):
+                value = self._training_log_abs_det(x, y, rows, context)
+            else:
+                parameters = tuple(pair.forward_net.parameters())
+                sign, value = exact_slogdet(pair.forward, rows, context, parameters)
+                self._check_orientation(sign)
+            return value.view(shape[: len(shape) - self._event_dim])
+
+    def _training_log_abs_det(
+        self, x: Tensor, y: Tensor, rows: Tensor, context: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The value, shape ``(B,)``, with its gradient in all that f depends on, and the penalty.
+
+        :param Tensor rows: x, as a batch of events.
+        """
+        pair, method, reconstruction = self._networks(), self.log_det, self.reconstruction
+        evaluation = self._evaluation_of(x, y)
+        if evaluation is None:
+            near = linearize(pair.forward, rows, context, keep_graph=True)
+        else:
+            near = evaluation.near
+        parameters = [one for one in self._network_parameters() if one.requires_grad]
+        state = functools.cache(lambda: state_of(parameters))
+
+        # The penalty's gradient goes to f, but not to x or the context.
+        source, fixed = near.source.detach(), tuple(one.detach() for one in context)
+        is_constant = not any(one.requires_grad for one in (rows, *context))
+        latent, back, data_error = near.output, None, None
+        if method.uses_inverse or not reconstruction.is_off:
+            if reconstruction.trains_forward and not is_constant:
+                latent = pair.forward(source, *fixed)
+            back, data_error = reconstruction.reconstruct(pair, source, latent, fixed)
+        value = method.training_log_abs_det(pair, near, back, context, state)
+        if data_error is not None and not reconstruction.is_off:
+            penalty = reconstruction.penalty(
+                pair, source, latent.detach(), data_error, fixed, state
+            )
+            value = attach_penalty(value, penalty.to(value))
+        if evaluation is not None:  # a backward pass from the value frees the cached pair's graph
+            pass
+        return value
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """The outcome of the latest iterative ``T.inv(y)``; None before the first."""
+        return self._status.convergence
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """``shape``, its batch broadcast with that of the context, if there is one."""
+        if not self._context:
+            return shape
+        batch = shape[: len(shape) - self._event_dim]
+        event = shape[len(shape) - self._event_dim :]
+        context_batch = self._context[0].shape[: self._context[0].dim() - self._context_dim]
+        try:
+            return torch.broadcast_shapes(batch, context_batch) + event
+        except RuntimeError:
+            raise ValueError(
+                f"{self}: expected a batch that broadcasts with the context's "
+                f"{tuple(context_batch)}; got {tuple(batch)}"
+            ) from None
+
+    inverse_shape = forward_shape
+
+    def train(self, mode: bool = True) -> SelfNormalizingPair:
+        # The networks are checked again: in the other mode they may be random, for example.
+        self._status.checked = None
+        return super().train(mode)
+
+    def conditioned(self, context: Tensor, context_dim: int) -> SelfNormalizingPair:
+        """This transform, with a context as the second argument of its networks.
+
+        It shares all parameters and states. See :class:`ConditionalSelfNormalizingPair`.
+
+        :param Tensor context: shape ``(*batch, *context_event)``.
+        :param int context_dim: the number of dimensions of ``context_event``.
+        """
+        other = self.copy_with_own_cache()
+        other._context = (context,)
+        other._context_dim = context_dim
+        return other
+
+    def rows_of(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x as a batch of events, shape ``(B, *event)``, and the contexts that go with it."""
+        rows, context, _ = self._as_rows(x)
+        return rows, context
+
+    def _networks(self) -> NetworkPair:
+        return NetworkPair(self.forward_net, self.inverse_net)
+
+    def _network_parameters(self) -> Iterator[Tensor]:
+        return chain(self.forward_net.parameters(), self.inverse_net.parameters())
+
+    def _map_parameters(self) -> list[Tensor]:
+        return [*self.forward_net.parameters(), *self.forward_net.buffers(), *self._context]
+
+    def _inverse_is_exact(self) -> bool:
+        convergence = self.convergence
+        return (
+            super()._inverse_is_exact()
+            and convergence is not None
+            and convergence.num_converged == convergence.num_samples
+        )
+
+    def _evaluation_of(self, x: Tensor, y: Tensor) -> _Evaluation | None:
+        """The by-product of the computation of y, if the parameters have not changed since."""
+        _, memo = self._pair.state_at(x, y, self._map_parameters())
+        return memo  # type: ignore[return-value]  # see _call_with_memo
+
+    def _as_rows(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], torch.Size]:
+        """Check an input of shape ``(..., *event)`` and flatten it to ``(B, *event)``.
+
+        :return: the rows, the contexts of as many rows, and the shape of the output.
+        """
+        event_shape = self.event_shape
+        if event_shape is None:
+            if isinstance(x, Tensor) and x.dim() < self._event_dim:
+                raise ValueError(
+                    f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
+                )
+            event_shape = x.shape[x.dim() - self._event_dim :] if isinstance(x, Tensor) else ()
+        check_input(self, x, event_shape, self._dtype())
+        shape = self.forward_shape(x.shape)
+        batch = shape[: len(shape) - self._event_dim]
+        context = tuple(
+            one.expand(*batch, *one.shape[one.dim() - self._context_dim :]).reshape(
+                -1, *one.shape[one.dim() - self._context_dim :]
+            )
+            for one in self._context
+        )
+        rows = x.expand(shape).reshape(-1, *event_shape)
+        wanted = "derivatives" if torch.is_grad_enabled() else "values"
+        if self._status.checked not in (wanted, "derivatives") and not torch.jit.is_tracing():
+            with without_autocast(x.device):
+                self._networks().check(
+                    *self._in_own_dtype(rows, context), derivatives=wanted == "derivatives"
+                )
+            self._status.checked = wanted
+        return rows, context, shape
+
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype of f's parameters; None if it has none."""
+        return next((p.dtype for p in self.forward_net.parameters()), None)
+
+    def _in_own_dtype(
+        self, rows: Tensor, context: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The inputs in the dtype of the networks: under autocast they may have another one."""
+        dtype = self._dtype() or rows.dtype
+        return rows.to(dtype), tuple(one.to(dtype) for one in context)
+
+    def _check_orientation(self, sign: Tensor) -> None:
+        """Warn where det J has both signs: that of a bijection of ℝᴰ has one."""
+        if self._context:  # each context has a map of its own
+            return
+        positive, negative = int((sign > 0).sum()), int((sign < 0).sum())
+        if positive > 0 and negative > 0:
+            warnings.warn(
+                f"forward_net is not invertible: its Jacobian's determinant is positive at "
+                f"{positive} events and negative at {negative}, so that the density does not "
+                "integrate to 1; a larger weight or data_noise_std of its Reconstruction "
+                "counteracts this",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _refuse_trace(self) -> None:
+        # A trace would record the result of a backward pass within it as a constant.
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{self}: torch.jit cannot trace the derivatives of a network: use no jit, "
+                "Trace_ELBO for JitTrace_ELBO"
+            )
+
+    def _note_convergence(self, residual: Tensor, converged: Tensor) -> None:
+        count = int(converged.sum())
+        self._status.convergence = Convergence(len(converged), count, residual.max().item())
+        if count < len(converged):
+            warnings.warn(
+                f"T.inv did not converge for {len(converged) - count} of {len(converged)} samples: "
+                f"‖y − T(x)‖/(‖y‖ + √D) is {residual.max().item():.2g} at most",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class ConditionalSelfNormalizingPair(ConditionalTransformModule):
+    r"""A :class:`SelfNormalizingPair` whose networks have a context c as their second argument,
+
+    .. math::
+        T(x; c) = f(x, c), \qquad g(f(x, c), c) \approx x.
+
+    Gradients go to c as they do to x: that of the surrogate does, that of the penalty does not.
+
+    >>> f, g = (ResidualMLP(2, [32], context_dim=3) for _ in range(2))
+    >>> transform = ConditionalSelfNormalizingPair(f, g, event_shape=2)
+    >>> transform.condition(torch.ones(4, 3))(torch.zeros(2)).shape
+    torch.Size([4, 2])
+
+    :param forward_net: f, called as ``f(x, c)`` with as many rows of c as of x.
+    :param inverse_net: g, likewise.
+    :param int context_dim: the number of dimensions of a context, 1 for vectors.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingPair`.
+    :raises ValueError: for options that are not of these, for contexts that are not floating or of
+        another dtype, and as :class:`SelfNormalizingPair`.
+    """
+
+    bijective = True
+
+    def __init__(
+        self,
+        forward_net: nn.Module,
+        inverse_net: nn.Module,
+        *,
+        context_dim: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.context_dim = as_count("context_dim", context_dim, 0)
+        #: The transform that all contexts share.
+        self.transform = SelfNormalizingPair(forward_net, inverse_net, **kwargs)
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> Constraint:
+        return self.transform.domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> Constraint:
+        return self.transform.codomain
+
+    def condition(self, context: Tensor) -> SelfNormalizingPair:
+        """The transform ``T(·; c)`` of a context, or of a batch of contexts.
+
+        It is a new one each time, with a cache of its own, and shares the networks and all states.
+
+        :param Tensor context: c, of shape ``(*batch, *context_event)``. Inputs of the transform
+            have shape ``(..., *event)``, and ``...`` broadcasts with ``batch``.
+        """
+        if not isinstance(context, Tensor) or not context.is_floating_point():
+            got = context.dtype if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"expected a floating-point context; got {got}")
+        if context.dim() < self.context_dim or context.numel() == 0:
+            raise ValueError(
+                f"expected a non-empty context of at least {self.context_dim} dimensions; "
+                f"got {tuple(context.shape)}"
+            )
+        dtype = self.transform._dtype()
+        under_autocast = torch.is_autocast_enabled(context.device.type)
+        if dtype not in (None, context.dtype) and not under_autocast:
+            raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
+        return self.transform.conditioned(context, self.context_dim)
+
+
+def self_normalizing_pair(
+    input_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    num_blocks: int = 2,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> SelfNormalizingPair:
+    """A :class:`SelfNormalizingPair` of two :class:`~pyro_snf.ResidualMLP`, in the style of Pyro's
+    helper functions. It starts as the identity.
+
+    >>> transform = self_normalizing_pair(3, [32], log_det="learned")
+
+    :param int input_dim: D, the number of features.
+    :param hidden_dims: the widths of the hidden layers of a block.
+    :param int num_blocks: of each network.
+    :param activation: makes the activations.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingPair`.
+    """
+    make = functools.partial(
+        ResidualMLP,
+        input_dim,
+        hidden_dims,
+        num_blocks=num_blocks,
+        activation=activation,
+        device=device,
+        dtype=dtype,
+    )
+    return SelfNormalizingPair(make(), make(), event_shape=input_dim, **kwargs)
+
+
+def conditional_self_normalizing_pair(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    num_blocks: int = 2,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ConditionalSelfNormalizingPair:
+    """A :class:`ConditionalSelfNormalizingPair` of two :class:`~pyro_snf.ResidualMLP`, in the style
+    of Pyro's helper functions. It starts as the identity, whatever the context.
+
+    >>> transform = conditional_self_normalizing_pair(3, 2, [32])
+    >>> transform.condition(torch.randn(4, 2))(torch.ones(3)).shape
+    torch.Size([4, 3])
+
+    :param int input_dim: D, the number of features.
+    :param int context_dim: the number of features of a context.
+    :param hidden_dims: the widths of the hidden layers of a block.
+    :param int num_blocks: of each network.
+    :param activation: makes the activations.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param kwargs: the keyword arguments of :class:`SelfNormalizingPair`.
+    """
+    context_dim = as_count("context_dim", context_dim)
+    make = functools.partial(
+        ResidualMLP,
+        input_dim,
+        hidden_dims,
+        num_blocks=num_blocks,
+        context_dim=context_dim,
+        activation=activation,
+        device=device,
+        dtype=dtype,
+    )
+    return ConditionalSelfNormalizingPair(make(), make(), event_shape=input_dim, **kwargs)

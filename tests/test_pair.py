@@ -1,0 +1,1132 @@
+"""Pairs of networks as layers: the objective, the penalty, the networks that fit, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import re
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import JitTrace_ELBO
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pyro_snf import (
+    GECO,
+    Compose,
+    PairExact,
+    PairLearned,
+    PairRefined,
+    Reconstruction,
+    ResidualMLP,
+    SelfNormalizingPair,
+    SmoothLeakyReLU,
+    self_normalizing_pair,
+)
+from tests.pairs import (
+    EXACT,
+    Dense,
+    Recorder,
+    events,
+    is_close,
+    log_det_of,
+    pair_of,
+    parameters_of_f,
+)
+from tests.registry import (
+    LOG_DETS,
+    assert_gradients_equal,
+    density_by_inverse,
+    density_loss,
+    exact_pair,
+    free_form,
+    linear,
+    nudge_inverses,
+    relative_error,
+    rising_weight,
+    standard_normal,
+)
+from tests.test_gradients import ELBOS, PROGRAMS, elbo_gradients
+
+# The same operations on the same numbers, at other addresses.
+SAME = 1e-12
+# Of a density's integral by 200 × 200 points on a square that holds almost all of it.
+INTEGRAL = 1e-4
+
+SURROGATES = ["refined", "learned"]
+EVERY_LOG_DET = pytest.mark.parametrize("log_det", LOG_DETS)
+
+
+def bad_pair(dim: int = 3, **options: object) -> SelfNormalizingPair:
+    """A random pair whose g has a relative error of some 30 %."""
+    layer = free_form(dim, **options)
+    nudge_inverses(layer, 0.5)
+    return layer
+
+
+def seeded(log_det: str) -> dict[str, object]:
+    """Options of a layer whose probes are the same each time that it is made."""
+    return {"log_det": log_det} if log_det == "exact" else {"log_det": log_det, "seed": 0}
+
+
+def gradients(layer: nn.Module) -> dict[str, Tensor]:
+    """Those of all parameters, 0 where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in layer.named_parameters()
+    }
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Of differences of gradients of order 10.
+        assert is_close(actual[name], gradient, EXACT), name
+
+
+def step(layer: nn.Module) -> None:
+    """A change of all parameters, as by an optimizer."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(0.99)
+
+
+# --- Agreement with the layer for linear maps ---------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("trains", ["both", "inverse"])
+@pytest.mark.parametrize(("mixture", "weight"), [(0.0, 0.0), (0.0, 0.7), (0.5, 0.7)])
+def test_expected_gradient_is_that_of_the_linear_layer(
+    mixture: float, weight: float, trains: str, scaled: bool
+) -> None:
+    # W = diag(e^s) A and R diag(e^−s), R ≠ A⁻¹; the mean is that of all orthogonal probes.
+    layer = linear(
+        4,
+        log_det="learned",
+        bias=False,
+        mixture=mixture,
+        reconstruction_weight=weight,
+        reconstruction=trains,
+    )
+    nudge_inverses(layer, 0.5)
+    log_scale = torch.linspace(-0.5, 0.7, 4) if scaled else torch.zeros(4)
+    f, g = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.log_scale.copy_(log_scale)
+        f.weight.copy_(layer.weight)
+        g.weight.copy_(layer.inverse_weight)
+    # The objective of the layer is divided by 1 − m, the penalty's share of it included.
+    penalty = {"weight": weight / (1 - mixture), "trains": trains}
+    pair = pair_of(f, g, 4, log_det="learned", num_probes=4, reconstruction=penalty)
+    x, cotangent = events(6, 4), torch.linspace(-1, 2, 6)
+    for transform in (layer, pair):
+        loss = cotangent * density_by_inverse(transform, x) + transform(x).square().sum(1)
+        loss.sum().backward()
+    scale = log_scale.exp()  # A = I + Θ/√D, and likewise R
+    assert relative_error(layer.theta.grad, scale.unsqueeze(1) * f.weight.grad / 2) < EXACT
+    if weight == 0:
+        assert g.weight.grad is None
+    elif mixture == 0:  # else R has a share of log p^g
+        assert relative_error(layer.log_det.theta.grad, g.weight.grad / scale / 2) < EXACT
+
+
+# --- The penalty --------------------------------------------------------------------------------
+
+
+def total_gradients(
+    pair: SelfNormalizingPair,
+    x: Tensor,
+    cotangent: Tensor,
+    log_det: str = "refined",
+    **reconstruction: object,
+) -> dict[str, Tensor]:
+    """Of ``Σ c log|det J|`` by a layer of the pair's networks, the penalty's included."""
+    reconstruction = {"seed": 0, **reconstruction}
+    networks = (pair.forward_net, pair.inverse_net)
+    layer = pair_of(*networks, **seeded(log_det), reconstruction=reconstruction)
+    layer.zero_grad()
+    (cotangent * log_det_of(layer, x)).sum().backward()
+    return gradients(layer)
+
+
+def penalty_gradients(
+    pair: SelfNormalizingPair, x: Tensor, cotangent: Tensor, weight: object = 0.7, **options: object
+) -> dict[str, Tensor]:
+    """The penalty's share of them: the probes are the same, whatever λ is."""
+    without = total_gradients(pair, x, cotangent, weight=0.0, **options)
+    total = total_gradients(pair, x, cotangent, weight=weight, **options)
+    return {name: total[name] - without[name] for name in total}
+
+
+def draws_of(pair: SelfNormalizingPair, x: Tensor, **options: object) -> tuple[list[Tensor], ...]:
+    """The events around x, and the latents, that the penalty reconstructs."""
+    f, g = Recorder(pair.forward_net), Recorder(pair.inverse_net)
+    log_det = options.pop("log_det")
+    layer = pair_of(f, g, **seeded(log_det), reconstruction={"seed": 0, **options})
+    log_det_of(layer, x)
+    # Checks of the networks and products with Jacobians are of other numbers of events.
+    given_f, given_g = ([one for one in net.inputs if one.shape == x.shape] for net in (f, g))
+    around = given_f[-1:] if "data_noise_std" in options else []
+    latents = given_g[1 : len(given_g) - len(around)]
+    return around, latents
+
+
+def penalty_by_hand(
+    pair: SelfNormalizingPair,
+    x: Tensor,
+    weights: Tensor,
+    around: list[Tensor],
+    latents: list[Tensor],
+    *,
+    trains: str,
+    tolerance: float,
+) -> dict[str, Tensor]:
+    """The gradients of the formula: those in f of what is above the tolerance alone."""
+    f, g = pair.forward_net, pair.inverse_net
+    terms = [((g(f(one)) - one).square().sum(1), True) for one in (x, *around)]
+    terms += [((f(g(one)) - one).square().sum(1), tolerance == 0) for one in latents]
+    expected = {name: torch.zeros_like(p) for name, p in pair.named_parameters()}
+    for error, may_train_f in terms:
+        trains_f = (error / 3).sqrt() > tolerance if may_train_f and trains == "both" else 0
+        for name, network, share in (("forward", f, trains_f), ("inverse", g, 1)):
+            loss = (weights * share * error).sum()
+            parameters = dict(network.named_parameters(f"{name}_net"))
+            found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+            for key, gradient in zip(parameters, found, strict=True):
+                expected[key] += gradient
+    return expected
+
+
+BASE = dist.Normal(5 * torch.ones(3, dtype=torch.float64), 0.1).to_event(1)
+
+TERMS: dict[str, dict[str, object]] = {
+    "data": {},
+    "around the data": {"data_noise_std": 0.1},
+    "around the latents": {"latent_noise_std": 0.1},
+    "base": {"base": BASE},
+    "all": {"data_noise_std": 0.1, "latent_noise_std": 0.1, "base": BASE},
+}
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.parametrize("has_tolerance", [False, True])
+@pytest.mark.parametrize("trains", ["both", "inverse"])
+@EVERY_LOG_DET
+@pytest.mark.parametrize("terms", TERMS)
+def test_penalty_is_the_formula(
+    terms: str, log_det: str, trains: str, has_tolerance: bool, needs_gradient: bool
+) -> None:
+    pair, x, cotangent = bad_pair(), events(40, 3), torch.linspace(-1, 2, 40)
+    errors = (pair.inverse_net(pair.forward_net(x)) - x).square().mean(1).sqrt()
+    # Half of the data are within the tolerance, which is one of the errors itself.
+    tolerance = errors.median().item() * (1 + EXACT) if has_tolerance else 0.0
+    options = {"log_det": log_det, "trains": trains, "tolerance": tolerance, **TERMS[terms]}
+    given = x.clone().requires_grad_(needs_gradient)
+    actual = penalty_gradients(pair, given, cotangent, **options)
+    around, latents = draws_of(pair, x, weight=0.7, **options)
+    # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
+    weights = 0.7 * cotangent.abs()
+    expected = penalty_by_hand(
+        pair, x, weights, around, latents, trains=trains, tolerance=tolerance
+    )
+    assert_same(actual, expected)
+    trained = {name.split(".")[0] for name, one in actual.items() if one.norm() > 1e-6}
+    assert trained == {"inverse_net", *(["forward_net"] if trains == "both" else [])}
+
+
+@EVERY_LOG_DET
+def test_noise_and_samples_are_of_their_distributions(log_det: str) -> None:
+    pair, x = bad_pair(), events(40, 3)
+    (around,), (noisy, sample) = draws_of(pair, x, log_det=log_det, **TERMS["all"])
+    noise = [(around - x) / 0.1, (noisy - pair.forward_net(x)) / 0.1, (sample - 5) / 0.1]
+    for one in noise:
+        assert one.abs().max() < 5
+        assert 0.7 < one.std() < 1.3
+        assert len(one.unique()) == 120
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # each by random numbers of its own
+        assert (noise[one] - noise[other]).abs().max() > 1
+
+
+@EVERY_LOG_DET
+@pytest.mark.parametrize("terms", ["around the data", "around the latents", "base"])
+def test_noise_is_a_function_of_the_seed_and_the_step(terms: str, log_det: str) -> None:
+    pair, x, cotangent = bad_pair(), events(6, 3), torch.ones(6)
+    options = {"log_det": log_det, "weight": 1.0, **TERMS[terms]}
+    state = torch.get_rng_state()
+    first, again, elsewhere = (
+        total_gradients(pair, x, cotangent, seed=seed, **options) for seed in (1, 1, 2)
+    )
+    for name, one in first.items():
+        assert is_close(again[name], one, SAME), name
+        assert name.startswith("forward_net") or not torch.equal(elsewhere[name], one), name
+    recorder = Recorder(pair.inverse_net)
+    layer = pair_of(
+        pair.forward_net, recorder, **seeded(log_det), reconstruction={"seed": 0, **TERMS[terms]}
+    )
+    for _ in range(2):
+        log_det_of(layer, x.clone())
+    assert torch.equal(torch.get_rng_state(), state)
+    latents = [one for one in recorder.inputs if one.shape == x.shape]
+    assert len({one.sum().item() for one in latents}) == 3  # that of the data twice, and two others
+
+
+@EVERY_LOG_DET
+def test_penalty_never_changes_the_value(log_det: str) -> None:
+    pair, x, values = bad_pair(), events(6, 3), []
+    for reconstruction in (
+        {"weight": 0.0},
+        {"weight": 100.0},
+        {"weight": 100.0, **TERMS["all"]},
+        {"weight": 100.0, "data_noise_std": 1.0, "tolerance": 0.1},
+        {"weight": GECO(0.1, weight=100.0)},
+        {"weight": rising_weight, "trains": "inverse"},
+    ):
+        networks = (pair.forward_net, pair.inverse_net)
+        layer = pair_of(*networks, **seeded(log_det), reconstruction=reconstruction)
+        values.append(log_det_of(layer, x))
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.1, -0.3])
+@EVERY_LOG_DET
+def test_scaling_a_loss_scales_its_gradient(log_det: str, factor: float) -> None:
+    # By c what maximizes or minimizes the density, by |c| the penalty, which is always minimized.
+    pair, x, ones = bad_pair(), events(6, 3), torch.ones(6)
+    without = total_gradients(pair, x, ones, log_det, weight=0.0)
+    penalty = penalty_gradients(pair, x, ones, log_det=log_det)
+    total = total_gradients(pair, x, factor * ones, log_det, weight=0.7)
+    for name, one in total.items():
+        expected = factor * without[name] + abs(factor) * penalty[name]
+        assert is_close(one, expected, EXACT), name
+
+
+@EVERY_LOG_DET
+def test_without_a_penalty_g_is_not_trained(log_det: str) -> None:
+    layer = bad_pair(log_det=log_det, reconstruction={"weight": 0.0})
+    density_loss(layer, events(6, 3)).backward()
+    assert all(p.grad is None or not p.grad.any() for p in layer.inverse_net.parameters())
+
+
+# --- The weight λ: controlled, or on a schedule -------------------------------------------------
+
+
+@pytest.mark.parametrize(("tolerance", "direction"), [(1e-6, 1), (10.0, -1)])
+@EVERY_LOG_DET
+def test_controller_moves_both_ways_and_once_a_step(
+    log_det: str, tolerance: float, direction: int
+) -> None:
+    layer = bad_pair(log_det=log_det, reconstruction={"weight": GECO(tolerance)})
+    controller, weights = layer.reconstruction.weight, []
+    for _ in range(3):
+        for seed in range(3):  # more log-determinants of the same parameters
+            density_loss(layer, events(6, 3, seed=seed))
+            weights.append(controller.weight.item())
+        step(layer)
+    assert weights[0::3] == weights[1::3] == weights[2::3]
+    assert weights[0::3] == sorted(weights[0::3], reverse=direction < 0)
+    assert len(set(weights)) == 3
+
+
+def test_controller_sees_the_mean_square_error_of_an_element_of_the_data() -> None:
+    controller = GECO(0.01, decay=0.0)
+    layer = bad_pair(reconstruction={"weight": controller, "latent_noise_std": 3.0})
+    x = events(6, 3)
+    log_det_of(layer, x)
+    expected = (layer.inverse_net(layer.forward_net(x)) - x).square().mean().item()
+    actual = layer.reconstruction.weight.mean_square_error.item()
+    assert actual == pytest.approx(expected, rel=EXACT)
+    assert controller.mean_square_error.item() == 0.01**2  # the layer has a copy
+
+
+def test_weight_is_that_of_the_penalty() -> None:
+    pair, x, cotangent = bad_pair(), events(6, 3), torch.ones(6)
+    for weight, number in [
+        (GECO(0.01, weight=0.7, rate=1e-15), 0.7),
+        (lambda step: 0.7 - step, 0.7),
+        (lambda step: torch.tensor(0.7), 0.7),
+        (np.float64(0.7), 0.7),
+        (lambda step: 0, 0.0),
+        (None, 1.0),
+    ]:
+        expected = penalty_gradients(pair, x, cotangent, number)
+        assert_same(penalty_gradients(pair, x, cotangent, weight), expected)
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "frozen"])
+def test_nothing_moves_outside_training(how: str) -> None:
+    calls: list[int] = []
+    for weight in (GECO(0.01), lambda step: calls.append(step) or 1.0):
+        layer = bad_pair(reconstruction={"weight": weight}).train(how != "eval")
+        layer.requires_grad_(how != "frozen")
+        before = copy.deepcopy(layer.state_dict())
+        with torch.set_grad_enabled(how != "no_grad"):
+            density_loss(layer, events(6, 3))
+        # The error estimate is a NaN before the first step.
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    assert not calls
+
+
+@EVERY_LOG_DET
+def test_schedule_counts_the_changes_of_the_parameters(log_det: str) -> None:
+    calls: list[int] = []
+    weight = lambda step: calls.append(step) or 1.0  # noqa: E731
+    layer = bad_pair(log_det=log_det, reconstruction={"weight": weight})
+    for _ in range(4):
+        for _ in range(2):
+            density_loss(layer, events(6, 3))
+        step(layer)
+    assert calls == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_schedule_that_gives_no_weight_is_an_error(value: float) -> None:
+    layer = bad_pair(reconstruction={"weight": lambda step: value if step == 1 else 1.0})
+    density_loss(layer, events(6, 3))
+    step(layer)
+    message = rf"expected weight\(1\) to be a number >= 0; got {value}"
+    with pytest.raises(ValueError, match=message):
+        density_loss(layer, events(6, 3))
+
+
+# --- Probes: what is drawn again, and when ------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_det", SURROGATES)
+def test_value_changes_with_the_parameters_alone_and_gradients_with_every_pass(
+    log_det: str,
+) -> None:
+    layer, x = free_form(32, width=32, log_det=log_det, lanczos_steps=2), events(6, 32)
+    values, found = [], []
+    for _ in range(2):
+        layer.zero_grad()
+        values.append(log_det_of(layer, x.clone()))
+        values[-1].sum().backward()
+        found.append(gradients(layer)["forward_net.blocks.0.0.weight"])
+    assert torch.equal(*values)
+    assert not torch.equal(*found)
+    # Of other parameters the probes are others: so is the error.
+    errors = [values[0] - log_det_of(layer.eval(), x)]
+    step(layer)
+    errors.append(log_det_of(layer.train(), x) - log_det_of(layer.eval(), x))
+    assert (errors[1] - errors[0]).norm() > 0.1 * errors[0].norm()
+
+
+def test_seeds_are_drawn_unless_given_and_saved_with_the_state() -> None:
+    def found(layer: SelfNormalizingPair) -> list[Tensor]:
+        log_det_of(layer, events(6, 3)).sum().backward()
+        return list(gradients(layer).values())
+
+    make = lambda: bad_pair(log_det="learned", reconstruction=TERMS["all"])  # noqa: E731
+    layer, other = make(), make()
+    torch.manual_seed(1)
+    another = make()
+    other.load_state_dict(another.state_dict())
+    expected = found(another)
+    assert all(map(torch.equal, found(other), expected))
+    assert not any(map(torch.equal, found(layer), expected))
+    assert 0.01 < another.error_estimate < 1
+    layer.load_state_dict(another.state_dict())
+    assert layer.error_estimate == pytest.approx(another.error_estimate, rel=1e-6)
+
+
+# --- What is cached, and how long ---------------------------------------------------------------
+
+
+def test_one_pass_of_each_network_a_step() -> None:
+    pair = bad_pair()
+    f, g = Recorder(pair.forward_net), Recorder(pair.inverse_net)
+    layer = pair_of(f, g)
+    for use in (lambda x: density_loss(layer, x), lambda x: log_det_of(layer, x).sum()):
+        use(events(6, 3))
+        f.inputs.clear()
+        g.inputs.clear()
+        use(events(6, 3)).backward()
+        assert len(f.inputs) == len(g.inputs) == 1
+
+
+@EVERY_LOG_DET
+def test_log_dets_can_be_differentiated_again_and_again(log_det: str) -> None:
+    # Where no gradient passes y, the pair whose graph has been freed must be dropped all the same.
+    layer, x = bad_pair(log_det=log_det), events(6, 3)
+    for _ in range(3):
+        log_det_of(layer, x).sum().backward()
+    y = layer(x)
+    layer.log_abs_det_jacobian(x, y).sum().backward()
+    layer.log_abs_det_jacobian(x, layer(x)).sum().backward()
+    y = layer(x)  # and several losses of one pass
+    total = layer.log_abs_det_jacobian(x, y).sum() - y.square().sum()
+    (total + layer.log_abs_det_jacobian(x, y).mean()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.forward_net.parameters())
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "replaced"])
+@EVERY_LOG_DET
+def test_log_det_after_a_change_of_the_parameters(log_det: str, how: str) -> None:
+    # y is cached with the graph that it was computed by, which is not that of the new parameters.
+    options = {} if log_det == "exact" else {"lanczos_steps": 3}
+    layer = free_form(log_det=log_det, reconstruction={"trains": "inverse"}, **options)
+    x, parameter = events(6, 3), layer.forward_net.blocks[0][2].weight
+    y = layer(x)
+    with torch.no_grad():
+        if how == "in place":
+            parameter.mul_(-1)
+        elif how == "data":  # without a change of autograd's version counter
+            parameter.data.mul_(-1)
+        else:
+            parameter.data = -parameter.data
+    expected = log_det_of(Dense(layer.forward_net), x)
+    if how == "in place":  # the other two are seen at the next call of T alone
+        value = layer.log_abs_det_jacobian(x, y)
+        value.sum().backward()
+        assert is_close(value, expected, EXACT)
+    fresh = layer(x)
+    assert is_close(fresh, layer.forward_net(x), EXACT)
+    value = layer.log_abs_det_jacobian(x, fresh)
+    assert is_close(value, expected, EXACT)
+    (value + fresh.sum(1)).sum().backward()
+
+
+@EVERY_LOG_DET
+def test_graphs_do_not_accumulate(log_det: str) -> None:
+    # Without the garbage collector: after the next step nothing is left of a step's tensors.
+    layer, references = bad_pair(log_det=log_det), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(3):
+            x = events(6, 3, seed=index)
+            y = layer(x)
+            loss = y.square().sum() - layer.log_abs_det_jacobian(x, y).sum()
+            loss = loss + layer.inv(events(6, 3)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            references.append([weakref.ref(one) for one in (x, y, loss)])
+    finally:
+        gc.enable()
+    assert [one() for one in references[0] + references[1]] == [None] * 6
+
+
+def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:
+    layer = free_form(8, width=64)
+    small, x = len(pickle.dumps(layer)), events(5000, 8)
+    log_det_of(layer, x)
+    layer.inv(x)
+    assert len(pickle.dumps(layer)) < 1.1 * small
+
+
+# --- Networks of all kinds ----------------------------------------------------------------------
+
+
+class _Smooth(torch.autograd.Function):
+    """``x + 0.3 tanh x``, with a backward pass of its own, and nothing for forward mode."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x + 0.3 * x.tanh()
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cotangent * (1 + 0.3 * (1 - x.tanh().square()))
+
+
+class _SmoothOnce(_Smooth):
+    """The same, with a backward pass that cannot be differentiated."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent: Tensor) -> Tensor:
+        return _Smooth.backward(ctx, cotangent)
+
+
+class Activated(nn.Module):
+    """A dense layer near the identity, before a function; or a block of it beside the input."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], *, dim: int = 3, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.eye(dim) + 0.1 * events(dim, dim))
+        self.function = function
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.function(self.linear(x))
+        return x + 0.3 * result if self.residual else result
+
+
+class Skip(nn.Module):
+    """``x + 0.2 h(x)``."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.2 * self.network(x)
+
+
+def transformer() -> nn.Module:
+    """A block with torch's fused attention."""
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, norm_first=True)
+
+
+def shrunk(network: nn.Module) -> nn.Module:
+    """The same network with smaller weights: near the identity."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.3)
+    return network
+
+
+def normalized(*more: nn.Module) -> nn.Module:
+    return Skip(nn.Linear(3, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 3), *more)
+
+
+def small_u_net() -> nn.Module:
+    return Skip(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.GELU(),
+        nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1),
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "a function without forward mode": (lambda: Activated(_Smooth.apply), (3,)),
+    "such a function in a residual block": (lambda: Activated(_Smooth.apply, residual=True), (3,)),
+    "a transformer's block": (lambda: shrunk(transformer()), (3, 4)),
+    "layer normalization": (normalized, (3,)),
+    "a U-Net": (small_u_net, (2, 4, 4)),
+    "dropout of nothing": (lambda: normalized(nn.Dropout(0.0)), (3,)),
+}
+
+
+@EVERY_LOG_DET
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_of_all_kinds(kind: str, log_det: str) -> None:
+    make, shape = NETWORKS[kind]
+    dim, x = math.prod(shape), events(5, *shape)
+    probes = {"num_probes": dim, "lanczos_steps": dim}
+    method = {
+        "refined": PairRefined(**probes, krylov_steps=dim, tolerance=1e-12),
+        "learned": PairLearned(**probes),
+        "exact": PairExact(),
+    }[log_det]
+    penalty = Reconstruction(trains="inverse")
+    layer = SelfNormalizingPair(
+        make(), make(), event_shape=shape, log_det=method, reconstruction=penalty
+    )
+    # In training: value and gradient are exact, but for the gradient of "learned".
+    y = layer(x)
+    value = layer.log_abs_det_jacobian(x, y)
+    (y.square().sum() - value.sum()).backward()
+    actual = {name: p.grad for name, p in parameters_of_f(layer).items()}
+    layer.zero_grad()
+    layer.eval()
+    assert is_close(y, layer(x), EXACT)
+    expected = log_det_of(layer, x)
+    assert is_close(value, expected, EXACT)
+    (layer(x).square().sum() - expected.sum()).backward()
+    if log_det != "learned":
+        for name, p in parameters_of_f(layer).items():
+            assert is_close(actual[name], p.grad, 1e-7), name
+    # Outside training.
+    for one, logarithm in zip(x, expected, strict=True):
+        jacobian = torch.autograd.functional.jacobian(layer, one).reshape(dim, dim)
+        assert is_close(logarithm, torch.linalg.slogdet(jacobian).logabsdet, EXACT)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert is_close(log_det_of(layer, x.clone()), expected, EXACT)
+            assert is_close(layer.inv(layer(x).clone()), x, 1e-7)
+
+
+@EVERY_LOG_DET
+def test_inverse_net_need_not_be_differentiable_twice(log_det: str) -> None:
+    # Nor need it be a good inverse: Newton's method takes dense Jacobians then.
+    layer = pair_of(Activated(_Smooth.apply), Activated(_SmoothOnce.apply), log_det=log_det)
+    x = events(5, 3)
+    density_loss(layer, x).backward()
+    assert all((p.grad != 0).any() for p in layer.parameters())
+    assert is_close(layer.inv(layer(x).detach().clone()), x, EXACT)
+
+
+def test_parameters_are_not_needed() -> None:
+    # Pairs of fixed maps: nothing is trained, and everything is exact.
+    layer, x = pair_of(nn.Softsign(), nn.Identity(), 2), events(5, 2)
+    expected = -2 * (1 + x.abs()).log().sum(1)
+    assert is_close(log_det_of(layer, x), expected, EXACT)
+    assert is_close(layer.inv(layer(x).clone()), x, EXACT)
+    assert layer(x.float()).dtype == torch.float32
+
+
+def test_g_alone_can_be_trained() -> None:
+    layer = bad_pair()
+    layer.forward_net.requires_grad_(False)
+    density_loss(layer, events(6, 3)).backward()
+    assert all(p.grad is None for p in layer.forward_net.parameters())
+    assert all((p.grad != 0).any() for p in layer.inverse_net.parameters())
+
+
+def test_networks_may_share_parameters() -> None:
+    # Tied weights: g is f with the other sign, for example.
+    network = ResidualMLP(3, [4])
+    layer = pair_of(network, network)
+    density_loss(layer, events(6, 3)).backward()
+    assert len(list(layer.parameters())) == len(list(network.parameters()))
+    assert torch.isfinite(network.blocks[0][2].weight.grad).all()
+
+
+# --- Networks that do not fit -------------------------------------------------------------------
+
+
+def hidden_dropout(x: Tensor) -> Tensor:
+    return F.dropout(x, 0.5, training=True)
+
+
+def hidden_batch_statistics(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def uses(layer: SelfNormalizingPair) -> list[Callable[[Tensor], Tensor]]:
+    return [layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)]
+
+
+RANDOM = "to be deterministic; got "
+MIXED = "to map each event independently; got "
+SHAPE = r"to map a batch .* of the same shape \(12, 3\); got "
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)),
+        RANDOM + r"NAME\.1, Dropout\(p=0\.1, inplace=False\), in training mode",
+    ),
+    "dropout of channels": (lambda: nn.Dropout1d(0.1), RANDOM + r"NAME, Dropout1d\(p=0\.1"),
+    "alpha dropout": (lambda: nn.AlphaDropout(0.1), RANDOM + r"NAME, AlphaDropout\(p=0\.1"),
+    "random slopes": (lambda: nn.RReLU(), RANDOM + "NAME, RReLU"),
+    "dropout in a start as the identity": (
+        lambda: ResidualMLP(3, [4], activation=lambda: nn.Dropout(0.5)),
+        RANDOM + r"NAME\.blocks\.0\.1, Dropout",
+    ),
+    "batch normalization": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
+        MIXED + r"NAME\.1, BatchNorm1d\(3, .* put it into eval\(\) mode",
+    ),
+    "batch normalization without statistics": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False).eval(),
+        MIXED + "NAME, BatchNorm1d",
+    ),
+    "hidden dropout": (
+        lambda: Activated(hidden_dropout),
+        RANDOM + "another output for the same event: does it contain dropout",
+    ),
+    "noise": (lambda: Activated(lambda x: x + torch.randn_like(x)), RANDOM + "another output"),
+    "hidden statistics": (
+        lambda: Activated(hidden_batch_statistics),
+        MIXED + "another output beside other events: does it normalize",
+    ),
+    "more outputs": (lambda: nn.Linear(3, 4), SHAPE + r"\(12, 4\)"),
+    "fewer outputs": (lambda: nn.Linear(3, 1), SHAPE + r"\(12, 1\)"),
+    "flat outputs": (lambda: nn.Flatten(0), SHAPE + r"\(36,\)"),
+    "two outputs": (lambda: Activated(lambda x: (x, x)), SHAPE + "tuple"),
+    "no output": (lambda: Activated(lambda x: None), SHAPE + "NoneType"),
+}
+
+
+@pytest.mark.parametrize("which", ["forward_net", "inverse_net"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_networks_that_do_not_fit_are_refused(kind: str, which: str) -> None:
+    make, message = REFUSED[kind]
+    networks = {"forward_net": nn.Linear(3, 3), "inverse_net": nn.Linear(3, 3), which: make()}
+    layer, x = SelfNormalizingPair(**networks, event_shape=3), events(6, 3)
+    state = torch.get_rng_state()
+    for use in uses(layer):
+        for _ in range(2):  # the second time, too
+            with pytest.raises(
+                ValueError, match=f"expected {which} " + message.replace("NAME", which)
+            ):
+                use(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_attention_with_dropout_is_refused() -> None:
+    class Attending(nn.MultiheadAttention):  # whose dropout is no module
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x, x, x)[0]
+
+    layer = pair_of(Attending(4, 2, dropout=0.5, batch_first=True), transformer(), (3, 4))
+    with pytest.raises(ValueError, match="expected forward_net " + RANDOM):
+        layer(events(5, 3, 4))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.BatchNorm1d(3), lambda: nn.Dropout(0.5), nn.RReLU], ids=range(3)
+)
+def test_layers_that_are_deterministic_in_eval_mode_are_accepted_there(
+    make: Callable[[], nn.Module], training: bool
+) -> None:
+    f, g = (nn.Sequential(nn.Linear(3, 3), make()) for _ in range(2))
+    layer, x = pair_of(f, g).eval(), events(6, 3)
+    if training:  # the layer is trained, and these parts of its networks are not
+        layer.train()
+        f[1].eval()
+        g[1].eval()
+    y = layer(x)
+    value = layer.log_abs_det_jacobian(x, y)
+    (y.sum() - value.sum()).backward()
+    if not training:
+        jacobian = torch.autograd.functional.jacobian(lambda x: f(x).sum(0), x).movedim(1, 0)
+        assert is_close(value, torch.linalg.slogdet(jacobian).logabsdet, EXACT)
+    layer.train()
+    with pytest.raises(ValueError, match="expected forward_net to "):
+        layer(x)
+
+
+def test_batch_statistics_are_as_they_were_when_refused() -> None:
+    network = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="statistics of the batch"):
+        pair_of(network, nn.Linear(3, 3))(events(6, 3))
+    assert torch.equal(network.running_mean, torch.zeros(3))
+    assert network.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_networks_are_checked_whatever_the_batch(count: int) -> None:
+    for function, message in [(hidden_dropout, RANDOM), (hidden_batch_statistics, MIXED)]:
+        with pytest.raises(ValueError, match=message):
+            pair_of(Activated(function), nn.Linear(3, 3))(torch.zeros(count, 3))
+
+
+def test_networks_are_checked_once_in_each_mode_by_few_events() -> None:
+    f, x = Recorder(ResidualMLP(3, [4])), events(100, 3)
+    layer = pair_of(f, ResidualMLP(3, [4]))
+    layer(x)
+    assert all(len(one) <= 16 for one in f.inputs[:-1])
+    for mode in (True, False):
+        layer.train(mode)
+        layer(x.clone())
+        f.inputs.clear()
+        layer(x.clone())
+        assert len(f.inputs) == 1
+
+
+def test_check_ignores_what_is_not_finite() -> None:
+    layer, x = free_form(), events(6, 3)
+    x[0] = math.nan
+    x[1, 0] = math.inf
+    assert is_close(layer(x)[2:], layer.forward_net(x[2:]), EXACT)
+
+
+TWICE = "expected forward_net to be twice differentiable"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@EVERY_LOG_DET
+def test_function_that_is_differentiable_once_is_refused_where_gradients_are_recorded(
+    log_det: str, residual: bool
+) -> None:
+    # Torch may lose such a derivative without an error: the gradient would be wrong.
+    f, same = (
+        Activated(function, residual=residual)
+        for function in (_SmoothOnce.apply, lambda x: x + 0.3 * x.tanh())
+    )
+    same.load_state_dict(f.state_dict())
+    layer, x = pair_of(f, Activated(_Smooth.apply), log_det=log_det), events(5, 3)
+    with pytest.raises(ValueError, match=TWICE):
+        layer(x)
+    # The value and the inverse need the first derivative alone.
+    layer.eval()
+    with torch.no_grad():
+        expected = log_det_of(Dense(same), x)
+        assert is_close(log_det_of(layer, x), expected, EXACT)
+        assert is_close(layer.inv(layer(x).clone()), x, EXACT)
+    with pytest.raises(ValueError, match=TWICE):
+        log_det_of(layer, x)
+
+
+def test_function_whose_backward_pass_fails_is_refused_in_training() -> None:
+    class NoSecond(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, cotangent: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                raise NotImplementedError("no second derivative of this")
+            return 2 * cotangent
+
+    layer = pair_of(Activated(NoSecond.apply), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=TWICE + ".*got: no second derivative of this"):
+        layer(events(5, 3))
+
+
+# --- Options and inputs -------------------------------------------------------------------------
+
+
+def make_pair(**options: object) -> SelfNormalizingPair:
+    networks = {name: nn.Linear(3, 3) for name in ("forward_net", "inverse_net")}
+    return SelfNormalizingPair(**{**networks, "event_shape": 3, **options})
+
+
+#: What test_bad_input.py leaves out: options, what they may be, and values that are not.
+OPTIONS: list[tuple[Callable[..., object], str, str, list[object]]] = [
+    (PairRefined, "krylov_steps", ", an integer >= 1", [0, 1.5]),
+    *[(one, "lanczos_steps", ", an integer >= 0", [-1, 2.0]) for one in (PairLearned, PairRefined)],
+    *[(one, "seed", ", an integer >= 0", [-1, 1.5]) for one in (PairRefined, Reconstruction)],
+    (PairLearned, "num_probes", ", an integer >= 1", [0, 2.5, True]),
+    (PairRefined, "probe", " to be one of ('gaussian', ", ["uniform", None]),
+    (Reconstruction, "latent_noise_std", " >= 0", [-0.1, math.inf, math.nan]),
+    (Reconstruction, "base", ", a distribution or None", [dist.Normal]),
+    (make_pair, "log_det", " to be ", [None, PairExact]),
+    (make_pair, "event_shape", ", integers >= 1", [0, (3, -1), (), 2.0, "3"]),
+    (partial(make_pair, event_shape=None), "event_dim", ", an integer >= 1", [0, -1, 1.0, True]),
+    (make_pair, "forward_net", ", a torch.nn.Module", [torch.tanh, None, nn.Linear]),
+    (make_pair, "inverse_net", ", a torch.nn.Module", [torch.tanh, None, nn.Linear]),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "expected", "value"),
+    [(make, name, expected, value) for make, name, expected, values in OPTIONS for value in values],
+)
+def test_option_is_checked_at_construction(
+    make: Callable[..., object], option: str, expected: str, value: object
+) -> None:
+    message = f"{re.escape(f'expected {option}{expected}')}.*; got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=message):
+        make(**{option: value})
+
+
+def test_either_event_shape_or_event_dim_is_given() -> None:
+    for event, got in [({"event_shape": None}, "None, None"), ({"event_dim": 1}, "3, 1")]:
+        message = rf"expected one of event_shape and event_dim; got \({got}\)"
+        with pytest.raises(ValueError, match=message):
+            make_pair(**event)
+
+
+def test_layers_do_not_share_a_method_or_a_penalty() -> None:
+    method, penalty = PairLearned(num_probes=np.int64(2)), Reconstruction(GECO(0.1))
+    layers = [make_pair(log_det=method, reconstruction=penalty) for _ in range(2)]
+    assert type(layers[0].log_det.num_probes) is int
+    for one in (layers[0].log_det, layers[0].reconstruction):
+        assert one not in (method, penalty, layers[1].log_det, layers[1].reconstruction)
+    seeds = [
+        part.probes.seed.item()
+        for layer in layers
+        for part in (layer.log_det, layer.reconstruction)
+    ]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("event", [{"event_shape": 3}, {"event_shape": None, "event_dim": 1}])
+@pytest.mark.parametrize("method", [PairRefined, PairLearned])
+def test_more_orthogonal_probes_than_features_are_refused(
+    method: type[PairLearned], event: dict[str, object]
+) -> None:
+    layer = make_pair(log_det=method(num_probes=4), **event)
+    with pytest.raises(ValueError, match=r"expected num_probes <= D = 3 .*; got 4"):
+        log_det_of(layer, events(5, 3))
+    log_det_of(layer.eval(), events(5, 3))  # where no probes are drawn
+
+
+@pytest.mark.parametrize(
+    ("base", "got"), [(standard_normal(2), r"\(2,\)"), (dist.Normal(0.0, 1.0), r"\(\)")]
+)
+def test_base_of_another_event_shape_is_refused(base: dist.Distribution, got: str) -> None:
+    layer = free_form(reconstruction={"base": base})
+    with pytest.raises(ValueError, match=rf"expected a base of events of shape \(3,\); got {got}"):
+        log_det_of(layer, events(5, 3))
+
+
+INPUTS = [
+    *[
+        (torch.zeros(shape), rf"shape \(\.\.\., 3\); got {re.escape(str(shape))}")
+        for shape in [(4,), (2, 4), (3, 1), (3, 5, 2), (), (0, 3), (2, 0, 3)]
+    ],
+    *[
+        (torch.ones(2, 3, dtype=dtype), rf"a floating-point tensor; got {dtype}")
+        for dtype in (torch.int64, torch.complex64)
+    ],
+    *[([1.0, 2.0, 3.0], "a floating-point tensor; got list"), (None, "tensor; got NoneType")],
+    *[
+        (torch.ones(2, 3, dtype=dtype), rf"dtype torch\.float64; got {dtype}")
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+]
+
+
+@pytest.mark.parametrize(("value", "message"), INPUTS)
+def test_input_is_checked(value: object, message: str) -> None:
+    by_dim = make_pair(event_shape=None, event_dim=1)
+    for layer, name in ((free_form(), r"\(3,\)"), (by_dim, "event_dim=1")):
+        if layer is by_dim and "shape" in message:
+            continue
+        for use in uses(layer):
+            with pytest.raises(
+                ValueError, match=rf"SelfNormalizingPair\({name}, .*expected .*{message}"
+            ):
+                use(value)
+
+
+def test_input_of_too_few_dimensions_is_refused() -> None:
+    layer = SelfNormalizingPair(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), event_dim=3)
+    message = r"SelfNormalizingPair\(event_dim=3, .*expected at least 3 dimensions; got \(2, 4\)"
+    for use in uses(layer):
+        with pytest.raises(ValueError, match=message):
+            use(torch.zeros(2, 4))
+
+
+def test_repr_names_the_shape_the_method_and_the_value_in_training() -> None:
+    for options, expected in [
+        ({}, r"\(3,\), log_det=PairRefined\(num_probes=1, .*\), inverse='iterative'"),
+        ({"event_shape": None, "event_dim": 2}, "event_dim=2, log_det="),
+        ({"log_det": "learned"}, "training value: 0"),
+        ({"log_det": PairLearned(lanczos_steps=2)}, "training value: estimate"),
+        ({"log_det": PairRefined(lanczos_steps=0)}, "training value: 0"),
+        ({"log_det": "exact"}, "training value: exact"),
+        ({"reconstruction": Reconstruction(3.0)}, r"reconstruction=Reconstruction\(3\.0, trains="),
+    ]:
+        assert re.search(expected, repr(make_pair(**options)))
+
+
+# --- Inside Pyro --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elbo", ELBOS)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("log_det", SURROGATES)
+def test_elbo_gradient_is_the_exact_one(
+    log_det: str, program: Callable[..., tuple[Callable, Callable]], elbo: str
+) -> None:
+    # Subsampled plates, scales, particles; the layer as guide, prior and density.
+    results = []
+    for options in (
+        {"log_det": log_det, "num_probes": 3, "lanczos_steps": 3},
+        {"log_det": "exact"},
+    ):
+        layer = exact_pair(3, **options)
+        loss, found = elbo_gradients(*program(layer), layer, ELBOS[elbo]())
+        named = {name: one for name, one in found.items() if name.startswith("forward_net")}
+        results.append((loss, named))
+    (loss, actual), (exact_loss, expected) = results
+    assert_gradients_equal(actual, expected)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=EXACT)
+
+
+def banana(count: int, seed: int = 0) -> Tensor:
+    """``x₁ ~ N(0, 1)``, ``x₂ = (x₁² − 1)/2 + 0.3 ε``."""
+    first, noise = events(2, count, seed=seed)
+    return torch.stack([first, (first.square() - 1) / 2 + 0.3 * noise], dim=1)
+
+
+@EVERY_LOG_DET
+def test_density_model_learns_what_is_not_gaussian(log_det: str) -> None:
+    torch.manual_seed(3)
+    layer = self_normalizing_pair(2, [32], log_det=log_det, reconstruction=Reconstruction(10.0))
+    density = dist.TransformedDistribution(standard_normal(2), [layer.inv])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.02 ** (1 / 250))
+    for index in range(250):
+        loss = -density.log_prob(banana(128, seed=index)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    unseen = banana(2000, seed=-1)
+    with torch.no_grad():
+        score = density.log_prob(unseen).mean().item()
+        best = -math.log(2 * math.pi) - 1 - math.log(0.3)  # the entropy's negative
+        gaussian = dist.MultivariateNormal(unseen.mean(0), unseen.mT.cov())
+        # Most of what a Gaussian leaves; 0.82 to 0.90 were seen with four seeds.
+        baseline = gaussian.log_prob(unseen).mean().item()
+        assert score - baseline > 0.7 * (best - baseline)
+        assert score < best + 0.05
+
+        # It is a density: it integrates to 1.
+        axes = torch.linspace(-5, 5, 200), torch.linspace(-3, 10, 200)
+        grid = torch.cartesian_prod(*axes)
+        cell = (10 / 199) * (13 / 199)
+        assert density.log_prob(grid).exp().sum().item() * cell == pytest.approx(1, abs=INTEGRAL)
+
+        # And samples, which the inverse computes, are of that density.
+        samples = density.sample((2000,))
+        assert layer.convergence.num_converged == 2000
+        assert is_close(samples.mean(0), torch.zeros(2), 0.15)
+        moment = (samples[:, 0].square() * samples[:, 1]).mean()
+        assert moment.item() == pytest.approx(1.0, abs=0.4)  # E[x₁² (x₁² − 1)/2] = 1
+
+
+@EVERY_LOG_DET
+def test_parameter_store_into_a_fresh_layer(log_det: str) -> None:
+    layer, fresh, x = bad_pair(log_det=log_det), free_form(seed=1, log_det=log_det), events(5, 3)
+    pyro.module("flow", layer)
+    state = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    assert not torch.equal(fresh(x), layer(x))
+    pyro.get_param_store().set_state(state)
+    pyro.module("flow", fresh, update_module_params=True)
+    assert torch.equal(fresh(x), layer(x))
+    with torch.no_grad():
+        assert torch.equal(log_det_of(fresh, x.clone()), log_det_of(layer, x.clone()))
+    density_loss(fresh, x).backward()
+    assert all((p.grad != 0).any() for p in fresh.parameters())
+
+
+def test_stack_of_pairs_and_other_layers() -> None:
+    parts = [
+        exact_pair(3, num_probes=3),
+        SmoothLeakyReLU(0.3, learnable=True),
+        linear(3, log_det="exact"),
+        exact_pair(3, seed=1, log_det="learned", num_probes=3).inv,
+    ]
+    results = []
+    for exact in (False, True):
+        stack = Compose(parts)
+        stack.train(not exact)
+        stack.zero_grad()
+        x = events(6, 3).requires_grad_()
+        density_by_inverse(stack, x).mean().backward()
+        found = {name: one for name, one in gradients(stack).items() if "inverse_net" not in name}
+        results.append({"x": x.grad, **found})
+    assert_gradients_equal(*results)
+    y = stack(events(6, 3)).detach().clone()
+    assert is_close(stack(stack.inv(y).detach()), y, EXACT)
+
+
+@pytest.mark.usefixtures("_jit_may_warn")
+@pytest.mark.parametrize("part", ["log-det", "inverse"])
+def test_trace_is_refused(part: str) -> None:
+    # Its derivatives would be constants: those of the first step, at every step.
+    layer, data = free_form(), events(6, 3)
+    transform = layer.inv if part == "log-det" else layer
+
+    def model() -> None:
+        pyro.module("flow", layer)
+        with pyro.plate("data", 6):
+            pyro.sample(
+                "x", dist.TransformedDistribution(standard_normal(3), [transform]), obs=data
+            )
+
+    with pytest.raises(RuntimeError, match=r"torch\.jit cannot trace the derivatives of a network"):
+        JitTrace_ELBO(ignore_jit_warnings=True).loss_and_grads(model, lambda: None)
+    layer.requires_grad_(False)
+    traced = torch.jit.trace(lambda x: layer(x), data, check_trace=False)
+    assert is_close(traced(data), layer(data), EXACT)  # T(x) takes no derivatives
