@@ -43,9 +43,6 @@ PICTURES = {
 SMALL_VAE = "--latent-dim 3 --hidden 8 --rank 1"
 SMALL_GLOW = "--model glow --steps-per-level 1 --hidden-channels 4"
 
-# That of data of variance 1 under a standard normal density, in the plane.
-UNTRAINED_NLL = 1 + math.log(2 * math.pi)
-
 # Pyro warns of it.
 LOSS_IS_NAN = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 
@@ -59,7 +56,7 @@ JITTER = 1e-6
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Less to evaluate and to draw. And guides own their parameters, as in the examples."""
-    sizes = {"NUM_TEST": 500, "NUM_LATENTS": 100, "NUM_CELLS": 200}
+    sizes = {"NUM_TEST": 500, "NUM_LATENTS": 100, "NUM_CELLS": 100}
     for module, values in {
         density_2d: sizes,
         vae: {"NUM_VALIDATION": 2},
@@ -137,7 +134,7 @@ def run(mnist: Path, npz: Path, tmp_path: Path) -> Any:
         ("svi_guide", "--num-steps 25"),
         ("svi_guide", "--seconds 0.3 --grid 4 --num-layers 2"),
         ("density_digits", "--num-steps 30"),
-        ("density_2d", "--seconds 0.3 --densities moons trimodal"),
+        ("density_2d", "--seconds 0.3 --densities moons checkerboard"),
         ("vae", f"--epochs 1 {SMALL_VAE}"),
         ("vae", f"--epochs 1 {SMALL_VAE} --data-dir MNIST"),
         ("images", "--epochs 2"),
@@ -181,13 +178,12 @@ def _check(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
         assert rows[0]["inverse error"] < 1e-12
     if name == "density_2d":
         names = [(row["density"], row["flow"]) for row in rows]
-        assert names == [(one, flow) for one in ("moons", "trimodal") for flow in FLOWS]
-        for row in rows:
-            # Pyro's flows are rough at first, and the grid is coarse.
-            assert row["mass"] == pytest.approx(1, abs=0.05 if "_" in row["flow"] else 0.01)
-            assert row["true NLL"] < row["nll"] < UNTRAINED_NLL
-            # Nothing has moved far enough to fold.
-            assert (row["recovered"], row["inverted"]) == (1, 1)
+        assert names == [(one, flow) for one in ("moons", "checkerboard") for flow in FLOWS]
+        # Nothing has moved far enough to fold.
+        assert all((row["recovered"], row["inverted"]) == (1, 1) for row in rows)
+        for row in rows[:3]:  # Pyro's flows are rough at first, and the grid is coarse
+            assert row["mass"] == pytest.approx(1, abs=0.02)
+            assert row["nll"] > row["true NLL"]
     if name == "vae":
         names = ["mean field", "self-normalizing, rank 0", "self-normalizing, rank 1"]
         assert [row["guide"] for row in rows] == names
@@ -502,11 +498,23 @@ def test_folds_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_plane_flows_have_the_same_data_and_samples_that_repeat(name: str) -> None:
-    example = density_2d.Run(name, seconds=1.0, seed=7)
+def test_plane_flows_are_normalized(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(density_2d, "WARM_UP", 1e-9)  # 60 steps are its start
+    if name == "spline_coupling":  # rough at first
+        monkeypatch.setattr(density_2d, "NUM_CELLS", 400)
+    density = density_2d.DENSITIES["trimodal"]()
+    test = density.sample(500, torch.Generator().manual_seed(1))
+    example = density_2d.Run(name, seconds=100.0, seed=7)
+    # All flows have the same data.
     fresh = torch.Generator().manual_seed(7)
     assert torch.equal(example.data_generator.get_state(), fresh.get_state())
-    assert example.sample(7, seed=0).shape == (7, 2)
+    before = example.evaluate(test)
+    for _ in range(60):
+        example.step(density.sample(100, example.data_generator))
+    after = example.evaluate(test)
+    assert after.nll < before.nll - 0.1
+    assert after.mass == pytest.approx(1, abs=0.05)
+    assert (after.recovered, after.inverted) == (1, 1)
     assert torch.equal(example.sample(7, seed=0), example.sample(7, seed=0))
 
 

@@ -276,7 +276,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
             )
             value = attach_penalty(value, penalty.to(value))
         if evaluation is not None:  # a backward pass from the value frees the cached pair's graph
-            pass
+            self._pair.drop_at_backward(value)
         return value
 
     @property
