@@ -75,8 +75,8 @@ def first_order_only(
 class Surrogate:
     """A value whose derivative in some parameter is not that of autograd: ``scale · gradient``.
 
-    The cotangent that arrives is honoured: any reduction, scale, plate or sign downstream
-    multiplies the gradient.
+    The gradient is multiplied with the cotangent of the value, so that any reduction, scale, plate
+    or sign downstream applies to it.
 
     :param Tensor value: a scalar, shape ``()``.
     :param gradient: of the parameter's shape, a constant, or a function that returns it in the
@@ -267,7 +267,7 @@ class _AttachPenalty(Function):
 
 
 def attach_penalty(value: Tensor, penalty: Tensor) -> Tensor:
-    """``value``, with a penalty to be *minimized* riding on its gradient.
+    """``value``, unchanged, whose backward pass also minimizes a penalty.
 
     The backward pass adds ``|∂loss/∂value| · ∂penalty``: the penalty scales with whatever scales
     the value (means, plates, particles), and is minimized whether the value is maximized (a

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -42,15 +42,28 @@ EXACT = 1e-9
 
 SIZE = (5, 4)
 
-#: Layers by their keywords, and the size of images that they are asked for.
-LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
-    "linear D=1": (lambda **options: linear(1, **options), None),
-    "linear": (lambda **options: linear(6, **options), None),
-    "conv": (lambda **options: conv(2, inverse_kernel_size=3, **options), SIZE),
-    "conv circular": (lambda **options: conv(2, padding_mode="circular", **options), SIZE),
-    "conv 1×1": (lambda **options: conv(2, kernel_size=1, **options), SIZE),
+
+class Kind(NamedTuple):
+    make: Callable[..., Any]
+    """Makes a layer of some keywords."""
+    size: tuple[int, int] | None = SIZE
+    """Of the images that it is asked for."""
+
+
+KINDS = {
+    "linear D=1": Kind(partial(linear, 1), None),
+    "linear": Kind(partial(linear, 6), None),
+    "conv": Kind(partial(conv, 2, inverse_kernel_size=3)),
+    "conv circular": Kind(partial(conv, 2, padding_mode="circular")),
+    "conv 1×1": Kind(partial(conv, 2, kernel_size=1)),
 }
-EVERY_LAYER = pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS.keys())
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
 EVERY_METHOD = pytest.mark.parametrize("log_det", LOG_DETS)
 
 
@@ -67,12 +80,9 @@ def matrices(layer: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
 # --- Layers -------------------------------------------------------------------------------------
 
 
-@EVERY_LAYER
 @EVERY_METHOD
-def test_inverse_error_is_its_definition(
-    log_det: str, make: Callable[..., Any], size: tuple[int, int] | None
-) -> None:
-    layer = make(log_det=log_det)
+def test_inverse_error_is_its_definition(log_det: str, kind: Kind) -> None:
+    layer, size = kind.make(log_det=log_det), kind.size
     nudge_inverses(layer, 0.3)
     weight, inverse = matrices(layer, size)
     expected = (torch.eye(len(weight)) - inverse @ weight).norm() / math.sqrt(len(weight))
@@ -84,13 +94,10 @@ def test_inverse_error_is_its_definition(
         assert inverse_error(layer) == pytest.approx(1.0)
 
 
-@EVERY_LAYER
 @EVERY_METHOD
-def test_gradient_error_is_that_of_the_next_training_step(
-    log_det: str, make: Callable[..., Any], size: tuple[int, int] | None
-) -> None:
+def test_gradient_error_is_that_of_the_next_training_step(log_det: str, kind: Kind) -> None:
     # The penalty has no gradient at x = 0.
-    layer = make(log_det=log_det)
+    layer, size = kind.make(log_det=log_det), kind.size
     nudge_inverses(layer, 0.3)
     found = gradient_error(layer.eval(), size)
     assert gradient_error(layer.inv, size) == found
@@ -108,12 +115,9 @@ def test_gradient_error_is_that_of_the_next_training_step(
     assert (relative > 1e-3) == (log_det == "learned")
 
 
-@EVERY_LAYER
 @EVERY_METHOD
-def test_diagnostics_change_nothing(
-    log_det: str, make: Callable[..., Any], size: tuple[int, int] | None
-) -> None:
-    layer = make(log_det=log_det)
+def test_diagnostics_change_nothing(log_det: str, kind: Kind) -> None:
+    layer, size = kind.make(log_det=log_det), kind.size
     nudge_inverses(layer, 0.3)
     layer(torch.zeros(2, len(layer.theta), *(size or ())))
     state, random_state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
@@ -179,12 +183,9 @@ def test_report_has_a_row_a_layer_and_prints_as_a_table() -> None:
     assert len(first) == len(header)
 
 
-@EVERY_LAYER
 @EVERY_METHOD
-def test_report_of_a_layer(
-    log_det: str, make: Callable[..., Any], size: tuple[int, int] | None
-) -> None:
-    layer = make(log_det=log_det)
+def test_report_of_a_layer(log_det: str, kind: Kind) -> None:
+    layer, size = kind.make(log_det=log_det), kind.size
     if size is not None:
         assert "–" in str(report(layer))  # before the first image
     x = torch.ones(1, len(layer.theta), *(size or ()))

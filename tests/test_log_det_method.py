@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -47,13 +47,24 @@ EXACT = 1e-12
 
 IMAGES = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-#: Layers, and events for them.
-LAYERS: dict[str, tuple[Callable[..., Any], Tensor]] = {
-    "linear": (partial(SelfNormalizingLinear, 4), IMAGES.reshape(-1, 4)),
-    "conv": (partial(SelfNormalizingConv2d, 2), IMAGES),
-    "conv 1×1": (partial(SelfNormalizingConv2d, 2, 1), IMAGES),
+
+class Kind(NamedTuple):
+    make: Callable[..., Any]
+    """Makes a layer of some keywords."""
+    x: Tensor
+    """Events for it."""
+
+
+KINDS = {
+    "linear": Kind(partial(SelfNormalizingLinear, 4), IMAGES.reshape(-1, 4)),
+    "conv": Kind(partial(SelfNormalizingConv2d, 2), IMAGES),
+    "conv 1×1": Kind(partial(SelfNormalizingConv2d, 2, 1), IMAGES),
 }
-EVERY_LAYER = pytest.mark.parametrize(("make", "x"), LAYERS.values(), ids=LAYERS.keys())
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
 
 
 # --- A method of one's own ----------------------------------------------------------------------
@@ -111,11 +122,8 @@ def fit(layer: nn.Module, x: Tensor, steps: int) -> list[float]:
 
 
 @TOYS
-@EVERY_LAYER
-def test_layer_trains_by_a_method_of_ones_own(
-    make: Callable[..., Any], x: Tensor, toy: Diagonal
-) -> None:
-    layer = make(log_det=toy)
+def test_layer_trains_by_a_method_of_ones_own(kind: Kind, toy: Diagonal) -> None:
+    layer, x = kind.make(log_det=toy), kind.x
     losses = fit(layer, 3 * x, 40)
     assert losses[-1] < losses[0] - 1
     # The value and its gradient are the method's own.
@@ -137,11 +145,10 @@ def test_layer_trains_by_a_method_of_ones_own(
 
 
 @TOYS
-@EVERY_LAYER
-def test_method_of_ones_own_is_saved(make: Callable[..., Any], x: Tensor, toy: Diagonal) -> None:
-    layer = make(log_det=toy)
+def test_method_of_ones_own_is_saved(kind: Kind, toy: Diagonal) -> None:
+    layer, x = kind.make(log_det=toy), kind.x
     fit(layer, x, 3)
-    fresh = make(log_det=toy)
+    fresh = kind.make(log_det=toy)
     fresh.load_state_dict(copy.deepcopy(layer.state_dict()))
     others = [fresh, *(make_copy(layer) for make_copy in COPIES)]
     expected = fit(layer, x, 3)
@@ -242,23 +249,19 @@ def test_layers_have_seeds_of_their_own_unless_told_otherwise(name: str) -> None
     assert set(seeds(make(method(seed=5)))) == {5}
 
 
-@EVERY_LAYER
-def test_seed_is_in_the_state_dict(make: Callable[..., Any], x: Tensor) -> None:
-    layer, other = make(log_det=Refined(seed=3)), make()
+def test_seed_is_in_the_state_dict(kind: Kind) -> None:
+    layer, other = kind.make(log_det=Refined(seed=3)), kind.make()
     assert seeds(other) != seeds(layer)
     other.load_state_dict(layer.state_dict())
     assert seeds(other) == seeds(layer) == [3]
 
 
-@EVERY_LAYER
-def test_construction_without_a_seed_alone_draws_random_numbers(
-    make: Callable[..., Any], x: Tensor
-) -> None:
+def test_construction_without_a_seed_alone_draws_random_numbers(kind: Kind) -> None:
     state = torch.get_rng_state()
     for method in (Refined(seed=0), Learned(reconstruction_weight=GECO(0.1)), Exact(), "exact"):
-        make(log_det=method)
+        kind.make(log_det=method)
     assert torch.equal(torch.get_rng_state(), state)
-    make(log_det=Refined())
+    kind.make(log_det=Refined())
     assert not torch.equal(torch.get_rng_state(), state)
 
 
@@ -282,24 +285,21 @@ def test_constructors_have_few_parameters(kind: type, most: int) -> None:
 
 
 @pytest.mark.parametrize("inverse", ["iterative", "one_pass"])
-@EVERY_LAYER
-def test_inverse_that_the_method_does_not_have(
-    make: Callable[..., Any], x: Tensor, inverse: str
-) -> None:
+def test_inverse_that_the_method_does_not_have(kind: Kind, inverse: str) -> None:
     message = f"expected inverse, with log_det=Exact, to be one of ('exact',); got {inverse!r}"
     for method in ("exact", Exact()):
         with pytest.raises(ValueError, match=re.escape(message)):
-            make(log_det=method, inverse=inverse)
+            kind.make(log_det=method, inverse=inverse)
     for method in ("refined", "learned"):
-        assert make(log_det=method).inverse == "iterative"
-        assert make(log_det=method, inverse=inverse).inverse == inverse
-    assert make(log_det="exact").inverse == "exact"
+        assert kind.make(log_det=method).inverse == "iterative"
+        assert kind.make(log_det=method, inverse=inverse).inverse == inverse
+    assert kind.make(log_det="exact").inverse == "exact"
 
 
 def test_krylov_steps_are_of_convolutions() -> None:
     method = Refined(krylov_steps=5)
     assert SelfNormalizingConv2d(3, log_det=method).log_det.krylov_steps == 5
-    for make in (LAYERS["linear"][0], LAYERS["conv 1×1"][0]):
+    for make in (KINDS["linear"].make, KINDS["conv 1×1"].make):
         with pytest.raises(ValueError, match="expected no krylov_steps for a dense or 1 × 1 layer"):
             make(log_det=method)
 

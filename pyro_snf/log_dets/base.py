@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes
@@ -17,7 +17,7 @@ from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
 
-__all__ = ["LogDetMethod", "as_method"]
+__all__ = ["LogDetMethod", "as_method", "own_copy"]
 
 
 class LogDetMethod(SavesAttributes, ABC):
@@ -198,7 +198,14 @@ def as_method(value: object, methods: Mapping[str, Any], base: type) -> Any:
     if isinstance(value, str) and value in methods:
         return methods[value]()
     if isinstance(value, base):
-        return copy.deepcopy(value)
+        return own_copy(value)
     names = ", ".join(map(repr, methods))
     classes = ", ".join(f"{method.__name__}(…)" for method in methods.values())
     raise ValueError(f"expected log_det to be {names}, or an object, {classes}; got {value!r}")
+
+
+def own_copy(value: Any) -> Any:
+    """A deep copy for a layer, which shares functions, such as a schedule, and their owners."""
+    functions = [one for one in vars(value).values() if callable(one)]
+    shared = [one for one in functions if not isinstance(one, nn.Module)]
+    return copy.deepcopy(value, {id(one): one for one in shared})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairR
 from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.reconstruction import Reconstruction
 from pyro_snf.free_form.solve import Convergence, implicit_inverse, invert
-from pyro_snf.log_dets.base import as_method
+from pyro_snf.log_dets.base import as_method, own_copy
 from pyro_snf.networks import ResidualMLP
 from pyro_snf.options import as_count, as_event_shape, as_number, check_choice, expect
 from pyro_snf.precision import without_autocast
@@ -175,7 +174,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         method.setup(device)
         self.log_det = method
         self.reconstruction = (
-            Reconstruction() if reconstruction is None else copy.deepcopy(reconstruction)
+            Reconstruction() if reconstruction is None else own_copy(reconstruction)
         )
         self.reconstruction.setup(method.default_weight, device)
         self._status = _Status()

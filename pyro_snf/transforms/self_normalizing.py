@@ -89,7 +89,12 @@ class _NamedErrors:
 class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     """A layer ``T(x) = diag(e^s) A x + b`` with a linear map A, and its parameters θ, s and b.
 
-    Subclasses define ``domain``, ``codomain``, :attr:`event_shape` and :meth:`_as_events`.
+    To write one:
+
+    1. Subclass, with ``domain`` and ``codomain``, and call this constructor with the map and the
+       shape of θ.
+    2. Set :attr:`event_shape`, in the constructor if it is known there, else in 3.
+    3. Define :meth:`_as_events`, which checks and flattens inputs.
 
     :param LinearMap linear_map: A, as a function of θ.
     :param theta_shape: of θ, which starts at 0; the first of it is the number of channels.
@@ -102,12 +107,12 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         linear_map: LinearMap,
         theta_shape: tuple[int, ...],
         *,
-        log_det: str | LogDetMethod,
-        inverse: str | None,
-        bias: bool,
-        init_scale: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        log_det: str | LogDetMethod = "refined",
+        inverse: str | None = None,
+        bias: bool = True,
+        init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_flag("bias", bias)
