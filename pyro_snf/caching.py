@@ -247,11 +247,12 @@ class PairCache:
     ) -> tuple[ParameterState | None, Memo | None]:
         """The parameters' state when this very pair was computed, and the by-product.
 
-        Both are None if the parameters are not what they were. Autograd's version counters decide,
-        which is cheaper than comparing contents, and enough within one training step.
+        Both are None if the parameters are not what they were, and for pairs without a graph. With
+        one, a backward pass drops the pair before parameters are written to, so that autograd's
+        version counters suffice, which are cheaper than comparing contents.
         """
         pair = self._pair
-        if pair is None or pair[0] is not x or pair[1] is not y:
+        if pair is None or pair[0] is not x or pair[1] is not y or not self._has_graph:
             return None, None
         for state, parameter in zip(self._state, parameters, strict=True):
             if state.version != version(parameter):

@@ -153,7 +153,6 @@ class PairLearned(PairMethod):
         self.lanczos_steps = as_count("lanczos_steps", lanczos_steps, 0)
         self.seed = None if seed is None else as_count("seed", seed, 0)
         self.training_value = "estimate" if self.lanczos_steps else "0"
-        self.steps = StepCounter()
         # Of the latest residuals. A tensor, so that only error_estimate waits for a GPU.
         self._mean_square_residual = torch.tensor(math.nan)
 
@@ -167,6 +166,7 @@ class PairLearned(PairMethod):
 
     def setup(self, device: torch.device | None) -> None:
         self.probes = ProbeStream(self.seed, device=device)
+        self.steps = StepCounter()
 
     def training_log_abs_det(
         self,

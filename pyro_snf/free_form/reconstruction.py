@@ -83,7 +83,6 @@ class Reconstruction(nn.Module):
         expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
         self.base = base
         self.seed = None if seed is None else as_count("seed", seed, 0)
-        self.steps = StepCounter()
 
     def __repr__(self) -> str:
         return (
@@ -101,6 +100,7 @@ class Reconstruction(nn.Module):
         if self.weight is None:
             self.weight = default_weight
         self.probes = ProbeStream(self.seed, device=device)
+        self.steps = StepCounter()
 
     @property
     def is_off(self) -> bool:

@@ -111,10 +111,10 @@ class Learned(LogDetMethod):
         )
         check_choice("reconstruction", reconstruction, self.RECONSTRUCTIONS)
         self.reconstruction = reconstruction
-        self.steps = StepCounter()
 
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         super().setup(linear_map, theta)
+        self.steps = StepCounter()
         #: The parameter of R, as θ is of A.
         self.theta = nn.Parameter(theta.new_zeros(linear_map.inverse_shape(theta.shape)))
 
