@@ -193,7 +193,8 @@ class TrackedInverse(SavesAttributes):
         known = self._known  # another one, if R has changed
         if known.offset is None:
             trace = inverse_t.diagonal().sum(dtype=torch.float64)
-            known.offset = trace - len(inverse_t) - self.log_abs_det_inverse
+            offset = trace - len(inverse_t) - self.log_abs_det_inverse
+            known.offset = offset.to(inverse_t.dtype)
         known.value = _add_trace(known.offset, inverse_t, current)
         known.state, known.version = state, version(inverse_t)
         return known.value
@@ -342,8 +343,7 @@ def _add_trace(offset: Tensor, inverse_t: Tensor, theta: Tensor) -> Tensor:
     The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
     with Θ would lose the small ones.
 
-    :param Tensor offset: shape ``()``, in float64.
-    :return: shape ``()``, in the type of ``inverse_t``.
+    :param Tensor offset: shape ``()``.
     """
     product = torch.dot(inverse_t.view(-1), theta.reshape(-1))
-    return torch.add(offset, product, alpha=_DENSE.theta_scale(theta)).to(inverse_t.dtype)
+    return torch.add(offset, product, alpha=_DENSE.theta_scale(theta))
