@@ -7,6 +7,7 @@ in the layer, the guide or the model.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, TransformedDistribution
 
+from pyro_snf.caching import state_of
 from pyro_snf.free_form.linearization import linearize
 from pyro_snf.free_form.log_det import exact_slogdet, probe_gradient
+from pyro_snf.free_form.methods import PairLearned
 from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
@@ -232,6 +235,11 @@ def _pair_gradient_error(
     exact = gradient_of(exact_slogdet(pair.forward, rows, context, parameters)[1])
     near = linearize(pair.forward, rows, context)
     back = linearize(pair.inverse, near.output, context)
+    method = copy.deepcopy(layer.log_det)  # not to change the layer's own state
+    if not isinstance(method, PairLearned):
+        state = functools.partial(state_of, parameters)
+        value = method.training_log_abs_det(pair, near, back, context, state)
+        return _compare(gradient_of(value), exact)
     # Unit vectors for probes give the trace itself.
     dim = rows[0].numel()
     eye = torch.eye(dim, dtype=rows.dtype, device=rows.device)
@@ -242,8 +250,8 @@ def _pair_gradient_error(
             near,
             back,
             probes,
-            tolerance=layer.log_det.tolerance,
-            krylov_steps=layer.log_det.krylov_steps,
+            tolerance=method.tolerance,
+            krylov_steps=method.krylov_steps,
         )
         surrogate += len(units) * gradient_of(mean)
     return _compare(surrogate, exact)
@@ -264,7 +272,8 @@ class LayerReport:
     for a convolution that has seen no images, and for a pair of networks, whose Jacobian depends on
     the event: see :func:`pair_report`."""
     inverse_error: float
-    """See :func:`inverse_error`. NaN for a convolution that has seen no images, and for a pair."""
+    """See :func:`inverse_error`. NaN where the layer uses no approximate inverse, for a convolution
+    that has seen no images, and for a pair."""
     error_estimate: float | None
     """The method's own latest estimate of its error; None where it makes none. Of the same error
     as ``inverse_error`` for a matrix (dense, or of a 1 × 1 convolution); for another convolution
@@ -347,7 +356,10 @@ def _row(name: str, layer: SelfNormalizingTransform) -> LayerReport:
         theta = linear_map.theta_of(layer.weight.double())
         try:
             condition = linear_map.factorize(theta, layer.event_shape).condition
-            error = inverse_error(layer)
+            # The inverse of other convolutions is no kernel, nor do their layers use one.
+            is_matrix = linear_map.matrix_of(theta) is not None
+            if is_matrix or layer.uses_approximate_inverse:
+                error = inverse_error(layer)
         except torch.linalg.LinAlgError:  # a singular layer has a report all the same
             condition = math.inf
     return LayerReport(

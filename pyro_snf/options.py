@@ -16,6 +16,7 @@ __all__ = [
     "as_image_shape",
     "as_number",
     "as_positive",
+    "as_seed",
     "check_choice",
     "check_dtype",
     "check_flag",
@@ -46,6 +47,16 @@ def as_count(name: str, value: Any, minimum: int = 1) -> int:
     """
     expect(f"{name}, an integer >= {minimum}", is_count(value, minimum), value)
     return int(value)
+
+
+def as_seed(value: Any) -> int | None:
+    """A seed for :class:`~pyro_snf.probes.ProbeStream`, as a Python ``int``, or None.
+
+    :raises ValueError: unless it is None, or an integer in [0, 2⁶³).
+    """
+    fits = value is None or (is_count(value, 0) and value < 2**63)
+    expect("seed, an integer in [0, 2**63), or None", fits, value)
+    return None if value is None else int(value)
 
 
 def as_number(expected: str, value: Any, fits: Callable[[float], bool]) -> float:

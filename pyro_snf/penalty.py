@@ -128,7 +128,9 @@ def penalty_factor(
         return weight.weight
     if callable(weight):
         expected = f"{name}({num_steps}) to be a number >= 0"
-        value = float(weight(num_steps))
+        value: Any = weight(num_steps)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
         return as_number(expected, value, lambda number: 0 <= number < math.inf)
     return weight
 

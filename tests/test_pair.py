@@ -54,7 +54,6 @@ from tests.registry import (
     linear,
     nudge_inverses,
     relative_error,
-    rising_weight,
     standard_normal,
 )
 from tests.test_gradients import ELBOS, PROGRAMS, elbo_gradients
@@ -76,7 +75,6 @@ def bad_pair(dim: int = 3, **options: object) -> SelfNormalizingPair:
 
 
 def seeded(log_det: str) -> dict[str, object]:
-    """Options of a layer whose probes are the same each time that it is made."""
     return {"log_det": log_det} if log_det == "exact" else {"log_det": log_det, "seed": 0}
 
 
@@ -96,21 +94,15 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def step(layer: nn.Module) -> None:
-    """A change of all parameters, as by an optimizer."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(0.99)
 
 
-# --- Agreement with the layer for linear maps ---------------------------------------------------
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("trains", ["both", "inverse"])
 @pytest.mark.parametrize(("mixture", "weight"), [(0.0, 0.0), (0.0, 0.7), (0.5, 0.7)])
-def test_expected_gradient_is_that_of_the_linear_layer(
-    mixture: float, weight: float, trains: str, scaled: bool
-) -> None:
+def test_gradient_of_linear_maps(mixture: float, weight: float, trains: str, scaled: bool) -> None:
     # W = diag(e^s) A and R diag(e^−s), R ≠ A⁻¹; the mean is that of all orthogonal probes.
     layer = linear(
         4,
@@ -145,29 +137,28 @@ def test_expected_gradient_is_that_of_the_linear_layer(
 # --- The penalty --------------------------------------------------------------------------------
 
 
-def total_gradients(
-    pair: SelfNormalizingPair,
-    x: Tensor,
-    cotangent: Tensor,
-    log_det: str = "refined",
-    **reconstruction: object,
-) -> dict[str, Tensor]:
-    """Of ``Σ c log|det J|`` by a layer of the pair's networks, the penalty's included."""
-    reconstruction = {"seed": 0, **reconstruction}
-    networks = (pair.forward_net, pair.inverse_net)
-    layer = pair_of(*networks, **seeded(log_det), reconstruction=reconstruction)
+def value_and_gradients(
+    pair: SelfNormalizingPair, x: Tensor, cotangent: Tensor, **penalty: object
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``log|det J|`` by a layer of the pair's networks, and the gradients of ``Σ c log|det J|``."""
+    options = seeded(penalty.pop("log_det", "refined"))
+    penalty = {"seed": 0, **penalty}
+    layer = pair_of(pair.forward_net, pair.inverse_net, **options, reconstruction=penalty)
     layer.zero_grad()
-    (cotangent * log_det_of(layer, x)).sum().backward()
-    return gradients(layer)
+    value = log_det_of(layer, x)
+    (cotangent * value).sum().backward()
+    return value, gradients(layer)
 
 
 def penalty_gradients(
     pair: SelfNormalizingPair, x: Tensor, cotangent: Tensor, weight: object = 0.7, **options: object
 ) -> dict[str, Tensor]:
     """The penalty's share of them: the probes are the same, whatever λ is."""
-    without = total_gradients(pair, x, cotangent, weight=0.0, **options)
+    (value, without), (other_value, total) = (
+        value_and_gradients(pair, x, cotangent, weight=each, **options) for each in (0.0, weight)
+    )
+    assert torch.equal(value, other_value)  # the penalty never changes it
     assert not any(one.any() for name, one in without.items() if name.startswith("inverse_net"))
-    total = total_gradients(pair, x, cotangent, weight=weight, **options)
     return {name: total[name] - without[name] for name in total}
 
 
@@ -185,22 +176,16 @@ def draws_of(pair: SelfNormalizingPair, x: Tensor, **options: object) -> tuple[l
 
 
 def penalty_by_hand(
-    pair: SelfNormalizingPair,
-    x: Tensor,
-    weights: Tensor,
-    around: list[Tensor],
-    latents: list[Tensor],
-    *,
-    trains: str,
-    tolerance: float,
+    pair: SelfNormalizingPair, data: list[Tensor], latents: list[Tensor], weights: Tensor, **penalty
 ) -> dict[str, Tensor]:
     """The gradients of the formula: those in f of what is above the tolerance alone."""
-    f, g = pair.forward_net, pair.inverse_net
-    terms = [((g(f(one)) - one).square().sum(1), True) for one in (x, *around)]
+    f, g, tolerance = pair.forward_net, pair.inverse_net, penalty["tolerance"]
+    terms = [((g(f(one)) - one).square().sum(1), True) for one in data]
     terms += [((f(g(one)) - one).square().sum(1), tolerance == 0) for one in latents]
     expected = {name: torch.zeros_like(p) for name, p in pair.named_parameters()}
     for error, may_train_f in terms:
-        trains_f = (error / 3).sqrt() > tolerance if may_train_f and trains == "both" else 0
+        may_train_f = may_train_f and penalty["trains"] == "both"
+        trains_f = (error / 3).sqrt() > tolerance if may_train_f else 0
         for name, network, share in (("forward", f, trains_f), ("inverse", g, 1)):
             loss = (weights * share * error).sum()
             parameters = dict(network.named_parameters(f"{name}_net"))
@@ -239,9 +224,7 @@ def test_penalty_is_the_formula(
     around, latents = draws_of(pair, x, weight=0.7, **options)
     # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
     weights = 0.7 * cotangent.abs()
-    expected = penalty_by_hand(
-        pair, x, weights, around, latents, trains=trains, tolerance=tolerance
-    )
+    expected = penalty_by_hand(pair, [x, *around], latents, weights, **options)
     assert_same(actual, expected)
     trained = {name.split(".")[0] for name, one in actual.items() if one.norm() > 1e-6}
     assert trained == {"inverse_net", *(["forward_net"] if trains == "both" else [])}
@@ -267,37 +250,18 @@ def test_noise_is_a_function_of_the_seed_and_the_step(terms: str, log_det: str) 
     options = {"log_det": log_det, "weight": 1.0, **TERMS[terms]}
     state = torch.get_rng_state()
     first, again, elsewhere = (
-        total_gradients(pair, x, cotangent, seed=seed, **options) for seed in (1, 1, 2)
+        value_and_gradients(pair, x, cotangent, seed=seed, **options)[1] for seed in (1, 1, 2)
     )
     for name, one in first.items():
         assert is_close(again[name], one, SAME), name
         assert name.startswith("forward_net") or not torch.equal(elsewhere[name], one), name
-    recorder = Recorder(pair.inverse_net)
-    layer = pair_of(
-        pair.forward_net, recorder, **seeded(log_det), reconstruction={"seed": 0, **TERMS[terms]}
-    )
+    f, g = pair.forward_net, Recorder(pair.inverse_net)
+    layer = pair_of(f, g, **seeded(log_det), reconstruction={"seed": 0, **TERMS[terms]})
     for _ in range(2):
         log_det_of(layer, x.clone())
     assert torch.equal(torch.get_rng_state(), state)
-    latents = [one for one in recorder.inputs if one.shape == x.shape]
+    latents = [one for one in g.inputs if one.shape == x.shape]
     assert len({one.sum().item() for one in latents}) == 3  # that of the data twice, and two others
-
-
-@EVERY_LOG_DET
-def test_penalty_never_changes_the_value(log_det: str) -> None:
-    pair, x, values = bad_pair(), events(6, 3), []
-    for reconstruction in (
-        {"weight": 0.0},
-        {"weight": 100.0},
-        {"weight": 100.0, **TERMS["all"]},
-        {"weight": 100.0, "data_noise_std": 1.0, "tolerance": 0.1},
-        {"weight": GECO(0.1, weight=100.0)},
-        {"weight": rising_weight, "trains": "inverse"},
-    ):
-        networks = (pair.forward_net, pair.inverse_net)
-        layer = pair_of(*networks, **seeded(log_det), reconstruction=reconstruction)
-        values.append(log_det_of(layer, x))
-    assert all(torch.equal(value, values[0]) for value in values)
 
 
 # --- The weight λ: controlled, or on a schedule -------------------------------------------------
@@ -366,13 +330,8 @@ def test_nothing_moves_outside_training(how: str) -> None:
     assert not calls
 
 
-# --- Probes: what is drawn again, and when ------------------------------------------------------
-
-
 @pytest.mark.parametrize("log_det", SURROGATES)
-def test_value_changes_with_the_parameters_alone_and_gradients_with_every_pass(
-    log_det: str,
-) -> None:
+def test_values_change_with_parameters_and_gradients_with_every_pass(log_det: str) -> None:
     layer, x = free_form(32, width=32, log_det=log_det, lanczos_steps=2), events(6, 32)
     values, found = [], []
     for _ in range(2):
@@ -392,16 +351,24 @@ def test_value_changes_with_the_parameters_alone_and_gradients_with_every_pass(
 # --- What is cached, and how long ---------------------------------------------------------------
 
 
-def test_one_pass_of_each_network_a_step() -> None:
-    pair = bad_pair()
+def test_one_pass_of_each_network_a_step_and_checks_of_few_events_once_in_each_mode() -> None:
+    pair, x = bad_pair(), events(100, 3)
     f, g = Recorder(pair.forward_net), Recorder(pair.inverse_net)
     layer = pair_of(f, g)
+    layer(x)
+    assert all(len(one) <= 16 for one in f.inputs[:-1])
     for use in (lambda x: density_loss(layer, x), lambda x: log_det_of(layer, x).sum()):
         use(events(6, 3))
         f.inputs.clear()
         g.inputs.clear()
         use(events(6, 3)).backward()
         assert len(f.inputs) == len(g.inputs) == 1
+    for mode in (True, False):
+        layer.train(mode)
+        layer(x.clone())
+        f.inputs.clear()
+        layer(x.clone())
+        assert len(f.inputs) == 1
 
 
 @EVERY_LOG_DET
@@ -419,7 +386,7 @@ def test_log_dets_can_be_differentiated_again_and_again(log_det: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in layer.forward_net.parameters())
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "replaced"])
+@pytest.mark.parametrize("how", ["in place", "data", "replaced", "another parameter"])
 @EVERY_LOG_DET
 def test_log_det_after_a_change_of_the_parameters(log_det: str, how: str) -> None:
     # y is cached with the graph that it was computed by, which is not that of the new parameters.
@@ -430,10 +397,12 @@ def test_log_det_after_a_change_of_the_parameters(log_det: str, how: str) -> Non
     with torch.no_grad():
         if how == "replaced":
             parameter.data = -parameter.data
+        elif how == "another parameter":  # as from Pyro's parameter store
+            layer.forward_net.blocks[0][2].weight = nn.Parameter(-parameter)
         else:  # the data's changes do not move autograd's version counter
             (parameter if how == "in place" else parameter.data).mul_(-1)
     expected = log_det_of(Dense(layer.forward_net), x)
-    if how == "in place":  # the other two are seen at the next call of T alone
+    if how == "in place":  # the others are seen at the next call of T alone
         value = layer.log_abs_det_jacobian(x, y)
         value.sum().backward()
         assert is_close(value, expected, EXACT)
@@ -464,10 +433,7 @@ def test_graphs_do_not_accumulate(log_det: str) -> None:
     finally:
         gc.enable()
     assert [one() for one in references[0] + references[1]] == [None] * 6
-
-
-def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:
-    layer = free_form(8, width=64)
+    layer = free_form(8, width=64, log_det=log_det)  # nor does a copy hold any
     small, x = len(pickle.dumps(layer)), events(5000, 8)
     log_det_of(layer, x)
     layer.inv(x)
@@ -535,33 +501,27 @@ def transformer() -> nn.Module:
 
 
 def shrunk(network: nn.Module) -> nn.Module:
-    """The same network with smaller weights: near the identity."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(0.3)
     return network
 
 
-def normalized(*more: nn.Module) -> nn.Module:
-    return Skip(nn.Linear(3, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 3), *more)
-
-
-def small_u_net() -> nn.Module:
-    return Skip(
-        nn.Conv2d(2, 4, 3, stride=2, padding=1),
-        nn.GroupNorm(2, 4),
-        nn.GELU(),
-        nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1),
-    )
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a function without forward mode": (lambda: Activated(_Smooth.apply), (3,)),
     "such a function in a residual block": (lambda: Activated(_Smooth.apply, residual=True), (3,)),
     "a transformer's block": (lambda: shrunk(transformer()), (3, 4)),
-    "layer normalization": (normalized, (3,)),
-    "a U-Net": (small_u_net, (2, 4, 4)),
-    "dropout of nothing": (lambda: normalized(nn.Dropout(0.0)), (3,)),
+    "layer normalization, dropout of nothing": (
+        lambda: Skip(nn.Linear(3, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 3), nn.Dropout(0.0)),
+        (3,),
+    ),
+    "a U-Net": (
+        lambda: Skip(
+            *(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.GELU()),
+            nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1),
+        ),
+        (2, 4, 4),
+    ),
 }
 
 
@@ -618,16 +578,12 @@ def test_parameters_are_not_needed() -> None:
     assert layer(x.float()).dtype == torch.float32
 
 
-def test_g_alone_can_be_trained() -> None:
+def test_g_alone_can_be_trained_and_parameters_may_be_shared() -> None:
     layer = bad_pair()
     layer.forward_net.requires_grad_(False)
     density_loss(layer, events(6, 3)).backward()
     assert all(p.grad is None for p in layer.forward_net.parameters())
     assert all((p.grad != 0).any() for p in layer.inverse_net.parameters())
-
-
-def test_networks_may_share_parameters() -> None:
-    # Tied weights: g is f with the other sign, for example.
     network = ResidualMLP(3, [4])
     layer = pair_of(network, network)
     density_loss(layer, events(6, 3)).backward()
@@ -646,8 +602,10 @@ def hidden_batch_statistics(x: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def uses(layer: SelfNormalizingPair) -> list[Callable[[Tensor], Tensor]]:
-    return [layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)]
+def assert_refused(layer: SelfNormalizingPair, x: object, message: str) -> None:
+    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
+        with pytest.raises(ValueError, match=message):
+            use(x)
 
 
 RANDOM = "to be deterministic; got "
@@ -701,9 +659,7 @@ def test_networks_that_do_not_fit_are_refused(kind: str, which: str) -> None:
     before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
     # Whatever the batch, and not only the first time.
     for x in (events(6, 3), *(torch.zeros(count, 3) for count in (1, 2, 20))):
-        for use in uses(layer):
-            with pytest.raises(ValueError, match=message):
-                use(x)
+        assert_refused(layer, x, message)
     assert torch.equal(torch.get_rng_state(), state)
     # Nor have statistics of batches been updated.
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0, equal_nan=True)
@@ -723,9 +679,7 @@ def test_attention_with_dropout_is_refused() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: nn.BatchNorm1d(3), lambda: nn.Dropout(0.5), nn.RReLU], ids=range(3)
 )
-def test_layers_that_are_deterministic_in_eval_mode_are_accepted_there(
-    make: Callable[[], nn.Module], training: bool
-) -> None:
+def test_layers_that_fit_in_eval_mode(make: Callable[[], nn.Module], training: bool) -> None:
     f, g = (nn.Sequential(nn.Linear(3, 3), make()) for _ in range(2))
     layer, x = pair_of(f, g).eval(), events(6, 3)
     if training:  # the layer is trained, and these parts of its networks are not
@@ -743,19 +697,6 @@ def test_layers_that_are_deterministic_in_eval_mode_are_accepted_there(
         layer(x)
 
 
-def test_networks_are_checked_once_in_each_mode_by_few_events() -> None:
-    f, x = Recorder(ResidualMLP(3, [4])), events(100, 3)
-    layer = pair_of(f, ResidualMLP(3, [4]))
-    layer(x)
-    assert all(len(one) <= 16 for one in f.inputs[:-1])
-    for mode in (True, False):
-        layer.train(mode)
-        layer(x.clone())
-        f.inputs.clear()
-        layer(x.clone())
-        assert len(f.inputs) == 1
-
-
 def test_check_ignores_what_is_not_finite() -> None:
     layer, x = free_form(), events(6, 3)
     x[0] = math.nan
@@ -768,9 +709,7 @@ TWICE = "expected forward_net to be twice differentiable"
 
 @pytest.mark.parametrize("residual", [False, True])
 @EVERY_LOG_DET
-def test_function_that_is_differentiable_once_is_refused_where_gradients_are_recorded(
-    log_det: str, residual: bool
-) -> None:
+def test_function_that_is_differentiable_once_is_refused(log_det: str, residual: bool) -> None:
     # Torch may lose such a derivative without an error: the gradient would be wrong.
     f, same = (
         Activated(function, residual=residual)
@@ -832,9 +771,7 @@ OPTIONS: list[tuple[Callable[..., object], str, str, list[object]]] = [
     ("make", "option", "expected", "value"),
     [(make, name, expected, value) for make, name, expected, values in OPTIONS for value in values],
 )
-def test_option_is_checked_at_construction(
-    make: Callable[..., object], option: str, expected: str, value: object
-) -> None:
+def test_option_is_checked(make: Callable, option: str, expected: str, value: object) -> None:
     message = f"{re.escape(f'expected {option}{expected}')}.*; got {re.escape(repr(value))}"
     with pytest.raises(ValueError, match=message):
         make(**{option: value})
@@ -877,29 +814,26 @@ INPUTS = [
 
 @pytest.mark.parametrize(("value", "message"), INPUTS)
 def test_input_is_checked(value: object, message: str) -> None:
-    layers = {r"\(3,\)": free_form(), "event_dim=1": make_pair(event_shape=None, event_dim=1)}
-    if "shape" in message:  # which a number of dimensions alone does not fix
-        del layers["event_dim=1"]
-        layers["event_dim=3"] = make_pair(event_shape=None, event_dim=3)
-    for name, layer in layers.items():
-        expected = message
-        if name == "event_dim=3":
-            value, expected = torch.zeros(2, 4), r"at least 3 dimensions; got \(2, 4\)"
-        for use in uses(layer):
-            with pytest.raises(
-                ValueError, match=rf"SelfNormalizingPair\({name}, .*expected .*{expected}"
-            ):
-                use(value)
+    expected = rf"SelfNormalizingPair\({{}}, .*expected .*{message}"
+    assert_refused(free_form(), value, expected.format(r"\(3,\)"))
+    if "shape" not in message:
+        by_dim = make_pair(event_shape=None, event_dim=1)
+        assert_refused(by_dim, value, expected.format("event_dim=1"))
+
+
+def test_input_of_too_few_dimensions_is_refused() -> None:
+    message = r"SelfNormalizingPair\(event_dim=3, .*expected at least 3 dimensions; got \(2, 4\)"
+    assert_refused(make_pair(event_shape=None, event_dim=3), torch.zeros(2, 4), message)
 
 
 def test_repr_names_the_shape_the_method_and_the_value_in_training() -> None:
     for options, expected in [
         ({}, r"\(3,\), log_det=PairRefined\(num_probes=1, .*\), inverse='iterative'"),
         ({"event_shape": None, "event_dim": 2}, "event_dim=2, log_det="),
-        ({"log_det": "learned"}, "training value: 0"),
-        ({"log_det": PairLearned(lanczos_steps=2)}, "training value: estimate"),
-        ({"log_det": PairRefined(lanczos_steps=0)}, "training value: 0"),
-        ({"log_det": "exact"}, "training value: exact"),
+        ({"log_det": "learned"}, "training_value='0'"),
+        ({"log_det": PairLearned(lanczos_steps=2)}, "training_value='estimate'"),
+        ({"log_det": PairRefined(lanczos_steps=0)}, "training_value='0'"),
+        ({"log_det": "exact"}, "training_value='exact'"),
         ({"reconstruction": Reconstruction(3.0)}, r"reconstruction=Reconstruction\(3\.0, trains="),
     ]:
         assert re.search(expected, repr(make_pair(**options)))
@@ -911,16 +845,12 @@ def test_repr_names_the_shape_the_method_and_the_value_in_training() -> None:
 @pytest.mark.parametrize("elbo", ELBOS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 @pytest.mark.parametrize("log_det", SURROGATES)
-def test_elbo_gradient_is_the_exact_one(
-    log_det: str, program: Callable[..., tuple[Callable, Callable]], elbo: str
-) -> None:
+def test_elbo_gradient_is_the_exact_one(log_det: str, program: Callable, elbo: str) -> None:
     # Subsampled plates, scales, particles; the layer as guide, prior and density.
     results = []
-    for options in (
-        {"log_det": log_det, "num_probes": 3, "lanczos_steps": 3},
-        {"log_det": "exact"},
-    ):
-        layer = exact_pair(3, **options)
+    for mode in (log_det, "exact"):
+        probes = {} if mode == "exact" else {"num_probes": 3, "lanczos_steps": 3}
+        layer = exact_pair(3, log_det=mode, **probes)
         loss, found = elbo_gradients(*program(layer), layer, ELBOS[elbo]())
         named = {name: one for name, one in found.items() if name.startswith("forward_net")}
         results.append((loss, named))
@@ -967,38 +897,16 @@ def test_density_model_learns_what_is_not_gaussian(log_det: str) -> None:
         # And samples, which the inverse computes, are of that density.
         samples = density.sample((2000,))
         assert layer.convergence.num_converged == 2000
-        assert is_close(samples.mean(0), torch.zeros(2), 0.15)
         moment = (samples[:, 0].square() * samples[:, 1]).mean()
         assert moment.item() == pytest.approx(1.0, abs=0.4)  # E[x₁² (x₁² − 1)/2] = 1
 
 
-@EVERY_LOG_DET
-def test_parameter_store_into_a_fresh_layer(log_det: str) -> None:
-    layer, fresh, x = bad_pair(log_det=log_det), free_form(seed=1, log_det=log_det), events(5, 3)
-    pyro.module("flow", layer)
-    state = pyro.get_param_store().get_state()
-    pyro.clear_param_store()
-    assert not torch.equal(fresh(x), layer(x))
-    pyro.get_param_store().set_state(state)
-    pyro.module("flow", fresh, update_module_params=True)
-    assert torch.equal(fresh(x), layer(x))
-    with torch.no_grad():
-        assert torch.equal(log_det_of(fresh, x.clone()), log_det_of(layer, x.clone()))
-    density_loss(fresh, x).backward()
-    assert all((p.grad != 0).any() for p in fresh.parameters())
-
-
 def test_stack_of_pairs_and_other_layers() -> None:
-    parts = [
-        exact_pair(3, num_probes=3),
-        SmoothLeakyReLU(0.3, learnable=True),
-        linear(3, log_det="exact"),
-        exact_pair(3, seed=1, log_det="learned", num_probes=3).inv,
-    ]
-    results = []
-    for exact in (False, True):
-        stack = Compose(parts)
-        stack.train(not exact)
+    last = exact_pair(3, seed=1, log_det="learned", num_probes=3).inv
+    middle = [SmoothLeakyReLU(0.3, learnable=True), linear(3, log_det="exact")]
+    stack, results = Compose([exact_pair(3, num_probes=3), *middle, last]), []
+    for training in (True, False):  # outside training the gradient is exact
+        stack.train(training)
         stack.zero_grad()
         x = events(6, 3).requires_grad_()
         density_by_inverse(stack, x).mean().backward()

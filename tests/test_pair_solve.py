@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from pyro_snf import SelfNormalizingPair, self_normalizing_pair
+from pyro_snf import SelfNormalizingPair
 from pyro_snf.free_form import solve
 from tests.pairs import (
     EXACT,
@@ -33,15 +33,6 @@ TOLERANCE = torch.finfo(torch.float64).eps ** 0.75
 NOT_CONVERGED = r"T\.inv did not converge for {} of {} samples: .* is {} at most"
 
 
-def zero() -> Fixed:
-    """As g, it is no inverse at all, and its Jacobian is 0."""
-    return Fixed(torch.zeros_like)
-
-
-def not_finite() -> Fixed:
-    return Fixed(lambda y: y / 0.0)
-
-
 def square() -> SelfNormalizingPair:
     """``x²``, for which numbers below 0 have no preimage, and a root."""
     return pair_of(Fixed(torch.square), Fixed(lambda y: y.abs().sqrt()), 1)
@@ -57,16 +48,14 @@ def bad_pair(dim: int, *, seed: int = 0, **options: object) -> SelfNormalizingPa
     return layer
 
 
-def without_inverse(dim: int) -> SelfNormalizingPair:
-    """No Krylov space is of use: the linear systems are solved densely."""
-    return pair_of(free_form(dim).forward_net, zero(), dim)
-
+# As g, they are no inverses at all: linear systems are solved densely.
+ZERO, NOT_FINITE = Fixed(torch.zeros_like), Fixed(lambda y: y / 0.0)
 
 MAKERS: dict[str, Callable[[int], SelfNormalizingPair]] = {
     "near": free_form,
     "bad": bad_pair,
-    "zero": without_inverse,
-    "not finite": lambda dim: pair_of(free_form(dim).forward_net, not_finite(), dim),
+    "zero": lambda dim: pair_of(free_form(dim).forward_net, ZERO, dim),
+    "not finite": lambda dim: pair_of(free_form(dim).forward_net, NOT_FINITE, dim),
 }
 
 
@@ -97,18 +86,17 @@ def test_jacobians_are_needed_only_where_g_is_bad(kind: str, linearized: bool) -
     assert any(x.requires_grad for x in f.inputs) == linearized
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_chunks_of_dense_solves_give_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, y = without_inverse(4), events(6, 4)
-    expected = Dense(layer.forward_net).inv(y)
-    monkeypatch.setattr(solve, "_MAX_NUMBERS", 16 * size)
-    assert is_close(layer.inv(y), expected, EXACT)
+def test_chunks_of_dense_solves_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, y = MAKERS["zero"](4), events(6, 4)
+    for size in (1, 2, 5):
+        monkeypatch.setattr(solve, "_MAX_NUMBERS", 16 * size)
+        assert is_close(layer.inv(y.clone()), Dense(layer.forward_net).inv(y), EXACT)
 
 
 @pytest.mark.parametrize("size", [1, 30, 1000])
 def test_steps_that_lead_too_far_are_halved(size: float) -> None:
     # From 0, Newton's step for sinh(x) = y is y itself, where sinh is about e^y.
-    layer, y = pair_of(exact_pair(4).forward_net, zero(), 4), size * events(6, 4)
+    layer, y = pair_of(exact_pair(4).forward_net, ZERO, 4), size * events(6, 4)
     x = layer.inv(y)
     assert ((layer(x.detach().clone()) - y).norm(dim=1) <= EXACT * y.norm(dim=1)).all()
     assert is_close(x, exact_pair(4).inverse_net(y), EXACT)
@@ -135,7 +123,7 @@ def passes(f: nn.Module, g: nn.Module, y: Tensor) -> list[int]:
     return [len(x) for x in recorder.inputs]
 
 
-def test_better_g_takes_fewer_passes() -> None:
+def test_better_g_takes_fewer_passes_and_samples_that_have_converged_are_left_alone() -> None:
     layer, y = exact_pair(8), events(6, 8)
     counts = [
         len(passes(layer.forward_net, Perturbed(layer.inverse_net, 8, size), y))
@@ -144,11 +132,7 @@ def test_better_g_takes_fewer_passes() -> None:
     assert counts[0] == 1  # which shows that nothing is left to do
     assert counts == sorted(set(counts))
     assert torch.equal(layer.inv(y), layer.inverse_net(y))
-
-
-def test_samples_that_have_converged_are_left_alone() -> None:
-    layer = free_form(4)
-    y = events(6, 4) * torch.logspace(-4, 1, 6).unsqueeze(1)  # some take longer than others
+    layer, y = free_form(4), events(6, 4) * torch.logspace(-4, 1, 6).unsqueeze(1)
     counts = passes(layer.forward_net, layer.inverse_net, y)
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1]
@@ -166,19 +150,16 @@ def test_iterations_end_at_the_tolerance(tolerance: float) -> None:
     assert found[1] < 1e-3 * tolerance or found[0] < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e30])
-def test_inverse_of_data_of_any_size(size: float) -> None:
-    layer, y = free_form(3), size * events(6, 3)
-    x = layer.inv(y)
-    assert ((layer(x.detach().clone()) - y).norm(dim=1) <= EXACT * (y.norm(dim=1) + 1)).all()
-
-
-def test_inverse_of_steep_maps() -> None:
+def test_inverse_of_data_of_any_size_and_of_steep_maps() -> None:
+    for size in (1e-30, 1e-3, 1e3, 1e30):
+        layer, y = free_form(3), size * events(6, 3)
+        x = layer.inv(y)
+        assert ((layer(x.detach().clone()) - y).norm(dim=1) <= EXACT * (y.norm(dim=1) + 1)).all()
     # The condition number is 10¹², which a tolerance of residuals does not depend on.
     network = nn.Linear(4, 4)
     with torch.no_grad():
         network.weight.copy_(torch.diag(torch.logspace(-6, 6, 4)))
-    layer = pair_of(network, zero(), 4)
+    layer = pair_of(network, ZERO, 4)
     y = layer(events(6, 4)).detach()
     again = layer(layer.inv(y).detach())
     assert ((again - y).norm(dim=1) <= TOLERANCE * (y.norm(dim=1) + 2)).all()
@@ -252,7 +233,7 @@ def test_bad_row_is_nan_and_affects_no_other(kind: str, value: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:T.inv did not converge:RuntimeWarning")
-@pytest.mark.parametrize("network", [not_finite(), zero()], ids=["not finite", "zero"])
+@pytest.mark.parametrize("network", [NOT_FINITE, ZERO], ids=["not finite", "zero"])
 def test_iterations_end_where_f_has_no_inverse(network: nn.Module) -> None:
     layer = pair_of(network, nn.Identity(), 2)
     x = layer.inv(events(3, 2))
@@ -275,28 +256,26 @@ def test_network_that_is_not_finite_everywhere() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["near", "bad", "zero"])
+@pytest.mark.parametrize("kind", ["near", "bad", "zero", "frozen", "with a context"])
 def test_gradient_is_that_of_a_dense_solve(kind: str, dim: int) -> None:
-    layer, cotangent, results = MAKERS[kind](dim), events(6, dim, seed=1), []
-    for transform in (layer, Dense(layer.forward_net)):
-        y = events(6, dim).requires_grad_()
-        loss = (cotangent * transform.inv(y)).sum()
-        results.append(gradients_of(transform, y, parameters_of_f(layer), loss))
-    assert_gradients_equal(*results)
-    layer.inv(y.clone()).sum().backward()
-    assert all(p.grad is None for p in layer.inverse_net.parameters())
-
-
-def test_gradient_to_the_context_is_that_of_a_dense_solve() -> None:
-    module, cotangent, results = conditional_pair(), events(6, 3, seed=1), []
-    layer = module.transform
+    cotangent, results = events(6, dim, seed=1), []
+    module = conditional_pair(dim) if kind == "with a context" else MAKERS.get(kind, free_form)(dim)
+    layer = module.transform if kind == "with a context" else module
+    layer.requires_grad_(kind != "frozen")
     for dense in (False, True):
-        y, context = events(6, 3).requires_grad_(), events(6, 2, seed=2).requires_grad_()
-        transform = Dense(layer.forward_net, context) if dense else module.condition(context)
+        y, context = events(6, dim).requires_grad_(), events(6, 2, seed=2).requires_grad_()
+        given = {"context": context} if kind == "with a context" else {}
+        own = module.condition(context) if given else layer
+        transform = Dense(layer.forward_net, *given.values()) if dense else own
         loss = (cotangent * transform.inv(y)).sum()
-        parameters = {"context": context, **parameters_of_f(layer)}
-        results.append(gradients_of(transform, y, parameters, loss))
+        named = {name: p for name, p in parameters_of_f(layer).items() if p.requires_grad}
+        results.append(gradients_of(transform, y, {**given, **named}, loss))
     assert_gradients_equal(*results)
+    x = own.inv(events(6, dim))
+    assert x.requires_grad == (kind != "frozen")
+    if x.requires_grad:
+        x.sum().backward()
+    assert all(p.grad is None for p in layer.inverse_net.parameters())
 
 
 def test_gradient_against_finite_differences() -> None:
@@ -315,28 +294,3 @@ def test_second_derivative_is_refused() -> None:
         (gradient,) = torch.autograd.grad(x, inputs, create_graph=True)
         with pytest.raises(RuntimeError, match="an iterative inverse has no second derivative"):
             gradient.sum().backward()
-
-
-def test_frozen_parameters_leave_a_gradient_to_y() -> None:
-    layer, gradients = free_form(3).requires_grad_(False), []
-    assert not layer.inv(events(6, 3)).requires_grad
-    for transform in (layer, Dense(layer.forward_net)):
-        y = events(6, 3).requires_grad_()
-        gradients += torch.autograd.grad(transform.inv(y).square().sum(), y)
-    assert is_close(*gradients, EXACT)
-
-
-def test_inverse_is_trained() -> None:
-    # A density model in the direction [T], whose data go through T.inv.
-    layer = self_normalizing_pair(2, [8])
-    data = events(64, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    losses = []
-    for _ in range(30):
-        x = layer.inv(data)
-        loss = (0.5 * x.square().sum(1) + layer.log_abs_det_jacobian(x, data)).mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] - 0.1

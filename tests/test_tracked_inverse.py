@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -100,6 +99,11 @@ def test_quiet_training_does_not_refactorize_and_noisy_training_does(rank: int) 
         numbers.append((is_kept, layer.num_refactorizations - 1))
     assert numbers[:2] == [(True, 0), (False, 0)]  # checked and left alone; updated
     assert numbers[2][1] > 20
+    layer = linear(24)
+    in_training(layer)
+    list(walk(layer, 10, 1e-7))
+    list(walk(layer, 1, 1e-5))  # a step a hundred times as long as the others
+    assert layer.num_refactorizations == 1
 
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "frozen", "call", "inverse", "unchanged"])
@@ -116,7 +120,7 @@ def test_nothing_but_a_training_log_det_of_another_weight_moves_r(how: str) -> N
         layer.train(how != "eval").requires_grad_(how != "frozen")
         with torch.set_grad_enabled(how != "no_grad"):
             layer.log_abs_det_jacobian(x, layer(x))
-    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+    assert_same_state(layer.state_dict(), state)
 
 
 # --- The value ----------------------------------------------------------------------------------
@@ -142,19 +146,15 @@ def test_value_is_right_to_second_order() -> None:
     layer = linear(48, num_probes=2, tolerance=0.99)
     errors: list[float] = []
     for error in walk(layer, 60, 0.01):
-        weight, inverse = layer.weight.detach(), layer.inverse_weight
-        residual = torch.eye(48) - inverse @ weight
+        residual = torch.eye(48) - layer.inverse_weight @ layer.weight.detach()
         assert torch.linalg.matrix_norm(residual, 2) < 0.5
         errors.append(abs(error))
         assert errors[-1] <= residual.square().sum() + 1e-8
     assert max(errors) > 1e-8  # else the bound above was not put to the test
-
-
-@pytest.mark.parametrize("size", [0.003, 0.03])
-def test_value_of_a_training_run_is_close(size: float) -> None:
-    errors = list(walk(linear(64), 60, size))
-    assert abs(sum(errors) / len(errors)) < 0.01
-    assert max(map(abs, errors)) < 0.1
+    for size in (0.003, 0.03):
+        errors = list(walk(linear(64), 60, size))
+        assert abs(sum(errors) / len(errors)) < 0.01
+        assert max(map(abs, errors)) < 0.1
 
 
 # --- Edits of the weight ------------------------------------------------------------------------
@@ -204,14 +204,6 @@ def test_edit_is_noticed_and_repaired_by_one_refactorization(edit: str, steps: i
     assert layer.num_refactorizations <= before + 1
 
 
-def test_edit_that_changes_next_to_nothing_needs_no_refactorization() -> None:
-    layer = linear(24)
-    in_training(layer)
-    list(walk(layer, 10, 1e-7))
-    list(walk(layer, 1, 1e-5))  # a step a hundred times as long as the others
-    assert layer.num_refactorizations == 1
-
-
 @pytest.mark.parametrize("log_det", LOG_DETS)
 def test_refactorization_by_hand(log_det: str) -> None:
     layer = linear(32, log_det=log_det)
@@ -246,9 +238,7 @@ SINGULAR = ["zero matrix", "zero row", "equal rows", "nan", "inf"]
 @pytest.mark.parametrize("mode", ["train", "eval", "inverse"])
 @pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize("log_det", LOG_DETS)
-def test_singular_weight_is_an_error_that_names_the_layer(
-    log_det: str, kind: str, mode: str
-) -> None:
+def test_singular_weight_is_an_error_of_the_layer(log_det: str, kind: str, mode: str) -> None:
     if log_det == "learned" and mode == "train" and kind not in ("nan", "inf"):
         pytest.skip("nothing is inverted there")
     layer, x = linear(4, log_det=log_det).train(mode == "train"), torch.randn(3, 4)
@@ -264,9 +254,7 @@ def test_singular_weight_is_an_error_that_names_the_layer(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["zero row", "equal rows"])
 @pytest.mark.parametrize("dim", [64, 784])
-def test_one_singular_direction_of_many_is_an_error(
-    dim: int, kind: str, dtype: torch.dtype
-) -> None:
+def test_one_singular_direction_is_an_error(dim: int, kind: str, dtype: torch.dtype) -> None:
     # ‖I − RA‖_F/√D = 1/28 at D = 784: not much, but a NaN or a huge R must not come of it.
     layer = linear(dim, tolerance=0.05).to(dtype)
     with torch.no_grad():
@@ -299,40 +287,28 @@ def nearly_singular_theta(dim: int, smallest: float) -> Tensor:
     return math.sqrt(dim) * ((left * values) @ right - torch.eye(dim))
 
 
-@pytest.mark.parametrize("smallest", [1e-3, 1e-5, 1e-6, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dim", [4, 32])
-def test_value_is_right_after_a_visit_to_a_nearly_singular_weight(
-    dim: int, smallest: float
-) -> None:
-    # There log|det R| may be off; it must not stay so when the weight is a good one again.
-    layer = SelfNormalizingLinear(dim, dtype=torch.float32)
-    with torch.no_grad():
-        layer.theta.copy_(nearly_singular_theta(dim, smallest))
-    with contextlib.suppress(torch.linalg.LinAlgError):  # at the smallest it is an error
-        in_training(layer)
-    with torch.no_grad():
-        layer.theta.copy_(random_theta(dim))
-    assert_repaired(layer)
-
-
-def test_nearly_singular_weight_has_a_right_value_or_an_error() -> None:
+def test_nearly_singular_weight_is_right_or_an_error(dim: int, dtype: torch.dtype) -> None:
+    # There log|det R| may be off in float32; it must not stay so when the weight is a good one.
     for smallest in [10.0**-power for power in range(1, 17)]:
-        layer = SelfNormalizingLinear(32, dtype=torch.float64)
+        layer = SelfNormalizingLinear(dim, dtype=dtype)
         with torch.no_grad():
-            layer.theta.copy_(nearly_singular_theta(32, smallest))
+            layer.theta.copy_(nearly_singular_theta(dim, smallest))
         try:
             value = in_training(layer).item()
         except torch.linalg.LinAlgError:
-            assert smallest < 1e-12
-            continue
-        assert value == pytest.approx(exact(layer), abs=0.1)
+            assert smallest < (1e-12 if dtype == torch.float64 else 1e-5)
+        else:
+            assert dtype == torch.float32 or value == pytest.approx(exact(layer), abs=0.1)
+        with torch.no_grad():
+            layer.theta.copy_(random_theta(dim))
+        assert_repaired(layer)
 
 
 @pytest.mark.parametrize("dim", [6, 40])
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
-def test_large_steps_give_no_silent_wrong_gradient(
-    optimizer: type[torch.optim.Optimizer], dim: int
-) -> None:
+def test_large_steps_give_no_silent_wrong_gradient(optimizer: Callable, dim: int) -> None:
     layer = SelfNormalizingLinear(dim)
     mixing = torch.randn(dim, dim) / math.sqrt(dim)
     for rate, steps in [(0.3, 40), (0.001, 20)]:
@@ -349,24 +325,19 @@ def test_large_steps_give_no_silent_wrong_gradient(
 # --- The state ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("through", ["deepcopy", "state_dict"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 5, 9, 14])
-def test_copy_goes_on_bit_for_bit(stop: int, through: str) -> None:
+def test_copy_goes_on_bit_for_bit(stop: int) -> None:
     # At every stage of waiting for the next check.
-    layer = linear(24, num_probes=4)
+    layer, other = linear(24, num_probes=4), linear(24, num_probes=4, seed=5)
     list(walk(layer, stop, 1e-3))
     kept = layer.state_dict()
-    if through == "deepcopy":
-        other = copy.deepcopy(layer)
-    else:
-        other = linear(24, num_probes=4, seed=5)
-        other.load_state_dict(copy.deepcopy(kept))
+    other.load_state_dict(copy.deepcopy(kept))
     extra = {name: copy.deepcopy(one) for name, one in kept.items() if "extra" in name}
     values = []
-    for one in (layer, other):
+    for one in (layer, copy.deepcopy(layer), other):
         torch.manual_seed(1)
         values.append([value + exact(one) for value in walk(one, 30, 1e-3)])
-    assert values[0] == values[1]
+    assert values[0] == values[1] == values[2]
     assert_same_state(layer.state_dict(), other.state_dict())
     # A state that was given out is not that of a later step.
     assert_same_state({name: kept[name] for name in extra}, extra)
@@ -391,9 +362,7 @@ def test_half_precision_layer_keeps_a_better_inverse(dtype: torch.dtype, start: 
 
 
 @pytest.mark.parametrize("method", ["addmm_", "copy_"])
-def test_interrupt_within_a_correction_is_repaired_by_the_next(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_correction_is_repaired(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # R and log|det R| are two tensors, and Ctrl-C can come between them.
     layer = linear(6)
     in_training(layer)

@@ -15,7 +15,7 @@ from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.log_det import estimated_log_abs_det, exact_slogdet, probe_gradient
 from pyro_snf.free_form.network_pair import NetworkPair
-from pyro_snf.options import as_count, as_number, check_choice, expect
+from pyro_snf.options import as_count, as_number, as_seed, check_choice, expect
 from pyro_snf.penalty import StepCounter
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import PROBES, ProbeStream, draw_probes
@@ -151,7 +151,7 @@ class PairLearned(PairMethod):
         check_choice("probe", probe, PROBES)
         self.probe = probe
         self.lanczos_steps = as_count("lanczos_steps", lanczos_steps, 0)
-        self.seed = None if seed is None else as_count("seed", seed, 0)
+        self.seed = as_seed(seed)
         self.training_value = "estimate" if self.lanczos_steps else "0"
         # Of the latest residuals. A tensor, so that only error_estimate waits for a GPU.
         self._mean_square_residual = torch.tensor(math.nan)

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from pyro_snf.caching import ParameterState
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.network_pair import NetworkPair
-from pyro_snf.options import as_count, as_number, check_choice, expect
+from pyro_snf.options import as_number, as_seed, check_choice, expect
 from pyro_snf.penalty import PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import ProbeStream, draw_probes
@@ -82,14 +82,12 @@ class Reconstruction(nn.Module):
         self.latent_noise_std = as_size("latent_noise_std", latent_noise_std)
         expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
         self.base = base
-        self.seed = None if seed is None else as_count("seed", seed, 0)
+        self.seed = as_seed(seed)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.weight}, trains={self.trains!r}, "
-            f"tolerance={self.tolerance}, data_noise_std={self.data_noise_std}, "
-            f"latent_noise_std={self.latent_noise_std})"
-        )
+        names = ("trains", "tolerance", "data_noise_std", "latent_noise_std", "base", "seed")
+        options = [f"{name}={getattr(self, name)!r}" for name in names]
+        return f"{type(self).__name__}({', '.join([str(self.weight), *options])})"
 
     def setup(self, default_weight: float, device: torch.device | None) -> None:
         """Make the state; called once by each layer.

@@ -115,6 +115,10 @@ class LogDetMethod(SavesAttributes, ABC):
         """Solves ``Aᵀ u = h`` as accurately as the gradient in training is."""
         return self._solver_to_rounding(theta, event_shape)
 
+    def follows_inverse(self, theta: Tensor) -> bool:
+        """Whether the method keeps an approximate inverse up to date in training."""
+        return False
+
     def inverse_weight(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
         """The weight of the approximate inverse of A, a constant to autograd.
 

@@ -83,9 +83,6 @@ class KrylovLogDet(SavesAttributes):
 
     saved_attributes = ("num_refactorizations", "error_estimate", "event_shape")
 
-    #: Whether :meth:`inverse_weight` follows every step.
-    tracks_inverse = False
-
     theta: Tensor  # that P was made for; in float32 at least
 
     def __init__(

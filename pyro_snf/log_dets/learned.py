@@ -119,7 +119,11 @@ class Learned(LogDetMethod):
         self.theta = nn.Parameter(theta.new_zeros(linear_map.inverse_shape(theta.shape)))
 
     def extra_repr(self) -> str:
-        return f"mixture={self.mixture}, reconstruction={self.reconstruction!r}"
+        weight = self.reconstruction_weight
+        return (
+            f"mixture={self.mixture}, reconstruction_weight={weight}, "
+            f"reconstruction={self.reconstruction!r}"
+        )
 
     def training_log_abs_det(self, theta: Tensor, x: Tensor, state: TensorState) -> Tensor:
         """Zeros of shape ``(B,)``, with the surrogate gradients and the penalty.
@@ -163,9 +167,13 @@ class Learned(LogDetMethod):
     def score_solver(
         self, theta: Tensor, event_shape: torch.Size, state: TensorState, *, is_training: bool
     ) -> Solver:
+        # The inverse of a larger kernel is no small kernel: one pass would be too inaccurate.
         if is_training and self.linear_map.matrix_of(theta) is not None:
             return self.one_pass_solver(theta, event_shape)
         return super().score_solver(theta, event_shape, state, is_training=is_training)
+
+    def follows_inverse(self, theta: Tensor) -> bool:
+        return True
 
     def inverse_weight(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
         return self.linear_map.weight(self.theta.detach())

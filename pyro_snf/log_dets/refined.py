@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pyro_snf.log_dets.base import LogDetMethod
 from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
 from pyro_snf.log_dets.tracked_inverse import TrackedInverse
 from pyro_snf.maps.base import LinearMap
-from pyro_snf.options import as_count, as_number, expect
+from pyro_snf.options import as_count, as_number, as_seed, expect
 from pyro_snf.surrogate import Solver, Surrogate
 
 __all__ = ["Refined"]
@@ -50,8 +51,6 @@ class Refined(LogDetMethod):
     inverses = ("iterative", "exact", "one_pass")
     has_surrogate = True
 
-    estimator: TrackedInverse | KrylovLogDet
-
     def __init__(
         self,
         *,
@@ -64,7 +63,9 @@ class Refined(LogDetMethod):
         self.num_probes = as_count("num_probes", num_probes)
         self.tolerance = as_number("tolerance in (0, 1)", tolerance, lambda number: 0 < number < 1)
         self.krylov_steps = None if krylov_steps is None else as_count("krylov_steps", krylov_steps)
-        self.seed = None if seed is None else as_count("seed", seed, 0)
+        self.seed = as_seed(seed)
+        #: The state, a TrackedInverse or a KrylovLogDet; None before :meth:`setup`.
+        self.estimator: Any = None
 
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         super().setup(linear_map, theta)
@@ -82,7 +83,11 @@ class Refined(LogDetMethod):
             self.estimator = TrackedInverse(linear_map, theta, **options)
 
     def extra_repr(self) -> str:
-        return f"num_probes={self.num_probes}, tolerance={self.tolerance}"
+        options = f"num_probes={self.num_probes}, tolerance={self.tolerance}"
+        for name in ("krylov_steps", "seed"):
+            value = getattr(self, name)
+            options += "" if value is None else f", {name}={value}"
+        return options
 
     def training_log_abs_det(self, theta: Tensor, x: Tensor, state: TensorState) -> Surrogate:
         return self.estimator.update(theta, x.shape[1:], state)
@@ -90,22 +95,28 @@ class Refined(LogDetMethod):
     def score_solver(
         self, theta: Tensor, event_shape: torch.Size, state: TensorState, *, is_training: bool
     ) -> Solver:
-        if is_training and self.estimator.tracks_inverse:
+        if is_training and self.follows_inverse(theta):
             self.estimator.update(theta, event_shape, state)
             return self.one_pass_solver(theta, event_shape)
         return super().score_solver(theta, event_shape, state, is_training=is_training)
+
+    def follows_inverse(self, theta: Tensor) -> bool:
+        return self.linear_map.matrix_of(theta) is not None
 
     def inverse_weight(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
         return self.estimator.inverse_weight(theta, event_shape)
 
     @property
     def error_estimate(self) -> float:
-        """For a matrix ``‖I − RA‖_F/√D``, otherwise the probes' root mean square residual."""
-        return self.estimator.error_estimate
+        """For a matrix ``‖I − RA‖_F/√D``, otherwise the probes' root mean square residual.
+
+        NaN before the first estimate.
+        """
+        return math.nan if self.estimator is None else self.estimator.error_estimate
 
     @property
     def num_refactorizations(self) -> int:
-        return self.estimator.num_refactorizations
+        return 0 if self.estimator is None else self.estimator.num_refactorizations
 
     def refactorize(self, theta: Tensor) -> None:
         self.estimator.refactorize(theta)

@@ -101,9 +101,6 @@ class TrackedInverse(SavesAttributes):
 
     saved_attributes = ("num_refactorizations", "num_updates", "error_estimate")
 
-    #: Whether :meth:`inverse_weight` follows every step.
-    tracks_inverse = True
-
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
+from pyro_snf.options import expect
 from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
 
 __all__ = ["Compose"]
@@ -31,12 +32,13 @@ class Compose(ComposeTransformModule):
         :func:`~pyro_snf.transforms.base.with_safe_cache`. Compositions of Pyro and torch are
         replaced by their parts.
     :param int cache_size: 1 to turn the caches of all parts on.
-    :raises ValueError: if there are no parts.
+    :raises ValueError: if there are no parts, or other things than transforms among them.
     """
 
     def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
         flat: list[Transform] = []
-        for part in parts:
+        for part in parts if isinstance(parts, Iterable) else [parts]:
+            expect("transforms, in a list", isinstance(part, Transform), part)
             if isinstance(part, ComposeTransform) and not isinstance(part, Compose):
                 flat.extend(part.parts)
             else:

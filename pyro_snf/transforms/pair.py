@@ -148,8 +148,10 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         super().__init__()
         for name, network in (("forward_net", forward_net), ("inverse_net", inverse_net)):
             expect(f"{name}, a torch.nn.Module", isinstance(network, nn.Module), network)
+        expect("two networks; got the same", forward_net is not inverse_net, forward_net)
         given = (event_shape, event_dim)
-        expect("one of event_shape and event_dim", given.count(None) == 1, given)
+        fits = (event_shape is None) != (event_dim is None)
+        expect("exactly one of event_shape and event_dim", fits, given)
         methods = {"refined": PairRefined, "learned": PairLearned, "exact": PairExact}
         method: PairMethod = as_method(log_det, methods, PairMethod)
         fits = reconstruction is None or isinstance(reconstruction, Reconstruction)

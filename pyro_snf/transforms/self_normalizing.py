@@ -20,6 +20,9 @@ from pyro_snf.transforms.base import InvertibleTransformModule
 
 __all__ = ["AffineSelfNormalizingTransform", "SelfNormalizingTransform"]
 
+# What a method's value in training can be.
+_VALUES = ("exact", "estimate", "0")
+
 
 class SelfNormalizingTransform(InvertibleTransformModule):
     """A transform whose log-determinant in training is had by a method, :attr:`log_det`.
@@ -39,7 +42,7 @@ class SelfNormalizingTransform(InvertibleTransformModule):
     def extra_repr(self) -> str:
         return (
             f"log_det={self.log_det!r}, inverse={self.inverse!r}, "
-            f"training value: {self.log_det.training_value}"
+            f"training_value={self.log_det.training_value!r}"
         )
 
     @property
@@ -120,6 +123,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         check_dtype(dtype)
         methods = {"refined": Refined, "learned": Learned, "exact": Exact}
         method: LogDetMethod = as_method(log_det, methods, LogDetMethod)
+        check_choice(f"{type(method).__name__}.training_value", method.training_value, _VALUES)
         self.inverse = method.inverses[0] if inverse is None else inverse
         name = f"inverse, with log_det={type(method).__name__},"
         check_choice(name, self.inverse, method.inverses)
@@ -177,6 +181,11 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
                 value = self.log_det.training_log_abs_det(theta, events, state)
                 if isinstance(value, Surrogate):
                     value = value.attach_to(theta) if shared is None else shared.attach(value)
+                if value.shape not in ((), (len(events),)):
+                    raise ValueError(
+                        f"expected {type(self.log_det).__name__}.training_log_abs_det to return a "
+                        f"tensor of shape () or ({len(events)},); got {tuple(value.shape)}"
+                    )
                 if self.log_det.training_value == "0":
                     total = total - total.detach()  # the whole term adds exactly 0 to the value
             value = value + total
@@ -202,6 +211,11 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         """The effective weight ``diag(e^s) a``, of θ's shape: a matrix or a kernel."""
         weight = self.log_det.linear_map.weight(self.theta)
         return self.log_scale.exp().view(-1, *[1] * (weight.dim() - 1)) * weight
+
+    @property
+    def uses_approximate_inverse(self) -> bool:
+        """Whether the gradient in training, or ``T.inv``, is by an approximate inverse."""
+        return self.inverse == "one_pass" or self.log_det.follows_inverse(self.theta)
 
     def refactorize(self) -> None:
         """Make the method's state exact for the current parameters, where it has one."""
