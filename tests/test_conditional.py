@@ -251,8 +251,8 @@ def test_contexts_of_a_pair_have_any_number_of_dimensions(context_dim: int, shap
 
 def test_determinants_of_several_contexts_may_differ_in_sign() -> None:
     # Each context has a map of its own: there is no warning.
-    scaled = Function(lambda x, context: context * x)
-    module = ConditionalSelfNormalizingPair(scaled, scaled, event_shape=1)
+    f, g = (Function(lambda x, context: context * x) for _ in range(2))
+    module = ConditionalSelfNormalizingPair(f, g, event_shape=1)
     value = log_det_of(module.condition(torch.tensor([[2.0], [-2.0]])), torch.ones(2, 1))
     assert is_close(value, torch.full((2,), math.log(2.0)), EXACT)
 

@@ -963,6 +963,28 @@ def test_clipping_after_a_change_of_dtype(dtype: torch.dtype) -> None:
     passed(guide.double(), gradient.double())
 
 
+def test_heavy_tail_does_not_throw_training_off() -> None:
+    # One sample in a hundred has a gradient ten million times as long.
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        is_bad = len(calls) % 100 == 99
+        calls.append(None)
+        pyro.factor("tail", 1e7 * z.sum() if is_bad else 0.0 * z.sum())
+
+    lengths = {}
+    for clip in (10.0, None):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        calls: list[None] = []
+        guide = AutoSelfNormalizingFlow(model, 1, clip=clip)
+        svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO())
+        for _ in range(99):  # the last one is the bad one: the model is called once more, at first
+            svi.step()
+        lengths[clip] = guide.transform.parts[0].bias.norm().item()
+    assert lengths[10.0] < 1
+    assert lengths[None] > 100
+
+
 # --- Bad options --------------------------------------------------------------------------------
 
 

@@ -47,7 +47,8 @@ def test_without_a_bias_zero_stays_zero() -> None:
 
 def test_repr() -> None:
     expected = (
-        "SelfNormalizingLinear(3, log_det=Learned(mixture=0.5, reconstruction='both'), "
+        "SelfNormalizingLinear(3, log_det=Learned(mixture=0.5, reconstruction_weight=1.0, "
+        "reconstruction='both'), "
         "inverse='iterative', training_value='0', bias=False)"
     )
     assert repr(SelfNormalizingLinear(3, log_det="learned", bias=False)) == expected

@@ -78,13 +78,12 @@ def test_error_estimate_is_near_the_error() -> None:
     assert layer.num_refactorizations == 1  # that of the registry
 
 
-@pytest.mark.parametrize(
-    ("dim", "size"), [(1, 1e-2), (2, 1e-2), (5, 1e-2), *[(32, 10.0**-power) for power in range(5)]]
-)
-def test_tolerance_holds(dim: int, size: float) -> None:
-    layer = linear(dim, tolerance=0.02)
-    errors = [gradient_error(layer).relative for _ in walk(layer, 40, size)]
-    assert max(errors) < SLACK * 0.02
+@pytest.mark.parametrize("dim", [1, 2, 5, 32])
+def test_tolerance_holds(dim: int) -> None:
+    for size in (1.0, 1e-1, 1e-2, 1e-3, 1e-4) if dim == 32 else (1e-2,):
+        layer = linear(dim, tolerance=0.02)
+        errors = [gradient_error(layer).relative for _ in walk(layer, 40, size)]
+        assert max(errors) < SLACK * 0.02, size
 
 
 @pytest.mark.parametrize("rank", [1, 2])
