@@ -19,5 +19,12 @@ class SavesAttributes(nn.Module):
         return {name: getattr(self, name) for name in self.saved_attributes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if not state:  # that of another kind of module, loaded with strict=False
+            return
         for name in self.saved_attributes:
+            if name not in state:
+                raise RuntimeError(
+                    f"expected the state of {type(self).__name__} to have {name!r}; "
+                    f"got {sorted(state)}"
+                )
             setattr(self, name, state[name])

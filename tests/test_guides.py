@@ -977,7 +977,7 @@ def test_heavy_tail_does_not_throw_training_off() -> None:
         pyro.set_rng_seed(0)
         calls: list[None] = []
         guide = AutoSelfNormalizingFlow(model, 1, clip=clip)
-        svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO())
+        svi = infer.SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), infer.Trace_ELBO())
         for _ in range(99):  # the last one is the bad one: the model is called once more, at first
             svi.step()
         lengths[clip] = guide.transform.parts[0].bias.norm().item()

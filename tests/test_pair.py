@@ -736,7 +736,10 @@ def make_pair(**options: object) -> SelfNormalizingPair:
 OPTIONS: list[tuple[Callable[..., object], str, str, list[object]]] = [
     (PairRefined, "krylov_steps", ", an integer >= 1", [0, 1.5]),
     *[(one, "lanczos_steps", ", an integer >= 0", [-1, 2.0]) for one in (PairLearned, PairRefined)],
-    *[(one, "seed", ", an integer >= 0", [-1, 1.5]) for one in (PairRefined, Reconstruction)],
+    *[
+        (one, "seed", ", an integer in [0, 2**63)", [-1, 1.5])
+        for one in (PairRefined, Reconstruction)
+    ],
     (PairLearned, "num_probes", ", an integer >= 1", [0, 2.5, True]),
     (PairRefined, "probe", " to be one of ('gaussian', ", ["uniform", None]),
     (Reconstruction, "latent_noise_std", " >= 0", [-0.1, math.inf, math.nan]),

@@ -1,4 +1,4 @@
-"""How ``log|det A|`` of a linear map and its gradient are had in training: one method a module."""
+"""Methods to get ``log|det A|`` of a linear map, and its gradient, in training: one a module."""
 
 from pyro_snf.log_dets.base import LogDetMethod
 from pyro_snf.log_dets.exact import Exact

@@ -25,7 +25,7 @@ _VALUES = ("exact", "estimate", "0")
 
 
 class SelfNormalizingTransform(InvertibleTransformModule):
-    """A transform whose log-determinant in training is had by a method, :attr:`log_det`.
+    """A transform that gets its log-determinant in training by a method, :attr:`log_det`.
 
     Subclasses set :attr:`log_det`, :attr:`inverse` and :attr:`event_shape`.
     """
