@@ -66,9 +66,10 @@ def _fingerprint(tensor: Tensor) -> Tensor:
         return tensor.clone()
     if tensor.dim() > 2:
         tensor = tensor.flatten(1)
-    tensor = at_least_float32(tensor)  # else the products would round away small changes
+    # In half precision, and under autocast, the products would round away small changes.
+    tensor = at_least_float32(tensor)
     (direction,) = fixed_directions(1, tensor.shape[-1], tensor.dtype, tensor.device)
-    with without_autocast(tensor.device):  # which would do the same
+    with without_autocast(tensor.device):
         return torch.mv(tensor, direction)
 
 
@@ -165,6 +166,45 @@ class TensorMemo(NamedTuple):
     handle: Tensor
 
 
+class _Pair(NamedTuple):
+    """A pair, and what it depends on."""
+
+    x: Tensor
+    y: Tensor
+    conditions: list[object]
+    parameters: list[Tensor]
+    state: ParameterState
+    has_graph: bool
+    memo: Memo | None
+
+    def is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
+        if not self.is_under_conditions(parameters):
+            return False
+        if self.x.is_cuda and self.has_graph:
+            # Comparing contents would wait for the device. In training it is not necessary: the
+            # backward pass, after which parameters are written to, drops the pair.
+            return [one.version for one in state] == [one.version for one in self.state]
+        return state == self.state
+
+    def is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
+        if _conditions_of(self.x, self.y, parameters) != self.conditions:
+            return False
+        return all(map(operator.is_, parameters, self.parameters))
+
+
+def _conditions_of(x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> list[object]:
+    return [
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(x.device.type),
+        version(x),
+        version(y),
+        x.requires_grad,
+        y.requires_grad,
+        *(tensor.requires_grad for tensor in parameters),
+    ]
+
+
 class PairCache:
     """The last pair ``(x, y = T(x))``, for as long as it is valid.
 
@@ -175,16 +215,11 @@ class PairCache:
     also dropped when a backward pass frees its graph. Copies and pickles of a cache are empty.
     """
 
-    def __init__(self) -> None:
-        self.clear()
+    # One attribute, which every method reads once: other threads may replace it.
+    _pair: _Pair | None = None
 
     def clear(self) -> None:
-        self._pair: tuple[Tensor, Tensor] | None = None
-        self._conditions: list[object] = []
-        self._parameters: list[Tensor] = []
-        self._has_graph = False
-        self._state: ParameterState = ()
-        self._memo: Memo | None = None
+        self._pair = None
 
     def store(
         self,
@@ -203,13 +238,10 @@ class PairCache:
         :param Tensor computed: the one of the two that was computed from the other.
         :param memo: a by-product of the computation.
         """
-        self._pair = (x, y)
-        self._conditions = self._current_conditions(parameters)
-        self._parameters = list(parameters)
-        self._has_graph = computed.grad_fn is not None
-        self._state = state
-        self._memo = memo
-        if self._has_graph and not torch.jit.is_tracing():
+        has_graph = computed.grad_fn is not None
+        conditions = _conditions_of(x, y, parameters)
+        self._pair = _Pair(x, y, conditions, list(parameters), state, has_graph, memo)
+        if has_graph and not torch.jit.is_tracing():
             self.drop_at_backward(computed)
             if memo is not None and memo.handle.requires_grad:
                 self.drop_at_backward(memo.handle)
@@ -222,15 +254,15 @@ class PairCache:
 
     def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
-        if self._pair is not None and self._pair[0] is x and self._is_valid(parameters, state):
-            return self._pair[1]
-        return None
+        pair = self._pair
+        is_found = pair is not None and pair.x is x and pair.is_valid(parameters, state)
+        return pair.y if pair is not None and is_found else None
 
     def x_of(self, y: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``x`` that belongs to this very tensor ``y``, or None."""
-        if self._pair is not None and self._pair[1] is y and self._is_valid(parameters, state):
-            return self._pair[0]
-        return None
+        pair = self._pair
+        is_found = pair is not None and pair.y is y and pair.is_valid(parameters, state)
+        return pair.x if pair is not None and is_found else None
 
     def memo_of(self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> Memo | None:
         """The by-product of the computation of this very pair, or None.
@@ -238,9 +270,9 @@ class PairCache:
         It belongs to the pair even if parameters have been written to since then.
         """
         pair = self._pair
-        if pair is None or pair[0] is not x or pair[1] is not y:
+        if pair is None or pair.x is not x or pair.y is not y:
             return None
-        return self._memo if self._is_under_conditions(parameters) else None
+        return pair.memo if pair.is_under_conditions(parameters) else None
 
     def state_at(
         self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
@@ -252,41 +284,12 @@ class PairCache:
         version counters suffice, which are cheaper than comparing contents.
         """
         pair = self._pair
-        if pair is None or pair[0] is not x or pair[1] is not y or not self._has_graph:
+        if pair is None or pair.x is not x or pair.y is not y or not pair.has_graph:
             return None, None
-        for state, parameter in zip(self._state, parameters, strict=True):
+        for state, parameter in zip(pair.state, parameters, strict=True):
             if state.version != version(parameter):
                 return None, None
-        return (self._state, self._memo) if self._is_under_conditions(parameters) else (None, None)
-
-    def _is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
-        if not self._is_under_conditions(parameters):
-            return False
-        assert self._pair is not None
-        if self._pair[0].is_cuda and self._has_graph:
-            # Comparing contents would wait for the device. In training it is not necessary: the
-            # backward pass, after which parameters are written to, drops the pair.
-            return [one.version for one in state] == [one.version for one in self._state]
-        return state == self._state
-
-    def _is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
-        if self._current_conditions(parameters) != self._conditions:
-            return False
-        return all(map(operator.is_, parameters, self._parameters))
-
-    def _current_conditions(self, parameters: Sequence[Tensor]) -> list[object]:
-        assert self._pair is not None
-        x, y = self._pair
-        return [
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(x.device.type),
-            version(x),
-            version(y),
-            x.requires_grad,
-            y.requires_grad,
-            *(tensor.requires_grad for tensor in parameters),
-        ]
+        return (pair.state, pair.memo) if pair.is_under_conditions(parameters) else (None, None)
 
     def __reduce__(self) -> tuple[type[PairCache], tuple[()]]:
         return type(self), ()

@@ -1,7 +1,7 @@
-"""How good is the approximate inverse, the gradient that stands on it, and what was trained by it?
+"""Diagnostics: the errors of approximate inverses and of surrogate gradients, and of guides.
 
-The functions compute their references in float64, those for layers at O(D³). They change nothing
-in the layer, the guide or the model.
+References are computed in float64, those for layers at O(D³). Nothing in the layer, the guide or
+the model is changed.
 """
 
 from __future__ import annotations

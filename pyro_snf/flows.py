@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_snf.options import as_count, as_event_shape, as_image_shape
+from pyro_snf.options import as_count, as_event_shape, as_image_shape, expect
 from pyro_snf.transforms.activations import (
     RationalQuadraticSpline,
     SmoothLeakyReLU,
@@ -77,6 +77,7 @@ def fully_connected(
     """
     shape = as_event_shape(event_shape)
     num_layers = as_count("num_layers", num_layers)
+    _check_activation(activation)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     flat = torch.Size([shape.numel()])
     parts: list[Transform] = [] if shape == flat else [_Flatten(shape)]
@@ -122,6 +123,7 @@ def convolutional(
     shape = as_image_shape(event_shape)
     num_blocks = as_count("num_blocks", num_blocks)
     layers_per_block = as_count("layers_per_block", layers_per_block)
+    _check_activation(activation)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     parts: list[Transform] = []
     for index in range(num_blocks):
@@ -220,6 +222,11 @@ class _Flatten(ReshapeTransform):
         return self if cache_size == self._cache_size else _Flatten(self.in_shape, cache_size)
 
 
+def _check_activation(activation: object) -> None:
+    fits = callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)
+    expect(f"activation to be one of {ACTIVATIONS}, or a function", fits, activation)
+
+
 def _make_activation(
     activation: Activation,
     event_shape: torch.Size,
@@ -230,10 +237,6 @@ def _make_activation(
     if callable(activation):
         made = activation(event_shape)
         return made.to(device, dtype) if isinstance(made, nn.Module) else made
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"expected activation to be one of {ACTIVATIONS}, or a function; got {activation!r}"
-        )
     if activation == "spline":
         return RationalQuadraticSpline(event_shape, device=device, dtype=dtype)
     return SmoothLeakyReLU(0.3, device=device, dtype=dtype)

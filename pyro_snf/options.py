@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +24,10 @@ __all__ = [
     "expect",
     "is_count",
 ]
+
+
+# Parameters can be of these types; torch computes next to nothing in smaller ones.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(expected: str, fits: bool, got: object) -> None:
@@ -66,9 +71,12 @@ def as_number(expected: str, value: Any, fits: Callable[[float], bool]) -> float
     :param fits: whether a number may be it; False for NaN.
     :raises ValueError: unless it is a real number that fits.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    expect(expected, is_number and fits(float(value)), value)
-    return float(value)
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer that is too large
+            number = float(value)
+    expect(expected, fits(number), value)
+    return number
 
 
 def as_positive(name: str, value: Any) -> float:
@@ -93,7 +101,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_dtype(dtype: object) -> None:
     """Raise a ValueError unless ``dtype`` is a floating-point one, or None for torch's default."""
-    fits = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    fits = dtype is None or dtype in _DTYPES
     expect("dtype, a floating-point torch.dtype or None", fits, dtype)
 
 

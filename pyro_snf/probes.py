@@ -92,10 +92,10 @@ class ProbeStream(SavesAttributes):
         self.count = 0
         self._known_seed: tuple[int, int] | None = None  # the buffer's version, and its value
 
-    def next_generator(self, device: torch.device) -> torch.Generator:
+    def next_generator(self, device: torch.device, *, stream: int = 0) -> torch.Generator:
         """The generator of the running count, which is raised by 1."""
         self.count += 1
-        return self.generator(self.count - 1, device)
+        return self.generator(self.count - 1, device, stream=stream)
 
     def generator(self, count: int, device: torch.device, *, stream: int = 0) -> torch.Generator:
         """See :func:`probe_generator`."""

@@ -115,15 +115,15 @@ class Surrogate:
             )
         return self._gradient
 
-    def backward(self, cotangent: Tensor, parameter: Tensor) -> Tensor:
-        """``cotangent · scale · gradient``, with a graph where a backward pass records one."""
-        factor = self.scale * cotangent
-        if not torch.is_grad_enabled():
-            return (factor * self.gradient()).to(parameter.dtype)
-        # create_graph=True
+    def backward(self, cotangent: Tensor) -> Tensor:
+        """``cotangent · scale · gradient``."""
+        return self.scale * cotangent * self.gradient()
+
+    def differentiable_backward(self, cotangent: Tensor, parameter: Tensor) -> Tensor:
+        """The same in the parameter's type, for a backward pass that records a graph."""
         if self.derivative is not None:
-            return (factor * self.derivative(parameter)).to(parameter.dtype)
-        return first_order_only((factor * self.gradient()).to(parameter.dtype), parameter)
+            return (self.scale * cotangent * self.derivative(parameter)).to(parameter.dtype)
+        return first_order_only(self.backward(cotangent).to(parameter.dtype), parameter)
 
 
 class _WithGradient(Function):
@@ -133,15 +133,17 @@ class _WithGradient(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.parameter, ctx.surrogate = inputs
-        if ctx.surrogate.derivative is not None:
-            ctx.save_for_backward(ctx.parameter)
-            ctx.parameter = None
+        _, parameter, ctx.surrogate = inputs
+        ctx.save_for_backward(parameter)  # checked for writes in place where it is used
+        ctx.dtype = parameter.dtype
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        parameter = ctx.saved_tensors[0] if ctx.parameter is None else ctx.parameter
-        return cotangent, ctx.surrogate.backward(cotangent, parameter), None
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = ctx.surrogate.differentiable_backward(cotangent, ctx.saved_tensors[0])
+        else:
+            gradient = ctx.surrogate.backward(cotangent).to(ctx.dtype)
+        return cotangent, gradient, None
 
 
 def with_gradient(
@@ -159,7 +161,9 @@ class _ShareGradient(Function):
     # a small layer takes for its product.
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, pending: list[Surrogate]) -> tuple[Tensor, Tensor]:
-        ctx.parameter, ctx.pending = parameter, pending
+        ctx.pending = pending
+        ctx.save_for_backward(parameter)  # checked for writes in place where it is used
+        ctx.dtype = parameter.dtype
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return parameter.view_as(parameter), parameter.new_zeros((), dtype=dtype)
@@ -171,9 +175,11 @@ class _ShareGradient(Function):
         if cotangent is None:
             return gradient, None
         (surrogate,) = ctx.pending
-        if gradient is None or torch.is_grad_enabled():
-            own = surrogate.backward(cotangent, ctx.parameter)
+        if torch.is_grad_enabled():  # create_graph=True
+            own = surrogate.differentiable_backward(cotangent, ctx.saved_tensors[0])
             return own if gradient is None else gradient + own, None
+        if gradient is None:
+            return surrogate.backward(cotangent).to(ctx.dtype), None
         factor = (surrogate.scale * cotangent).to(gradient.dtype)
         return gradient.addcmul_(surrogate.gradient().to(gradient.dtype), factor), None
 
@@ -244,7 +250,7 @@ def with_surrogate(value: Tensor, surrogate: Tensor, inputs: Iterable[Tensor]) -
     without: that of a batch of events in all parameters of a network, say.
 
     :param Tensor value: any shape.
-    :param Tensor surrogate: of the same shape; its own value is of no account.
+    :param Tensor surrogate: of the same shape; its value is not used.
     :param inputs: what the surrogate is computed from, parameters and events.
     :return: ``value``.
     :raises RuntimeError: where the gradient is differentiated once more, in one of the inputs.

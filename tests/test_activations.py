@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from functools import partial
 
 import numpy as np
 import pyro.distributions as dist
@@ -38,19 +36,12 @@ def formula(x: Tensor, alpha: float) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_formula(alpha: float) -> None:
-    x = GRID
+def test_formula_and_log_det(alpha: float) -> None:
+    x = GRID.clone().requires_grad_()
     activation = SmoothLeakyReLU(alpha, dtype=torch.float64)
     y = activation(x)
     assert torch.allclose(y, formula(x, alpha), rtol=EXACT, atol=EXACT)
     assert (y.diff() > 0).all()
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_log_det_is_the_log_slope(alpha: float) -> None:
-    x = GRID.clone().requires_grad_()
-    activation = SmoothLeakyReLU(alpha, dtype=torch.float64)
-    y = activation(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     log_det = activation.log_abs_det_jacobian(x, y)
     assert torch.allclose(log_det, slope.log(), rtol=EXACT, atol=EXACT)
@@ -69,6 +60,10 @@ def test_inverse_of_any_size(alpha: float, dtype: torch.dtype) -> None:
     # The inverse is backward stable: T(x), in float64, is y to a few units in the last place.
     residual = (formula(x, activation.alpha.double().item()) - y.double()).abs()
     assert (residual / (y.double().abs() + 1)).max() < 4 * INVERSE[dtype]
+    y = torch.tensor([1e38, -1e37 * alpha, 1e-38, -1e-38, 0.0], dtype=dtype)
+    x = activation.inv(y)
+    assert torch.isfinite(x).all()
+    assert torch.allclose(activation(x.clone()), y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["SmoothLeakyReLU", "spline"])
@@ -100,14 +95,6 @@ def test_first_and_second_derivatives(kind: str, direction: str) -> None:
 
     assert gradcheck(function, (x, *activation.parameters()))
     assert gradgradcheck(function, (x, *activation.parameters()))
-
-
-def test_largest_numbers_have_an_inverse() -> None:
-    activation = SmoothLeakyReLU(0.3, dtype=torch.float32)
-    y = torch.tensor([1e38, -1e37, 1e-38, -1e-38, 0.0], dtype=torch.float32)
-    x = activation.inv(y)
-    assert torch.isfinite(x).all()
-    assert torch.allclose(activation(x.clone()), y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.8])
@@ -230,17 +217,6 @@ def test_spline_is_that_of_pyro_between_the_outer_knots() -> None:
             assert torch.allclose(actual, log_slopes[index].sum(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("event_shape", [(), (5,), (1, 3)])
-def test_spline_log_det_is_the_sum_of_log_slopes(event_shape: tuple[int, ...]) -> None:
-    made = spline((2, 3, 4), size=2.0)
-    x = (8 * torch.randn(*event_shape, 2, 3, 4)).requires_grad_()
-    y = made(x)
-    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    log_det = made.log_abs_det_jacobian(x, y)
-    assert log_det.shape == event_shape
-    assert torch.allclose(log_det, slope.log().sum((-3, -2, -1)), rtol=EXACT, atol=1e-10)
-
-
 @pytest.mark.parametrize("dtype", INVERSE, ids=str)
 @pytest.mark.parametrize("size", [0.5, 2.0, 6.0])
 def test_spline_round_trip(size: float, dtype: torch.dtype) -> None:
@@ -255,6 +231,9 @@ def test_spline_round_trip(size: float, dtype: torch.dtype) -> None:
     (slope,) = torch.autograd.grad(y_again.sum(), again)
     allowed = 20 * torch.finfo(dtype).eps * made.bound * (1 + slope)
     assert ((y_again - y).abs() <= allowed).all()
+    if dtype == torch.float64:
+        log_det = made.log_abs_det_jacobian(again, y_again)
+        assert torch.allclose(log_det, slope.log().sum(-1), rtol=EXACT, atol=1e-10)
 
 
 def test_spline_parameters_may_be_of_any_size() -> None:
@@ -285,34 +264,8 @@ def test_spline_can_be_fitted() -> None:
     assert loss.item() == pytest.approx(entropy, abs=0.05)
 
 
-@pytest.mark.parametrize("shape", [0, -1, (), (2, 0), (2.0,), "23", None, (True,)])
-def test_spline_shape_is_checked(shape: object) -> None:
-    message = re.escape(f"expected event_shape, integers >= 1; got {shape!r}")
-    with pytest.raises(ValueError, match=message):
-        RationalQuadraticSpline(shape)
-
-
-def test_options_and_inputs_are_checked() -> None:
+def test_numpy_numbers_are_numbers() -> None:
     for alpha in (np.float32(0.5), np.float64(0.5)):
         assert SmoothLeakyReLU(alpha).alpha.item() == 0.5
-    for alpha in (0, 1, "0.3", None, True):
-        with pytest.raises(ValueError, match=rf"expected alpha in \(0, 1\); got {alpha!r}"):
-            smooth_leaky_relu(alpha)
-    with pytest.raises(ValueError, match="expected learnable to be True or False; got 'yes'"):
-        SmoothLeakyReLU(learnable="yes")
     made = RationalQuadraticSpline(np.int64(3), num_bins=np.int64(4), bound=np.float32(2))
     assert [type(made.num_bins), type(made.bound)] == [int, float]
-    for num_bins in [1, 1001, 2.0, "3", True]:
-        with pytest.raises(ValueError, match=f"num_bins, an integer from 2.*; got {num_bins!r}"):
-            RationalQuadraticSpline(3, num_bins=num_bins)
-    for bound in [0, -1.0, math.inf, math.nan, "1", None]:
-        with pytest.raises(ValueError, match=f"expected bound > 0; got {bound!r}"):
-            RationalQuadraticSpline(3, bound=bound)
-    for make in (SmoothLeakyReLU, partial(RationalQuadraticSpline, 3)):
-        with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
-            make(dtype=torch.int64)
-    for part in (spline(3), spline(3).inv):
-        with pytest.raises(ValueError, match=r"expected .* of shape \(\.\.\., 3\); got \(4,\)"):
-            part(torch.zeros(4))
-        with pytest.raises(ValueError, match=r"expected dtype torch.float64; got torch.float32"):
-            part(torch.zeros(3, dtype=torch.float32))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -112,15 +110,9 @@ def test_first_batch_is_normalized(
     x = images(*batch_shape, *event_shape)
     assert is_normal(layer(x), event_dim)
     assert layer.initialized
-
-
-def test_only_the_first_batch_counts() -> None:
-    layer = ActNorm(3)
-    layer(images(7, 3, 4, 4))
     state = copy.deepcopy(layer.state_dict())
-    assert not is_normal(layer(images(7, 3, 4, 4, seed=1)))
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, state[name])
+    assert not is_normal(layer(images(*batch_shape, *event_shape, seed=1)), event_dim)
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
 
 
 def test_values_far_from_zero() -> None:
@@ -194,10 +186,8 @@ def test_explicit_initialization() -> None:
     assert not is_normal(layer(other))
     layer.initialize(other)
     assert is_normal(layer(other))
-
-
-def test_identity_can_be_kept() -> None:
-    layer, x = ActNorm(3), images(7, 3, 4, 4)
+    # The identity can be kept.
+    layer = ActNorm(3)
     layer.initialized.fill_(True)
     assert torch.equal(layer(x), x)
     layer.initialized.fill_(False)
@@ -257,34 +247,30 @@ def trained() -> tuple[ActNorm, Tensor]:
     return layer, x
 
 
-def test_state_dict_into_a_fresh_layer() -> None:
-    layer, x = trained()
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    fresh = ActNorm(3)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    other = images(7, 3, 4, 4, seed=1)
-    assert torch.equal(fresh(other), layer(other))
-    assert torch.equal(fresh(x), layer(x))
-
-
 def test_untrained_state_dict_makes_it_new_again() -> None:
     layer, x = trained()
     layer.load_state_dict(ActNorm(3).state_dict())
     assert is_normal(layer(x))
 
 
-@pytest.mark.parametrize("make_copy", COPIES, ids=lambda make: make.__name__)
+def by_state_dict(layer: nn.Module) -> ActNorm:
+    buffer, fresh = io.BytesIO(), ActNorm(3)
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    return fresh
+
+
+@pytest.mark.parametrize("make_copy", [*COPIES, by_state_dict], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("is_trained", [False, True], ids=["fresh", "trained"])
 def test_copies(make_copy: Callable[[nn.Module], nn.Module], is_trained: bool) -> None:
     layer, x = trained() if is_trained else (ActNorm(3), images(7, 3, 4, 4))
     other = make_copy(layer)
     assert other.initialized == is_trained
-    y = other(x)
-    assert is_normal(y) != is_trained
-    assert layer.initialized == is_trained
-    assert torch.equal(y, layer(x))
+    for inputs in (x, images(7, 3, 4, 4, seed=1)):
+        y = other(inputs)
+        assert is_normal(y) == (inputs is x and not is_trained)
+        assert torch.equal(y, layer(inputs))
 
 
 def test_with_cache_shares_the_initialization() -> None:
@@ -322,46 +308,3 @@ def test_score_is_passed_on() -> None:
     score = torch.randn(3, 4, 5)
     expected = score / layer.log_scale.exp().view(-1, 1, 1)
     assert torch.allclose(push_score(layer, x, layer(x), score), expected, rtol=EXACT)
-
-
-# --- Mistakes -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, "3", None, True])
-def test_num_channels_is_checked(value: object) -> None:
-    message = f"expected num_channels, an integer >= 1; got {value!r}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        actnorm(value)
-
-
-@pytest.mark.parametrize("value", [0, 2, 4, -1, 1.0, "3", None, True])
-def test_event_dim_is_checked(value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"expected event_dim 1 or 3; got {value!r}")):
-        ActNorm(3, event_dim=value)
-    assert repr(ActNorm(np.int64(3), event_dim=np.int32(1))) == "ActNorm(3, event_dim=1)"
-
-
-def test_dtype_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
-        ActNorm(3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (4, 3, 4), (2, 1, 4, 4), (0, 3, 4, 4)])
-def test_wrong_shape(shape: tuple[int, ...]) -> None:
-    layer, x = random_layer(), torch.zeros(shape)
-    message = r"ActNorm\(3, event_dim=3\): expected .*shape \(\.\.\., 3, .*; got " + re.escape(
-        str(shape)
-    )
-    for use in (layer, layer.inv, layer.initialize, lambda x: layer.log_abs_det_jacobian(x, x)):
-        with pytest.raises(ValueError, match=message):
-            use(x)
-
-
-def test_wrong_dtype() -> None:
-    layer = random_layer()
-    with pytest.raises(ValueError, match=r"expected dtype torch\.float64; got torch\.float32"):
-        layer(torch.zeros(3, 2, 2, dtype=torch.float32))
-    with pytest.raises(ValueError, match=r"floating-point tensor; got torch\.uint8"):
-        layer(torch.zeros(3, 2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="floating-point tensor; got list"):
-        layer([1.0])

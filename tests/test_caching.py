@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pyro_snf import Compose, SmoothLeakyReLU
+from pyro_snf import Compose, MultiScale, SmoothLeakyReLU, Squeeze2d
 from pyro_snf.caching import PairCache, StateCache, TensorState, state_of
 from tests.registry import (
     CASES,
@@ -289,13 +290,17 @@ def test_stack_reaches_the_parts_whose_caches_it_turned_on() -> None:
     assert torch.equal(layers.log_abs_det_jacobian(X, y), expected)
 
 
-def test_cache_of_a_part_of_torch_is_a_safe_one() -> None:
+@pytest.mark.parametrize("stack", [Compose, partial(MultiScale, event_shape=(2, 4, 4))])
+def test_cache_of_a_part_of_torch_is_a_safe_one(stack: Callable[..., Transform]) -> None:
     # torch's own remembers a tensor by its identity, whatever has been written to it.
-    flow = Compose([dist.transforms.ExpTransform()], cache_size=1)
-    x = torch.ones(3)
-    flow(x)
-    x.zero_()
-    assert torch.equal(flow(x), torch.ones(3))
+    affine = dist.transforms.AffineTransform(1.0, 2.0)
+    for part in (affine, dist.transforms.ComposeTransform([affine])):
+        flow, x = stack([part, Squeeze2d()]), torch.ones(3, 2, 4, 4)
+        y = flow(x)
+        x.zero_()
+        assert torch.equal(flow(x), torch.ones_like(y))
+        x.requires_grad_()
+        assert flow(x).requires_grad
 
 
 # --- The caches themselves ----------------------------------------------------------------------

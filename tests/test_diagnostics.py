@@ -81,14 +81,23 @@ def matrices(layer: Any, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
 
 
 @EVERY_METHOD
-def test_inverse_error_is_its_definition(log_det: str, kind: Kind) -> None:
+def test_inverse_error_is_its_definition_and_changes_nothing(log_det: str, kind: Kind) -> None:
     layer, size = kind.make(log_det=log_det), kind.size
     nudge_inverses(layer, 0.3)
     weight, inverse = matrices(layer, size)
     expected = (torch.eye(len(weight)) - inverse @ weight).norm() / math.sqrt(len(weight))
+    layer(torch.zeros(2, len(layer.theta), *(size or ())))
+    state, random_state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
     found = inverse_error(layer, size)
     assert found == pytest.approx(expected.item(), rel=EXACT, abs=EXACT)
-    assert inverse_error(layer.inv, size) == pytest.approx(found, rel=EXACT, abs=EXACT)
+    # Without a size, that of the latest images is taken.
+    for part, sizes in [(layer.inv, [size]), (layer, [])]:
+        assert inverse_error(part, *sizes) == pytest.approx(found, rel=EXACT, abs=EXACT)
+    report(layer.inv)
+    assert gradient_error(layer) == gradient_error(layer, size)
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in layer.parameters())
     if size is None and log_det == "refined":
         layer.log_det.estimator.inverse_t.zero_()
         assert inverse_error(layer) == pytest.approx(1.0)
@@ -113,22 +122,6 @@ def test_gradient_error_is_that_of_the_next_training_step(log_det: str, kind: Ki
     assert found == pytest.approx((relative, cosine), rel=EXACT, abs=EXACT)
     # A wrong R that is tracked is noticed; one that is learned is not.
     assert (relative > 1e-3) == (log_det == "learned")
-
-
-@EVERY_METHOD
-def test_diagnostics_change_nothing(log_det: str, kind: Kind) -> None:
-    layer, size = kind.make(log_det=log_det), kind.size
-    nudge_inverses(layer, 0.3)
-    layer(torch.zeros(2, len(layer.theta), *(size or ())))
-    state, random_state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
-    # The size of the latest images is taken.
-    error = pytest.approx(inverse_error(layer, size), rel=EXACT, abs=EXACT)
-    assert inverse_error(layer) == error
-    report(layer.inv)
-    assert gradient_error(layer) == gradient_error(layer, size)
-    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(parameter.grad is None for parameter in layer.parameters())
 
 
 def test_float32_layers_are_measured_in_float64() -> None:
@@ -285,15 +278,14 @@ def test_pair_report_is_its_definitions() -> None:
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-def test_pair_report_of_an_exact_inverse() -> None:
+def test_pair_report_of_other_layers() -> None:
     found = pair_report(exact_pair(3), torch.randn(5, 3))
     assert max(found.reconstruction_error, found.inverse_error, found.gradient.relative) < EXACT
     assert found.gradient.cosine == pytest.approx(1.0)
-
-
-def test_pair_report_of_a_conditioned_pair_in_float32() -> None:
-    layer = conditional_pair().float().condition(torch.randn(6, 2, dtype=torch.float32))
-    assert pair_report(layer, torch.randn(6, 3, dtype=torch.float32)).num_recovered == 6
+    conditioned = conditional_pair().float().condition(torch.randn(6, 2, dtype=torch.float32))
+    assert pair_report(conditioned, torch.randn(6, 3, dtype=torch.float32)).num_recovered == 6
+    with pytest.raises(ValueError, match="expected a SelfNormalizingPair or its inverse; got Self"):
+        pair_report(linear(3), torch.randn(4, 3))
 
 
 def test_pair_report_of_a_fold() -> None:
@@ -307,13 +299,6 @@ def test_pair_report_of_a_fold() -> None:
     x = torch.tensor([[1.0], [2.0], [-3.0], [1.5]])
     found = pair_report(layer, x)
     assert (found.num_events, found.num_oriented, found.num_recovered) == (4, 3, 3)
-
-
-def test_pair_report_of_other_transforms() -> None:
-    with pytest.raises(
-        ValueError, match=r"expected a SelfNormalizingPair or its inverse; got Self.*"
-    ):
-        pair_report(linear(3), torch.randn(4, 3))
 
 
 def test_report_of_pairs() -> None:

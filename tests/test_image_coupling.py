@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-
-import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -47,7 +43,6 @@ def test_formula_and_round_trip(batch_shape: tuple[int, ...], num_channels: int)
         total.append(log_scale.sum())
     log_det = layer.log_abs_det_jacobian(x, y)
     assert torch.allclose(log_det, torch.stack(total).view(batch_shape), rtol=EXACT)
-    assert layer.inv(y) is x
     assert torch.allclose(layer.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
 
 
@@ -91,76 +86,20 @@ def test_network_runs_once_for_value_and_log_det() -> None:
     assert calls == [3]
 
 
-def test_network_of_another_kind() -> None:
-    network = nn.Conv2d(1, 4, 1)
-    layer, x = ImageCoupling(3, network), torch.randn(2, 3, 4, 4)
-    assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
-
-
-def test_nan_surfaces() -> None:
-    layer, x = coupling(), torch.randn(2, 3, 4, 4)
-    x[0, 0, 0, 0] = math.nan
-    y = layer(x)
-    assert y[0].isnan().any()
-    assert torch.isfinite(y[1]).all()
-    assert layer.log_abs_det_jacobian(x, y).isnan().tolist() == [True, False]
-
-
 # --- Mistakes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [1, 0, -1, 4.0, "4", None, True])
-def test_num_channels_is_checked(value: object) -> None:
-    message = re.escape(f"expected num_channels, an integer >= 2; got {value!r}")
-    with pytest.raises(ValueError, match=message):
-        image_coupling(value)
-    with pytest.raises(ValueError, match=message):
-        ImageCoupling(value, nn.Identity())
-
-
-@pytest.mark.parametrize("value", [0, -1, 4.0, "4", None, True])
-def test_width_is_checked(value: object) -> None:
-    message = re.escape(f"expected hidden_channels, an integer >= 1; got {value!r}")
-    with pytest.raises(ValueError, match=message):
-        image_coupling(4, hidden_channels=value)
-    for name, channels in [("in_channels", (value, 1)), ("out_channels", (1, value))]:
-        with pytest.raises(ValueError, match=re.escape(f"expected {name}, an integer >= 1; got")):
-            CouplingNet(*channels)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "3", None, True])
-def test_max_log_scale_is_checked(value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"expected max_log_scale > 0; got {value!r}")):
-        image_coupling(4, hidden_channels=2, max_log_scale=value)
-
-
-def test_other_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
-        image_coupling(4, dtype=torch.int64)
-    layer = image_coupling(
-        np.int64(4), hidden_channels=np.int32(2), max_log_scale=np.float32(2), dtype=torch.float32
-    )
-    assert repr(layer).startswith("ImageCoupling(4, max_log_scale=2.0")
-    with pytest.raises(ValueError, match="expected network, a module; got None"):
-        ImageCoupling(4, None)
+def test_options_are_keyword_only() -> None:
     with pytest.raises(TypeError):
         image_coupling(4, 8)
 
 
-@pytest.mark.parametrize("out_channels", [2, 3, 8])
-def test_network_of_another_shape(out_channels: int) -> None:
-    layer = ImageCoupling(3, nn.Conv2d(1, out_channels, 1))
-    message = rf"network's output to have shape \(2, 4, 5, 5\); got \(2, {out_channels}, 5, 5\)"
-    with pytest.raises(ValueError, match=message):
-        layer(torch.zeros(2, 3, 5, 5))
-
-
-def test_wrong_input() -> None:
-    layer = coupling()
-    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
-        for shape in [(3,), (3, 4), (4, 3, 3), (0, 3, 4, 4)]:
-            message = r"ImageCoupling\(3, .*expected .*shape \(\.\.\., 3, .*got "
-            with pytest.raises(ValueError, match=message + re.escape(str(shape))):
-                use(torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"expected dtype torch\.float64; got torch\.float32"):
-            use(torch.zeros(3, 4, 4, dtype=torch.float32))
+@pytest.mark.parametrize("out_channels", [2, 3, 4, 8])
+def test_network_of_another_kind(out_channels: int) -> None:
+    layer, x = ImageCoupling(3, nn.Conv2d(1, out_channels, 1)), torch.randn(2, 3, 5, 5)
+    if out_channels == 4:
+        assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
+    else:
+        message = rf"output to have shape \(2, 4, 5, 5\); got \(2, {out_channels}, 5, 5\)"
+        with pytest.raises(ValueError, match=message):
+            layer(x)

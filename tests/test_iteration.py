@@ -62,11 +62,8 @@ def test_refined_solution_is_right_to_rounding(error: float, dtype: torch.dtype)
 
 def test_events_do_not_depend_on_each_other() -> None:
     system, h = System(0.1), torch.randn(6, DIM)
-    h[1] *= 1e100
-    h[2] *= 1e-100
-    h[3] = 0
-    h[4, 2] = math.nan
-    h[5, 0] = -math.inf
+    h[:4] *= torch.tensor([1, 1e100, 1e-100, 0]).view(4, 1)
+    h[4, 2], h[5, 0] = math.nan, -math.inf
     u = system.refine(h)
     for index in (0, 1, 2):
         alone = system.refine(h[index : index + 1])[0]
@@ -76,6 +73,10 @@ def test_events_do_not_depend_on_each_other() -> None:
     assert torch.isnan(u[4:]).all()
     assert torch.isnan(system.refine(h[4:])).all()
     assert not system.exactly
+
+
+def unit_scale(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.ones(len(rows))
 
 
 @pytest.mark.parametrize("spoiled", ["one direction", "NaN", "everything"])
@@ -107,9 +108,7 @@ def test_nonlinear_events_converge_each_at_its_own_pace() -> None:
         asked.append(rows.tolist())
         return x + rates[rows, None] * x.sin()
 
-    state = Iterate(
-        evaluate, y, lambda y: y / 2, scale=lambda x, rows: torch.ones(len(rows)), tolerance=1e-10
-    )
+    state = Iterate(evaluate, y, lambda y: y / 2, scale=unit_scale, tolerance=1e-10)
     assert state.unsolved(state.all_rows()).tolist() == [0, 1, 2, 4]
     state.iterate(lambda residual, rows: residual)
     solved = [0, 1, 2]
@@ -128,17 +127,9 @@ def test_nonlinear_events_converge_each_at_its_own_pace() -> None:
     ("trial", "factor", "moves"),
     [(0.6, 0.5, True), (0.4, 0.5, False), (0.4, 1.0, True), (-0.1, 1.0, False)],
 )
-def test_trial_is_taken_where_it_reduces_the_residual(
-    trial: float, factor: float, moves: bool
-) -> None:
-    y = torch.ones(3, 1)
-    state = Iterate(
-        lambda x, rows: x,
-        y,
-        lambda y: torch.tensor([[0.0], [1.0], [math.inf]]),
-        scale=lambda x, rows: torch.ones(len(rows)),
-        tolerance=1e-3,
-    )
+def test_trial_reduces_the_residual_or_is_dropped(trial: float, factor: float, moves: bool) -> None:
+    start, y = torch.tensor([[0.0], [1.0], [math.inf]]), torch.ones(3, 1)
+    state = Iterate(lambda x, rows: x, y, lambda y: start, scale=unit_scale, tolerance=1e-3)
     assert state.x.tolist() == [[0], [1], [0]]  # to start from infinity would lead nowhere
     taken = state.try_move(torch.tensor([0, 1]), torch.full((2, 1), trial), factor)
     assert taken.tolist() == [moves, False]

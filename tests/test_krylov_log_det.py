@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from pyro_snf.maps import Convolution, kernels
 from pyro_snf.probes import draw_probes, probe_generator
 from pyro_snf.surrogate import Surrogate
 from tests.registry import conv, density_loss, relative_error
+from tests.test_convolution import fit
+from tests.test_convolution_map import neighbours
 
 # Float64, condition numbers below 10.
 EXACT = 1e-9
@@ -96,13 +99,8 @@ def assert_unbiased(draws: Found, expected: Found) -> None:
     assert relative_error(draws[1].mean(0), expected[1]) < 0.02
 
 
-# --- The estimate -------------------------------------------------------------------------------
-
-
 @PADDED
-def test_estimate_is_exact_first_unbiased_nearby_and_exact_again_far_away(
-    padding_mode: str,
-) -> None:
+def test_estimate_is_exact_first_unbiased_nearby_and_exact_far_away(padding_mode: str) -> None:
     start = theta_near(None, 0.5)
     near, far = theta_near(start, 0.02, seed=1), theta_near(start, 0.9, seed=2)
     assert_unbiased(draw(300, [start, near], padding_mode=padding_mode), exact(near, padding_mode))
@@ -158,14 +156,12 @@ def test_slow_walk_needs_few_factorizations(padding_mode: str) -> None:
 
 
 def test_new_image_size_and_refactorize_make_the_estimate_exact() -> None:
-    part, start = estimator(), theta_near(None, 0.3)
+    part, start, small = estimator(), theta_near(None, 0.3), torch.Size([2, 3, 3])
     part.refactorize(start)  # for images of which size? There is nothing to do
     assert part.num_refactorizations == 0
-    for event_shape in (IMAGE, torch.Size([2, 3, 3]), IMAGE):
-        found = update(part, start, event_shape)
-        assert_close(found, exact(start, event_shape=event_shape))
+    for event_shape in (IMAGE, small, IMAGE):
+        assert_close(update(part, start, event_shape), exact(start, event_shape=event_shape))
     assert part.num_refactorizations == 2  # the first value is still known
-    small = torch.Size([2, 3, 3])
     theta = theta_near(start, 0.02, seed=1)
     update(part, theta, small)
     assert part.error_estimate > 0
@@ -178,10 +174,7 @@ def test_new_image_size_and_refactorize_make_the_estimate_exact() -> None:
 @torch.no_grad()
 def set_neighbours(layer: SelfNormalizingConv2d, coupling: float) -> None:
     """``x ↦ x − c (its four neighbours)``: periodic, singular at c = ¼, for one direction."""
-    line = torch.tensor([0.0, 1.0, 0.0], dtype=layer.theta.dtype)
-    neighbours = torch.outer(line, 1 - line) + torch.outer(1 - line, line)
-    kernel = torch.outer(line, line) - coupling * neighbours
-    layer.theta.copy_(layer.log_det.linear_map.theta_of(kernel.view(1, 1, 3, 3)))
+    layer.theta.copy_(neighbours(coupling, layer.theta.dtype))
 
 
 @pytest.mark.parametrize("size", [16, 40, 64])
@@ -208,9 +201,6 @@ def test_one_direction_that_is_lost_is_noticed(size: int) -> None:
         assert in_training == pytest.approx(value(0.24), rel=1e-3)
 
 
-# --- Solves that do not converge ----------------------------------------------------------------
-
-
 def test_unfinished_solves_warn_once_and_training_goes_on() -> None:
     method = Refined(krylov_steps=1, tolerance=1e-3, num_probes=1)
     layer, x = SelfNormalizingConv2d(3, log_det=method), torch.randn(4, *LARGE)
@@ -229,7 +219,7 @@ def test_unfinished_solves_warn_once_and_training_goes_on() -> None:
         optimizer.step()
 
 
-def test_error_estimate_is_the_residual_of_the_solves() -> None:
+def test_error_estimate_is_the_residual_of_unfinished_solves() -> None:
     theta = theta_near(None, 0.5, channels=3)
     part = estimator(event_shape=LARGE, krylov_steps=2, num_probes=1, tolerance=1e-3)
     with pytest.warns(RuntimeWarning, match="after 2 steps"):
@@ -242,18 +232,13 @@ def test_error_estimate_is_the_residual_of_the_solves() -> None:
     residual = (probes - multiply(theta, space.solution)).flatten(1).norm(dim=1)
     expected = (residual / probes.flatten(1).norm(dim=1)).square().mean().sqrt()
     assert part.error_estimate == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_unfinished_solves_from_exact_factors_take_new_ones() -> None:
+    # From exact factors, new ones are taken, and there is nothing to warn of.
     part, start = estimator(krylov_steps=1), theta_near(None, 0.3)
     update(part, start)
     theta = theta_near(start, 0.02, seed=1)
-    assert_close(update(part, theta), exact(theta))  # no warning: there is nothing to warn of
+    assert_close(update(part, theta), exact(theta))
     assert part.num_refactorizations == 2
     assert part.error_estimate == 0
-
-
-# --- Once a step, and without a trace -----------------------------------------------------------
 
 
 @PADDED
@@ -297,19 +282,15 @@ def test_probes_are_fresh_and_a_function_of_the_seed() -> None:
     assert len(set(results)) == 5
 
 
-# --- The state ----------------------------------------------------------------------------------
+other = partial(conv, 2, seed=9)
 
 EDITS: dict[str, Callable[[SelfNormalizingConv2d], object]] = {
     "nothing": lambda layer: None,
     "state zeroed": lambda layer: layer.log_det.estimator.theta.zero_(),
     "state NaN": lambda layer: layer.log_det.estimator.theta.fill_(math.nan),
-    "a checkpoint of the parameter alone": lambda layer: layer.load_state_dict(
-        {"theta": conv(2, seed=9).theta}, strict=False
-    ),
-    "a checkpoint of another run": lambda layer: layer.load_state_dict(
-        conv(2, seed=9).state_dict()
-    ),
-    "another parameter": lambda layer: setattr(layer, "theta", conv(2, seed=9).theta),
+    "parameter loaded": lambda layer: layer.load_state_dict({"theta": other().theta}, strict=False),
+    "a checkpoint of another run": lambda layer: layer.load_state_dict(other().state_dict()),
+    "another parameter": lambda layer: setattr(layer, "theta", other().theta),
     "sign": lambda layer: layer.theta.data.neg_(),
     "channels exchanged": lambda layer: layer.theta.data.copy_(layer.theta.flip(0)),
     "mirrored": lambda layer: layer.theta.data.copy_(layer.theta.flip(-1)),
@@ -365,36 +346,24 @@ def test_low_precision_follows_float64_by_a_state_in_float32(dtype: torch.dtype)
         theta = theta_near(theta, 0.02, seed=step)
 
 
-# --- Training -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["exact factors", "periodic boundary", "circular"])
 def test_training_ends_where_exact_training_does(kind: str) -> None:
     shape = LARGE if kind == "periodic boundary" else torch.Size([2, 5, 5])
     padding_mode = "circular" if kind == "circular" else "zeros"
-    generator = torch.Generator().manual_seed(3)
-    data = torch.randn(200, *shape, generator=generator)
+    noise = torch.randn(200, *shape, generator=torch.Generator().manual_seed(3))
     root = conv(shape[0], seed=5, kernel_size=5)
-    data = kernels.convolve(data, root.weight.detach(), "zeros")
-    ends = []
+    data, ends = kernels.convolve(noise, root.weight.detach(), "zeros"), []
     for method in (Refined(num_probes=2), "exact"):
         layer = SelfNormalizingConv2d(shape[0], log_det=method, padding_mode=padding_mode)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.96)
         with torch.no_grad():
             start = density_loss(layer, data).item()
-        for _ in range(120):
-            loss = density_loss(layer, data)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        last = fit(layer, data, num_steps=120, lr=0.05, decay=0.96)
         with torch.no_grad():
             ends.append(density_loss(layer, data).item())
         if method != "exact":
             assert layer.error_estimate <= layer.log_det.tolerance
             assert layer.num_refactorizations < 60
             # What is printed in training is the likelihood.
-            assert loss.item() == pytest.approx(ends[0], abs=0.02 if shape != LARGE else 5)
+            assert last == pytest.approx(ends[0], abs=0.02 if shape != LARGE else 5)
     assert start - ends[1] > 1
     assert ends[0] == pytest.approx(ends[1], abs=0.01)

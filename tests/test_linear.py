@@ -165,3 +165,29 @@ def test_many_rows_and_evaluation_are_worth_factors(factorizations: list[int]) -
         y = torch.randn(3, 64)
         assert torch.allclose(layer(layer.inv(y)), y)
     assert len(factorizations) == 1  # kept until the weights change
+
+
+def test_scale_is_summed_in_float32() -> None:
+    layer = SelfNormalizingLinear(784, init_scale=0.1, dtype=torch.bfloat16)
+    x = torch.ones(2, 784, dtype=torch.bfloat16)
+    value = layer.log_abs_det_jacobian(x, layer(x))
+    assert torch.allclose(value, layer.log_scale.double().sum().to(value), atol=1e-3)
+
+
+def test_frozen_weight_does_not_train_the_learned_inverse() -> None:
+    layer = linear(3, log_det="learned")
+    layer.theta.requires_grad_(False)
+    x = torch.randn(4, 3)
+    y = layer(x)
+    (y.square().sum() - layer.log_abs_det_jacobian(x, y).sum()).backward()
+    assert layer.log_det.theta.grad is None
+
+
+def test_gradient_of_one_pass_is_by_the_inverse_of_that_pass() -> None:
+    layer = linear(4, inverse="one_pass")
+    y = torch.randn(3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer.inv(y).sum(), y)
+    x = layer.inv(y.view_as(y))
+    layer.log_det.estimator.inverse_t.mul_(2.0)
+    (actual,) = torch.autograd.grad(x.sum(), y)
+    assert torch.equal(actual, expected)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -13,15 +18,25 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import AffineTransform, ComposeTransform, ReshapeTransform
 
+from pyro_snf import (
+    ActNorm,
+    Compose,
+    ImageCoupling,
+    LowRankAutoregressive,
+    MultiScale,
+    RationalQuadraticSpline,
+    SelfNormalizingLinear,
+    SmoothLeakyReLU,
+    Squeeze2d,
+    actnorm,
+    image_coupling,
+    smooth_leaky_relu,
+    squeeze2d,
+)
+from pyro_snf.images import LogitTransform, dequantize, logit_transform, quantize
 from pyro_snf.path_gradient import PathGradientDistribution
-from pyro_snf.transforms.activations import SmoothLeakyReLU
-from pyro_snf.transforms.actnorm import ActNorm
-from pyro_snf.transforms.compose import Compose
-from pyro_snf.transforms.image_coupling import image_coupling
-from pyro_snf.transforms.linear import SelfNormalizingLinear
-from pyro_snf.transforms.multiscale import MultiScale
-from pyro_snf.transforms.squeeze import Squeeze2d
-from tests.registry import randomize
+from pyro_snf.transforms.image_coupling import CouplingNet
+from tests.registry import CASES, batch, randomize
 
 # Float64: rounding, and three digits to spare.
 EXACT = 1e-9
@@ -80,11 +95,9 @@ def test_value_log_det_and_round_trip(batch_shape: tuple[int, ...]) -> None:
         expected = levelwise(copy.deepcopy(flow), image)
         assert torch.allclose(latent, expected[0], rtol=EXACT, atol=EXACT)
         assert torch.allclose(value, expected[1], rtol=EXACT, atol=EXACT)
-    again = flow.inv(y.clone())
-    assert again.shape == x.shape
-    assert torch.allclose(again, x, rtol=EXACT, atol=EXACT)
-    inverse_log_det = flow.inv.log_abs_det_jacobian(y, x)
-    assert torch.allclose(inverse_log_det, -log_det, rtol=EXACT, atol=EXACT)
+    assert torch.allclose(flow.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+    last = x.view(-1, *SHAPE).contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(flow(last), y.view(-1, 32), rtol=EXACT, atol=EXACT)
 
 
 def test_second_half_of_the_channels_is_split_off() -> None:
@@ -102,18 +115,13 @@ def test_second_half_of_the_channels_is_split_off() -> None:
     assert single.latent_shapes == [(8, 2, 2)]
 
 
-def test_nan_stays_in_its_image() -> None:
-    flow, x = glow(), torch.randn(2, *SHAPE)
-    x[0, 0, 0, 0] = math.nan
-    y = flow(x)
-    assert y.isnan().any(-1).tolist() == [True, False]
-    assert flow.log_abs_det_jacobian(x, y).isnan().tolist() == [True, False]
-
-
-def test_channels_last() -> None:
-    flow, x = glow(), torch.randn(5, *SHAPE)
-    last = x.contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(flow(last), flow(x), rtol=EXACT, atol=EXACT)
+@pytest.mark.parametrize("name", ["multi-scale", "image coupling", "autoregressive"])
+def test_nan_stays_in_its_row(name: str) -> None:
+    transform, x = CASES[name].make(), batch(CASES[name], (2,))
+    x.view(-1)[0] = math.nan
+    y = transform(x)
+    assert y.flatten(1).isnan().any(-1).tolist() == [True, False]
+    assert transform.log_abs_det_jacobian(x, y).isnan().tolist() == [True, False]
 
 
 # --- In distributions and stacks ----------------------------------------------------------------
@@ -234,34 +242,6 @@ def test_pairs_of_inexact_levels_are_not_found() -> None:
     assert not torch.allclose(flow(x), y)
 
 
-def test_pairs_are_dropped_after_any_change() -> None:
-    flow, x = glow(), torch.randn(3, *SHAPE)
-    y = flow(x)
-    for change in ("parameter", "data", "grad mode", "input"):
-        if change == "parameter":
-            flow.levels[1].parts[1].bias.data.add_(1.0)
-        elif change == "input":
-            x.add_(1.0)
-        with torch.set_grad_enabled(change != "grad mode"):
-            again = flow(x)
-            assert torch.equal(again, copy.deepcopy(flow)(x.clone()))
-            assert again.requires_grad == (change != "grad mode")
-        if change in ("parameter", "input"):
-            assert not torch.allclose(again, y)
-        y = again
-
-
-def test_levels_of_torch_are_safely_cached() -> None:
-    parts = [AffineTransform(1.0, 2.0), ComposeTransform([AffineTransform(0.0, 3.0)])]
-    for level in parts:
-        flow, x = MultiScale([level, Squeeze2d()], SHAPE), torch.ones(3, *SHAPE)
-        y = flow(x)
-        x.zero_()
-        assert not torch.equal(flow(x), y)
-        x.requires_grad_()
-        assert flow(x).requires_grad
-
-
 def test_with_cache() -> None:
     flow, x = glow(), torch.randn(3, *SHAPE)
     assert flow.with_cache(1) is flow
@@ -289,66 +269,180 @@ def test_first_batch_initializes_every_level() -> None:
 # --- Mistakes -----------------------------------------------------------------------------------
 
 
-def test_odd_number_of_channels() -> None:
-    message = r"expected an even number of channels.*; got images \(3, 4, 4\) from level 0"
+RELU, ABS = nn.ReLU(), torch.distributions.AbsTransform()
+FLATTEN = ReshapeTransform(SHAPE, (32,))
+
+
+@pytest.mark.parametrize(
+    ("make_levels", "shape", "message"),
+    [
+        (
+            lambda: [ActNorm(3)] * 2,
+            (3, 4, 4),
+            r"even .* channels.*; got images \(3, 4, 4\) from level 0",
+        ),
+        (
+            lambda: [ActNorm(6), *[ActNorm(3)] * 2],
+            (6, 4, 4),
+            r"even .*images \(3, 4, 4\) from level 1",
+        ),
+        (
+            lambda: [Squeeze2d()] * 2,
+            (1, 6, 10),
+            r"level 1, with images \(2, 3, 5\): Squeeze2d\(2\): exp",
+        ),
+        (list, SHAPE, "expected at least one level; got none"),
+        (lambda: [RELU], SHAPE, "expected levels, bijective transforms; got ReLU"),
+        (lambda: [ABS], SHAPE, "expected levels, bijective transforms; got AbsTr"),
+        (lambda: [FLATTEN], SHAPE, r"images to images; level 0 maps shape .* to \(32,\)"),
+        (lambda: [glow()], (2, 4, 6), r"level 0, with images .*expected a shape"),
+    ],
+)
+def test_levels_are_checked(
+    make_levels: Callable[[], list[Any]], shape: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiScale([ActNorm(3), ActNorm(3)], (3, 4, 4))
-    message = r"expected an even number of channels.*; got images \(3, 4, 4\) from level 1"
-    with pytest.raises(ValueError, match=message):
-        MultiScale([ActNorm(6), ActNorm(3), ActNorm(3)], (6, 4, 4))
-    MultiScale([ActNorm(6), ActNorm(3)], (6, 4, 4))  # the channels of the last are not halved
+        MultiScale(make_levels(), shape)
 
 
-def test_sizes_that_do_not_fit() -> None:
-    message = (
-        r"level 1, with images \(2, 3, 5\): Squeeze2d\(2\): expected H and W divisible by 2; "
-        r"got \(2, 3, 5\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        MultiScale([Squeeze2d(), Squeeze2d()], (1, 6, 10))
+def test_channels_of_the_last_level_may_be_odd() -> None:
+    MultiScale([ActNorm(6), ActNorm(3)], (6, 4, 4))
 
 
-def test_levels_are_checked() -> None:
-    with pytest.raises(ValueError, match="expected at least one level; got none"):
-        MultiScale([], SHAPE)
-    with pytest.raises(ValueError, match="expected levels, bijective transforms; got ReLU"):
-        MultiScale([nn.ReLU()], SHAPE)
-    with pytest.raises(ValueError, match="expected levels, bijective transforms; got AbsTr"):
-        MultiScale([torch.distributions.AbsTransform()], SHAPE)
-    with pytest.raises(ValueError, match=r"images to images; level 0 maps shape .* to \(32,\)"):
-        MultiScale([ReshapeTransform(SHAPE, (32,))], SHAPE)
-    with pytest.raises(ValueError, match=r"level 0, with images .*expected a shape"):
-        MultiScale([glow()], (2, 4, 6))
+COUNTS = [0, -1, 2.0, "3", None, True]
+POSITIVE = [0.0, -1.0, math.inf, math.nan, "3", None, True]
+NO_DTYPE = ("dtype", ", a floating-point torch.dtype or None", [torch.int64])
+AUTOREGRESSIVE = partial(LowRankAutoregressive, 3)
+AUTOREPR = "LowRankAutoregressive(5, hidden_dim=4, max_log_scale=3.0)"
+COUPLING = partial(image_coupling, 4, hidden_channels=2)
+SPLINE = partial(RationalQuadraticSpline, 3)
+#: What flows of images are made of, an option, what it may be, and values that are not.
+OPTIONS: list[tuple[Callable[..., object], str, str, list[Any]]] = [
+    *[(make, "num_channels", ", an integer >= 1", COUNTS) for make in (ActNorm, actnorm)],
+    (partial(ActNorm, 3), "event_dim", " 1 or 3", [*COUNTS, 4, 1.0]),
+    (squeeze2d, "factor", ", an integer >= 1", [*COUNTS, (2, 2)]),
+    (image_coupling, "num_channels", ", an integer >= 2", [*COUNTS, 1]),
+    (partial(ImageCoupling, network=RELU), "num_channels", ", an integer >= 2", [*COUNTS, 1]),
+    (partial(ImageCoupling, 4), "network", ", a module", [None]),
+    (COUPLING, "hidden_channels", ", an integer >= 1", COUNTS),
+    (partial(CouplingNet, out_channels=1), "in_channels", ", an integer >= 1", COUNTS),
+    (partial(CouplingNet, 1), "out_channels", ", an integer >= 1", COUNTS),
+    (LowRankAutoregressive, "input_dim", ", an integer >= 1", COUNTS),
+    (AUTOREGRESSIVE, "hidden_dim", ", an integer >= 1", COUNTS),
+    *[(make, "max_log_scale", " > 0", POSITIVE) for make in (COUPLING, AUTOREGRESSIVE)],
+    (
+        RationalQuadraticSpline,
+        "event_shape",
+        ", integers >= 1",
+        [0, -1, (), (2, 0), (2.0,), "23", None, (True,)],
+    ),
+    (SPLINE, "num_bins", ", an integer from 2 to 1000", [1, 1001, 2.0, "3", True]),
+    (SPLINE, "bound", " > 0", POSITIVE),
+    (smooth_leaky_relu, "alpha", " in (0, 1)", [0, 1, "0.3", None, True]),
+    (SmoothLeakyReLU, "learnable", " to be True or False", ["yes"]),
+    *[(make, *NO_DTYPE) for make in (partial(ActNorm, 3), COUPLING, AUTOREGRESSIVE)],
+    *[(make, *NO_DTYPE) for make in (SPLINE, SmoothLeakyReLU)],
+    *[
+        (make, "num_levels", ", an integer >= 2", [1, 0, -1, 256.0, "256", None, True])
+        for make in (logit_transform, *(partial(f, torch.zeros(1)) for f in (dequantize, quantize)))
+    ],
+    (logit_transform, "event_dim", ", an integer >= 0", [-1, 3.0, "3", None, True]),
+    (logit_transform, "alpha", " in (0, 0.5)", [0.0, 0.5, -1e-6, math.nan, 1, "0.1", None, False]),
+    (
+        partial(MultiScale, [Squeeze2d()]),
+        "event_shape",
+        " (C, H, W), integers >= 1",
+        [(), (4,), (4, 4), (1, 2, 4, 4), 4, "244", *[(2, size, 4) for size in COUNTS if size != 2]],
+    ),
+]
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (4, 4), (1, 2, 4, 4), 4, "244", None])
-def test_event_shape_is_checked(shape: object) -> None:
-    message = re.escape(f"expected event_shape (C, H, W), integers >= 1; got {shape!r}")
-    with pytest.raises(ValueError, match=message):
-        MultiScale([Squeeze2d()], shape)
+@pytest.mark.parametrize(("make", "option", "expected", "values"), OPTIONS)
+def test_options_are_checked(
+    make: Callable[..., object], option: str, expected: str, values: list[object]
+) -> None:
+    for value in values:
+        message = f"expected {option}{expected}; got {value!r}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(**{option: value})
 
 
-@pytest.mark.parametrize("size", [0, -4, 4.0, "4", None, True])
-def test_sizes_are_checked(size: object) -> None:
-    shape = (2, size, 4)
-    message = re.escape(f"expected event_shape (C, H, W), integers >= 1; got {shape!r}")
-    with pytest.raises(ValueError, match=message):
-        MultiScale([Squeeze2d()], shape)
+def test_numpy_numbers_are_numbers() -> None:
+    for transform, expected in [
+        (ActNorm(np.int64(3), event_dim=np.int32(1)), "ActNorm(3, event_dim=1)"),
+        (squeeze2d(np.int64(3)), "Squeeze2d(3)"),
+        (
+            COUPLING(max_log_scale=np.float32(2), dtype=torch.float32),
+            "ImageCoupling(4, max_log_scale=2.0",
+        ),
+        (LowRankAutoregressive(np.int64(5), np.int32(4), max_log_scale=np.float32(3)), AUTOREPR),
+    ]:
+        assert repr(transform).startswith(expected)
 
 
-def test_wrong_input() -> None:
+#: Transforms, the shape of an event, shapes that are refused, and the error.
+INPUTS: dict[str, tuple[Callable[[], Transform], tuple[int, ...], list[tuple[int, ...]], str]] = {
+    "actnorm": (
+        partial(ActNorm, 3),
+        (3, 2, 2),
+        [(), (3,), (3, 4), (4, 3, 4), (2, 1, 4, 4), (0, 3, 4, 4)],
+        r"ActNorm\(3, event_dim=3\): expected .*shape \(\.\.\., 3, .*; got ",
+    ),
+    "coupling": (
+        partial(image_coupling, 3, hidden_channels=2),
+        (3, 4, 4),
+        [(3,), (3, 4), (4, 3, 3), (0, 3, 4, 4)],
+        r"ImageCoupling\(3, .*expected .*shape \(\.\.\., 3, .*got ",
+    ),
+    "squeeze": (Squeeze2d, (4, 4, 4), [(4, 4)], r"shape \(\.\.\., C, H, W\); got "),
+    "empty squeeze": (Squeeze2d, (4, 4, 4), [(0, 4, 4, 4)], "a non-empty tensor of .*got "),
+    "autoregressive": (
+        partial(LowRankAutoregressive, 5, 4),
+        (5,),
+        [(2, 4), (), (0, 5)],
+        r"expected a non-empty .*shape \(\.\.\., 5\); got ",
+    ),
+    "spline": (SPLINE, (3,), [(4,)], r"expected .* of shape \(\.\.\., 3\); got "),
+    "logit": (LogitTransform, (1, 4, 4), [(4, 4)], "expected at least 3 dimensions; got "),
+    "empty logit": (LogitTransform, (1, 4, 4), [(0, 1, 4, 4)], "expected a non-empty tensor.*got "),
+    "multi-scale": (
+        glow,
+        SHAPE,
+        [(32,), (2, 4), (2, 4, 5), (4, 4, 2), (0, 2, 4, 4)],
+        r"MultiScale\(.*expected .*shape \(\.\.\., 2, 4, 4\); got ",
+    ),
+    "inverse of multi-scale": (
+        lambda: glow().inv,
+        (32,),
+        [(), (31,), (32, 1), SHAPE],
+        r"MultiScale\(.*expected .*shape \(\.\.\., 32\); got ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_checked(name: str) -> None:
+    make, event_shape, wrong_shapes, message = INPUTS[name]
+    transform = make()
+    refused = [(torch.zeros(shape), message + re.escape(str(shape))) for shape in wrong_shapes]
+    for dtype in (torch.uint8, torch.int64):
+        refused.append((torch.zeros(event_shape, dtype=dtype), rf"floating-point .*; got {dtype}"))
+    refused.append(([1.0], "floating-point tensor; got list"))
+    if isinstance(transform, nn.Module) and list(transform.parameters()):
+        other = torch.zeros(event_shape, dtype=torch.float32)
+        refused.append((other, r"expected dtype torch\.float64; got torch\.float32"))
+    uses = [transform, lambda x: transform.log_abs_det_jacobian(x, torch.zeros(32))]
+    if name == "inverse of multi-scale":
+        uses.pop()
+    elif name != "multi-scale":  # T and T.inv take the same shapes
+        uses.extend([transform.inv, getattr(transform, "initialize", transform)])
+    for use, (x, error) in itertools.product(uses, refused):
+        with pytest.raises(ValueError, match=error):
+            use(x)
+
+
+def test_shapes_of_multi_scale_are_checked() -> None:
     flow = glow()
-    for use in (flow, lambda x: flow.log_abs_det_jacobian(x, torch.zeros(32))):
-        for shape in [(32,), (2, 4), (2, 4, 5), (4, 4, 2), (0, 2, 4, 4)]:
-            message = r"MultiScale\(.*expected .*shape \(\.\.\., 2, 4, 4\); got "
-            with pytest.raises(ValueError, match=message + re.escape(str(shape))):
-                use(torch.zeros(shape))
-    for shape in [(), (31,), (32, 1), SHAPE]:
-        message = r"MultiScale\(.*expected .*shape \(\.\.\., 32\); got " + re.escape(str(shape))
-        with pytest.raises(ValueError, match=message):
-            flow.inv(torch.zeros(shape))
-    with pytest.raises(ValueError, match="floating-point tensor"):
-        flow(torch.zeros(SHAPE, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"expected a shape \(\.\.\., 2, 4, 4\); got \(32,\)"):
         flow.forward_shape(torch.Size([32]))
     with pytest.raises(ValueError, match=r"expected a shape \(\.\.\., 32\); got \(2, 4, 4\)"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_snf import (
     ResidualMLP,
@@ -71,18 +71,13 @@ def test_activation_is_that_of_the_option(activation: Callable[[], nn.Module]) -
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_any_batch_shape(context_dim: int, shape: tuple[int, ...]) -> None:
     result, x = network(context_dim=context_dim), torch.randn(shape)
-    contexts = [torch.randn(*shape[:-1], context_dim)] if context_dim else []
+    contexts = [10 * torch.randn(*shape[:-1], context_dim)] if context_dim else []
     y = result(x, *contexts)
     assert y.shape == shape
     rows = [one.reshape(-1, one.shape[-1]) for one in (x, *contexts)]
     assert torch.allclose(y.reshape(-1, 3), result(*rows), rtol=EXACT)
-
-
-@pytest.mark.parametrize("context_dim", [0, 2])
-def test_start_is_the_identity_whatever_the_context(context_dim: int) -> None:
-    result, x = ResidualMLP(3, [8, 8], context_dim=context_dim), torch.randn(5, 3)
-    contexts = [10 * torch.randn(5, 2)] if context_dim else []
-    assert torch.equal(result(x, *contexts), x)
+    # At first it is the identity, whatever the context.
+    assert torch.equal(ResidualMLP(3, [8, 8], context_dim=context_dim)(x, *contexts), x)
 
 
 def test_identity_is_not_a_stationary_point() -> None:
@@ -140,51 +135,41 @@ def test_copies(make_copy: Callable[[nn.Module], nn.Module]) -> None:
 # --- Bad input ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden_dims", [[], (), [0], [4, -1], [4.0], [True], 8, "44", None])
-def test_hidden_dims_are_checked(hidden_dims: object) -> None:
-    message = f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ResidualMLP(3, hidden_dims)
-
-
 @pytest.mark.parametrize(
-    ("option", "values", "minimum"),
+    ("option", "expected", "values"),
     [
-        ("input_dim", [0, -1, 2.0, "3", None, True], 1),
-        ("num_blocks", [0, -1, 1.5, None], 1),
-        ("context_dim", [-1, 2.0, None], 0),
+        ("input_dim", "an integer >= 1", [0, -1, 2.0, "3", None, True]),
+        ("num_blocks", "an integer >= 1", [0, -1, 1.5, None]),
+        ("context_dim", "an integer >= 0", [-1, 2.0, None]),
+        (
+            "hidden_dims",
+            "a non-empty list of integers >= 1",
+            [[], (), [0], [4, -1], [4.0], [True], 8, "44", None],
+        ),
+        ("dtype", "a floating-point torch.dtype or None", [torch.int64]),
     ],
 )
-def test_counts_are_checked(option: str, values: list[object], minimum: int) -> None:
+def test_options_are_checked(option: str, expected: str, values: list[object]) -> None:
     for value in values:
-        message = f"expected {option}, an integer >= {minimum}; got {value!r}"
-        with pytest.raises(ValueError, match=re.escape(message)):
+        message = re.escape(f"expected {option}, {expected}; got {value!r}")
+        with pytest.raises(ValueError, match=message):
             ResidualMLP(**{"input_dim": 3, option: value})
+    with pytest.raises(TypeError):  # keywords only
+        ResidualMLP(3, [4], 2)
 
 
-def test_dtype_and_numpy_integers() -> None:
-    with pytest.raises(ValueError, match=r"expected dtype, a floating.*; got torch\.int64"):
-        ResidualMLP(3, dtype=torch.int64)
+def test_numpy_integers() -> None:
     widths = [np.int32(4), np.int64(5)]
     result = ResidualMLP(np.int64(3), widths, num_blocks=np.int64(1), context_dim=np.int64(2))
     assert result(torch.ones(7, 3), torch.ones(7, 2)).shape == (7, 3)
 
 
-def test_options_are_keyword_only() -> None:
-    with pytest.raises(TypeError):
-        ResidualMLP(3, [4], 2)
-
-
-def inputs_of_wrong_sizes() -> list[tuple[Tensor, ...]]:
-    return [(torch.zeros(5, 2),), (torch.zeros(5, 3), torch.zeros(5, 1))]
-
-
-@pytest.mark.parametrize("given", inputs_of_wrong_sizes(), ids=["features", "context"])
-def test_inputs_of_wrong_sizes_are_an_error(given: tuple[Tensor, ...]) -> None:
+@pytest.mark.parametrize("sizes", [(2,), (3, 1)], ids=["features", "context"])
+def test_inputs_of_wrong_sizes_are_an_error(sizes: tuple[int, ...]) -> None:
     # The error is torch's, as for any other network.
-    result = network(context_dim=2 if len(given) == 2 else 0)
+    result = network(context_dim=2 if len(sizes) == 2 else 0)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        result(*(one.double() for one in given))
+        result(*(torch.zeros(5, size) for size in sizes))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_snf import GECO, SelfNormalizingLinear
+from pyro_snf import (
+    GECO,
+    PairRefined,
+    Reconstruction,
+    SelfNormalizingLinear,
+    self_normalizing_pair,
+)
 from tests.registry import density_loss, linear, nudge_inverses
 
 # One multiplication and one exponential in float64.
@@ -160,3 +166,27 @@ def test_weight_moves_in_a_half_precision_layer() -> None:
         with torch.no_grad():
             layer.theta.mul_(0.9)
     assert weight(layer) == pytest.approx(before * math.exp(0.05), rel=0.01)
+
+
+def test_functions_and_distributions_are_shared_with_the_layer() -> None:
+    class Owner:
+        rate = 1.0
+
+        def weight(self, step: int) -> float:
+            return self.rate
+
+    owner, base = Owner(), torch.distributions.Normal(torch.zeros(2, requires_grad=True) * 1, 1.0)
+    layer = self_normalizing_pair(2, [4], reconstruction=Reconstruction(owner.weight, base=base))
+    assert layer.reconstruction.base is base
+    owner.rate = 3.0
+    assert layer.reconstruction.weight(0) == 3.0
+
+
+def test_equal_seeds_of_probes_and_noise_are_different_numbers() -> None:
+    methods = [PairRefined(seed=7), Reconstruction(data_noise_std=1.0, seed=7)]
+    layer = self_normalizing_pair(2, [4], log_det=methods[0], reconstruction=methods[1])
+    draws = [
+        torch.randn(3, generator=stream.generator(0, torch.device("cpu"), stream=number))
+        for stream, number in [(layer.log_det.probes, 0), (layer.reconstruction.probes, 2)]
+    ]
+    assert not torch.equal(*draws)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 
 import pytest
@@ -135,69 +137,56 @@ def test_matplotlib_is_imported_by_the_first_plot() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_bad_input_is_named() -> None:
-    labels = {"xlabel": "x", "ylabel": "y"}
-    with pytest.raises(ValueError, match="at least one curve"):
-        plotting.plot_curves({}, **labels)
-    with pytest.raises(ValueError, match=r"curve 'a': expected as many.* got 2 and 1"):
-        plotting.plot_curves({"a": ([0, 1], [0.0])}, **labels)
-    with pytest.raises(ValueError, match="at least one; got 0 and 0"):
-        plotting.plot_curves({"a": ([], [])}, **labels)
+LABELS = {"xlabel": "x", "ylabel": "y"}
+LINE, THREE = torch.arange(3.0), torch.ones(5, 3)
+curves = partial(plotting.plot_curves, **LABELS)
+grid = partial(plotting.plot_image_grid, columns=2)
+intensity = partial(plotting.plot_intensity, **LABELS)
+fields = partial(plotting.plot_fields, colorbar_label="events")
+densities = partial(plotting.plot_densities, limit=1.0)
+P = {"p": lambda x: x.sum(1)}
+PANELS = r"rows of as many panels each, at least one; got "
 
-    with pytest.raises(ValueError, match=r"images: expected shape \(N, H, W\); got \(4, 4\)"):
-        plotting.plot_image_grid(torch.rand(4, 4), columns=2)
-    with pytest.raises(ValueError, match=r"images: expected shape .* got \(0, 4, 4\)"):
-        plotting.plot_image_grid(torch.rand(0, 4, 4), columns=2)
-    with pytest.raises(ValueError, match=r"images: expected shape \(N, 3, H, W\); got \(1, 2, 4,"):
-        plotting.plot_image_grid(torch.rand(1, 2, 4, 4), columns=2)
-    with pytest.raises(ValueError, match="kernels for at least one label"):
-        plotting.plot_kernels({})
-    with pytest.raises(ValueError, match=r"kernels of 'w': expected shape \(N, H, W\); got \(3, 3"):
-        plotting.plot_kernels({"w": torch.zeros(3, 3)})
-    with pytest.raises(ValueError, match="expected columns, an integer >= 1; got 0"):
-        plotting.plot_image_grid(torch.rand(1, 4, 4), columns=0)
-    with pytest.raises(ValueError, match="expected 2 row_labels, one a row; got 1"):
-        plotting.plot_image_grid(torch.rand(4, 4, 4), columns=2, row_labels=["a"])
 
-    line, counts = torch.arange(3.0), torch.ones(3)
-    with pytest.raises(ValueError, match="samples for at least one label"):
-        plotting.plot_intensity(line, counts, {}, **labels)
-    with pytest.raises(ValueError, match=r"positions: expected shape \(D,\); got \(3, 1\)"):
-        plotting.plot_intensity(line[:, None], counts, {"a": torch.ones(5, 3)}, **labels)
-    with pytest.raises(ValueError, match=r"counts: expected shape \(3,\); got \(2,\)"):
-        plotting.plot_intensity(line, counts[:2], {"a": torch.ones(5, 3)}, **labels)
-    with pytest.raises(ValueError, match=r"samples of 'a': expected shape \(S, 3\); got \(3,\)"):
-        plotting.plot_intensity(line, counts, {"a": torch.ones(3)}, **labels)
-    with pytest.raises(ValueError, match=r"truth: expected shape \(3,\); got \(4,\)"):
-        plotting.plot_intensity(
-            line, counts, {"a": torch.ones(5, 3)}, truth=torch.ones(4), **labels
-        )
-
-    with pytest.raises(ValueError, match="at least one field"):
-        plotting.plot_fields({}, colorbar_label="events")
-    with pytest.raises(ValueError, match=r"field 'a': expected shape \(H, W\); got \(9,\)"):
-        plotting.plot_fields({"a": torch.ones(9)}, colorbar_label="events")
-    with pytest.raises(ValueError, match="field 'a': expected values >= 0; got -1"):
-        plotting.plot_fields({"a": -torch.ones(3, 3)}, colorbar_label="events")
-
-    def density(x: torch.Tensor) -> torch.Tensor:
-        return x.sum(1)
-
-    with pytest.raises(ValueError, match=r"rows of as many panels each, at least one; got \[\]"):
-        plotting.plot_densities({}, limit=1.0)
-    with pytest.raises(ValueError, match=r"rows of as many panels each, at least one; got \[0\]"):
-        plotting.plot_densities({"a": {}}, limit=1.0)
-    with pytest.raises(ValueError, match=r"rows of as many panels each, .* got \[1, 2\]"):
-        plotting.plot_densities({"a": {"p": density}, "b": {"p": density, "q": density}}, limit=1.0)
-    with pytest.raises(
-        ValueError, match=r"samples 'x' of 'a': expected shape \(N, 2\); got \(5, 3\)"
-    ):
-        plotting.plot_densities({"a": {"x": torch.zeros(5, 3)}}, limit=1.0)
-    with pytest.raises(
-        ValueError, match=r"log density 'p' of 'a': expected shape \(9,\); got \(9, 2\)"
-    ):
-        plotting.plot_densities({"a": {"p": lambda x: x}}, limit=1.0, resolution=3)
-    with pytest.raises(ValueError, match="expected limit > 0; got 0"):
-        plotting.plot_densities({"a": {"p": density}}, limit=0.0)
-    with pytest.raises(ValueError, match="expected resolution, an integer >= 2; got 1"):
-        plotting.plot_densities({"a": {"p": density}}, limit=1.0, resolution=1)
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: curves({}), "at least one curve"),
+        (lambda: curves({"a": ([0, 1], [0.0])}), r"curve 'a': expected as many.* got 2 and 1"),
+        (lambda: curves({"a": ([], [])}), "at least one; got 0 and 0"),
+        (lambda: grid(torch.rand(4, 4)), r"images: expected shape \(N, H, W\); got \(4, 4\)"),
+        (lambda: grid(torch.rand(0, 4, 4)), r"images: expected shape .* got \(0, 4, 4\)"),
+        (lambda: grid(torch.rand(1, 2, 4, 4)), r"expected shape \(N, 3, H, W\); got \(1, 2, 4,"),
+        (lambda: grid(THREE[None], columns=0), "expected columns, an integer >= 1; got 0"),
+        (lambda: grid(torch.rand(4, 4, 4), row_labels=["a"]), "2 row_labels, one a row; got 1"),
+        (lambda: plotting.plot_kernels({}), "kernels for at least one label"),
+        (lambda: plotting.plot_kernels({"w": THREE}), r"kernels of 'w': .*\(N, H, W\); got \(5, 3"),
+        (lambda: intensity(LINE, LINE, {}), "samples for at least one label"),
+        (
+            lambda: intensity(LINE[:, None], LINE, {"a": THREE}),
+            r"positions: .*\(D,\); got \(3, 1\)",
+        ),
+        (lambda: intensity(LINE, LINE[:2], {"a": THREE}), r"counts: .* \(3,\); got \(2,\)"),
+        (lambda: intensity(LINE, LINE, {"a": LINE}), r"samples of 'a': .*\(S, 3\); got \(3,\)"),
+        (
+            lambda: intensity(LINE, LINE, {"a": THREE}, truth=torch.ones(4)),
+            r"truth: expected shape \(3,\); got \(4,\)",
+        ),
+        (lambda: fields({}), "at least one field"),
+        (lambda: fields({"a": LINE}), r"field 'a': expected shape \(H, W\); got \(3,\)"),
+        (lambda: fields({"a": -THREE}), "field 'a': expected values >= 0; got -1"),
+        (lambda: densities({}), PANELS + r"\[\]"),
+        (lambda: densities({"a": {}}), PANELS + r"\[0\]"),
+        (lambda: densities({"a": P, "b": {**P, "q": P["p"]}}), PANELS + r"\[1, 2\]"),
+        (lambda: densities({"a": {"x": THREE}}), r"samples 'x' of 'a': .*\(N, 2\); got \(5, 3\)"),
+        (
+            lambda: densities({"a": {"p": lambda x: x}}, resolution=3),
+            r"log density 'p' of 'a': expected shape \(9,\); got \(9, 2\)",
+        ),
+        (lambda: densities({"a": P}, limit=0.0), "expected limit > 0; got 0"),
+        (lambda: densities({"a": P}, resolution=1), "expected resolution, an integer >= 2; got 1"),
+    ],
+)
+def test_bad_input_is_named(draw: Callable[[], Figure], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()

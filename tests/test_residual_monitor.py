@@ -162,12 +162,20 @@ def test_first_step_counts_as_an_external_change() -> None:
     assert run.monitor.observe(torch.full((3,), math.nan))
 
 
-def test_interval_between_checks_is_bounded() -> None:
+def test_interval_between_checks() -> None:
     run = Run()
     for _ in range(60):
         run.go()
     gaps = [after - before for before, after in itertools.pairwise(run.checks[1:])]
     assert max(gaps) == INTERVAL
+    # A step norm that has changed for good becomes the usual one.
+    assert run.go(5.0)
+    assert sum(run.go(5.0) for _ in range(4)) <= 1
+    # A correction is checked at the next step.
+    while run.go():
+        pass
+    run.monitor.reset()
+    assert run.go()
 
 
 def test_every_direction_is_used_in_turn() -> None:
@@ -201,23 +209,6 @@ def test_long_step_is_checked_at_once(factor: float) -> None:
         run.go()
     assert run.go(factor) == (not factor < 3)
     assert run.monitor.is_external_change == (factor > 10)
-
-
-def test_step_norm_that_has_changed_for_good_becomes_the_usual_one() -> None:
-    run = Run()
-    for _ in range(20):
-        run.go()
-    assert run.go(5.0)
-    assert sum(run.go(5.0) for _ in range(4)) <= 1
-
-
-def test_correction_is_checked_at_the_next_step() -> None:
-    run = Run()
-    for _ in range(3):
-        run.go()
-    assert not run.go()
-    run.monitor.reset()
-    assert run.go()
 
 
 @pytest.mark.parametrize("size", [0.0, 0.3, 0.9, 1.0, 1.001, 10.0, math.inf, math.nan])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributions import Transform
 from torch.func import functional_call
 
 from pyro_snf import Compose
@@ -494,3 +495,14 @@ def test_layer_that_goes_out_of_scope_takes_the_pair_along() -> None:
         log_det.sum().backward()  # which does without the layer
         del log_det
         assert watched() is None
+
+
+@pytest.mark.parametrize("make", [linear, conv])
+def test_edit_before_a_second_order_backward_pass_raises(make: Callable[..., Transform]) -> None:
+    layer = make(2, log_det="exact")
+    x = torch.randn(3, *((2,) if make is linear else (2, 4, 4)))
+    log_det = layer.log_abs_det_jacobian(x, layer(x)).sum()
+    with torch.no_grad():
+        layer.theta.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(log_det, layer.theta, create_graph=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -30,23 +29,13 @@ def test_formula(batch_shape: tuple[int, ...], factor: int, dtype: torch.dtype) 
             for j in range(factor):
                 expected = x[..., c, i::factor, j::factor]
                 assert torch.equal(y[..., c * factor**2 + i * factor + j, :, :], expected)
-    assert layer.inv(y) is x
     assert torch.equal(layer.inv(y.clone()), x)
+    assert (layer.log_abs_det_jacobian(x, y) == 0).all()
+    # The memory format does not matter.
     for part, first, second in [(layer, x, y), (layer.inv, y, x)]:
-        log_det = part.log_abs_det_jacobian(first, second)
-        assert log_det.shape == batch_shape
-        assert (log_det == 0).all()
-        assert part.forward_shape(first.shape) == second.shape
-        assert part.inverse_shape(second.shape) == first.shape
-
-
-def test_channels_last() -> None:
-    x = torch.randn(5, 3, 4, 6)
-    last = x.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(Squeeze2d()(last), Squeeze2d()(x))
-    y = Squeeze2d()(x)
-    last = y.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(Squeeze2d().inv(last), x)
+        rows, expected = (one.reshape(-1, *one.shape[-3:]) for one in (first, second))
+        last = rows.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(part(last), expected)
 
 
 def test_what_is_not_finite_only_moves() -> None:
@@ -72,14 +61,6 @@ def test_squeezing_twice() -> None:
     assert torch.equal(flow.inv(flow(x).clone()), x)
 
 
-@pytest.mark.parametrize("factor", [0, -2, 2.0, "2", None, True, (2, 2)])
-def test_factor_is_checked(factor: object) -> None:
-    message = f"expected factor, an integer >= 1; got {factor!r}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        squeeze2d(factor)
-    assert repr(squeeze2d(np.int64(3))) == "Squeeze2d(3)"
-
-
 def test_sizes_that_do_not_fit() -> None:
     layer = Squeeze2d()
     for shape in [(1, 3, 4), (5, 1, 4, 3)]:
@@ -95,16 +76,3 @@ def test_sizes_that_do_not_fit() -> None:
         layer.inverse_shape(torch.Size([6, 2, 2]))
     with pytest.raises(ValueError, match=r"expected a shape \(\.\.\., C, H, W\); got \(4, 4\)"):
         layer.forward_shape(torch.Size([4, 4]))
-
-
-def test_wrong_input() -> None:
-    layer = Squeeze2d()
-    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
-        with pytest.raises(ValueError, match=r"shape \(\.\.\., C, H, W\); got \(4, 4\)"):
-            use(torch.zeros(4, 4))
-        with pytest.raises(
-            ValueError, match=r"expected a non-empty tensor of .*got \(0, 4, 4, 4\)"
-        ):
-            use(torch.zeros(0, 4, 4, 4))
-        with pytest.raises(ValueError, match=r"floating-point tensor; got torch\.uint8"):
-            use(torch.zeros(4, 4, 4, dtype=torch.uint8))

@@ -378,3 +378,11 @@ def test_interrupted_correction_is_repaired(method: str, monkeypatch: pytest.Mon
             list(walk(layer, 20, 0.03 if method == "addmm_" else 1.0))
     assert abs(in_training(layer).item() - exact(layer)) < 1e-10  # after a refactorization
     assert inverse_error(layer) < 1e-10
+
+
+def test_small_edit_of_the_inverse_leaves_no_bias() -> None:
+    layer = linear(8)
+    x = torch.randn(2, 8)
+    before = layer.log_abs_det_jacobian(x, layer(x))
+    layer.log_det.estimator.inverse_t.mul_(1 + 1e-4)
+    assert torch.allclose(layer.log_abs_det_jacobian(x, layer(x)), before, atol=1e-12)

@@ -153,8 +153,7 @@ class PairLearned(PairMethod):
         self.lanczos_steps = as_count("lanczos_steps", lanczos_steps, 0)
         self.seed = as_seed(seed)
         self.training_value = "estimate" if self.lanczos_steps else "0"
-        # Of the latest residuals. A tensor, so that only error_estimate waits for a GPU.
-        self._mean_square_residual = torch.tensor(math.nan)
+        self.error_estimate = math.nan
 
     saved_attributes = ("error_estimate",)
 
@@ -167,6 +166,7 @@ class PairLearned(PairMethod):
     def setup(self, device: torch.device | None) -> None:
         self.probes = ProbeStream(self.seed, device=device)
         self.steps = StepCounter()
+        self.error_estimate = math.nan
 
     def training_log_abs_det(
         self,

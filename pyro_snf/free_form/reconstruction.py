@@ -20,8 +20,8 @@ from pyro_snf.surrogate import gated
 
 __all__ = ["Reconstruction"]
 
-# The stream of the base's samples; that of the noise is 0.
-_BASE = 1
+# Streams of random numbers. The first two are those of the probes.
+_NOISE, _BASE = 2, 3
 
 
 class Reconstruction(nn.Module):
@@ -74,7 +74,7 @@ class Reconstruction(nn.Module):
         def as_size(name: str, value: float) -> float:
             return as_number(f"{name} >= 0", value, lambda number: 0 <= number < math.inf)
 
-        self.weight = None if weight is None else as_penalty_weight("weight", weight)
+        self.given_weight = None if weight is None else as_penalty_weight("weight", weight)
         check_choice("trains", trains, self.TRAINS)
         self.trains = trains
         self.tolerance = as_size("tolerance", tolerance)
@@ -82,6 +82,7 @@ class Reconstruction(nn.Module):
         self.latent_noise_std = as_size("latent_noise_std", latent_noise_std)
         expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
         self.base = base
+        self._default_weight = 1.0
         self.seed = as_seed(seed)
 
     def __repr__(self) -> str:
@@ -95,10 +96,14 @@ class Reconstruction(nn.Module):
         :param float default_weight: λ, unless the option was given.
         :param device: of the networks.
         """
-        if self.weight is None:
-            self.weight = default_weight
+        self._default_weight = default_weight
         self.probes = ProbeStream(self.seed, device=device)
         self.steps = StepCounter()
+
+    @property
+    def weight(self) -> PenaltyWeight:
+        """λ: the option, or the default of the layer's method."""
+        return self._default_weight if self.given_weight is None else self.given_weight
 
     @property
     def is_off(self) -> bool:
@@ -144,14 +149,13 @@ class Reconstruction(nn.Module):
         :param Tensor data_error: from :meth:`reconstruct`.
         :param state: returns the state of the networks' parameters.
         """
-        assert self.weight is not None
         is_new = not isinstance(self.weight, float) and self.steps.count(state())
         mean_square_error = data_error.detach().mean() / x[0].numel()
         factor = penalty_factor(
             "weight", self.weight, self.steps.num_states - 1, mean_square_error, is_new=is_new
         )
         draw = self.probes.count
-        generator = self.probes.next_generator(x.device)
+        generator = self.probes.next_generator(x.device, stream=_NOISE)
         error = data_error
         is_free = self.trains_forward and self.tolerance == 0
         forward = pair.forward if is_free else pair.frozen_forward

@@ -1,4 +1,4 @@
-"""What a log-determinant method is to the layers, and what all methods share."""
+"""The interface of log-determinant methods, and what all of them share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes
@@ -91,7 +92,15 @@ class LogDetMethod(SavesAttributes, ABC):
             return self.linear_map.log_abs_det(factors).attach_to(theta)
         return factors.log_abs_det
 
-    def affine(self, theta: Tensor, log_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    def affine(
+        self,
+        theta: Tensor,
+        log_scale: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        *,
+        is_training: bool,
+    ) -> Tensor:
         """``diag(e^s) A x + b`` for every event, shape ``(B, *event)``."""
         return self.linear_map.affine(theta, log_scale, bias, x)
 
@@ -150,7 +159,10 @@ class LogDetMethod(SavesAttributes, ABC):
 
     def one_pass_solver(self, theta: Tensor, event_shape: torch.Size) -> Solver:
         """Products with the approximate inverse, in the place of solutions."""
-        return partial(_multiply, self.linear_map, self.inverse_weight(theta, event_shape))
+        weight = self.inverse_weight(theta, event_shape)
+        if torch.is_grad_enabled():
+            weight = weight.clone()  # a backward pass is to use the same
+        return partial(_multiply, self.linear_map, weight)
 
     def _solver(self, theta: Tensor, h: Tensor, inverse: str, *, is_training: bool) -> Solver:
         event_shape = h.shape[1:]
@@ -209,7 +221,10 @@ def as_method(value: object, methods: Mapping[str, Any], base: type) -> Any:
 
 
 def own_copy(value: Any) -> Any:
-    """A deep copy for a layer, which shares functions, such as a schedule, and their owners."""
-    functions = [one for one in vars(value).values() if callable(one)]
-    shared = [one for one in functions if not isinstance(one, nn.Module)]
+    """A deep copy for a layer, which shares functions, such as a schedule, and distributions."""
+    shared = [
+        one
+        for one in vars(value).values()
+        if isinstance(one, Distribution) or (callable(one) and not isinstance(one, nn.Module))
+    ]
     return copy.deepcopy(value, {id(one): one for one in shared})

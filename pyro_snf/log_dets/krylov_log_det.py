@@ -1,4 +1,4 @@
-"""The log-determinant of a map that moves, from that of a map nearby that stands still.
+"""The log-determinant of a map that changes, from that of a fixed map nearby.
 
 Let P be a map whose ``log|det P|`` and whose inverse are known. For every weight ``a`` of J then::
 

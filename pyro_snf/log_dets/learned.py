@@ -144,9 +144,17 @@ class Learned(LogDetMethod):
         penalty = factor / (1 - self.mixture) * error
         return attach_penalty(value.expand(len(x)), penalty.to(value.dtype))
 
-    def affine(self, theta: Tensor, log_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        if not self._share:
-            return super().affine(theta, log_scale, bias, x)
+    def affine(
+        self,
+        theta: Tensor,
+        log_scale: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        *,
+        is_training: bool,
+    ) -> Tensor:
+        if not (is_training and self._share):
+            return self.linear_map.affine(theta, log_scale, bias, x)
         # A custom function runs backward outside autocast: so must it run forward.
         with without_autocast(x.device):
             x = x.to(theta.dtype)
@@ -157,7 +165,7 @@ class Learned(LogDetMethod):
         if inverse == "one_pass":
             return self.linear_map.multiply(self.theta, h)  # differentiable in R's parameter
         solution = super().invert(theta, h, inverse, is_training=is_training)
-        if not self._share:
+        if not (is_training and self._share):
             return solution
         # In this direction the map of p^g is x = R h itself: a cotangent x̄ gives R the gradient of
         # ⟨x̄, R h⟩.
@@ -192,10 +200,7 @@ class Learned(LogDetMethod):
 
     @property
     def _share(self) -> float:
-        """The weight of ``log p^g`` next to ``log p^f``: ``m/(1 − m)`` in training, else 0."""
-        # A trace has the exact log-det, and so no share of log p^g at all.
-        if not self.training or torch.jit.is_tracing():
-            return 0.0
+        """The weight of ``log p^g`` next to ``log p^f`` in training."""
         return self.mixture / (1 - self.mixture)
 
     def _reconstruction_error(self, theta: Tensor, x: Tensor) -> Tensor:

@@ -174,18 +174,20 @@ class TrackedInverse(SavesAttributes):
             assert known.value is not None
             return known.value
         assert state.fingerprint is not None  # there is none while torch.jit traces
-        if known.version not in (version(inverse_t), -1):
-            self._forget()  # R has been written to from outside
+        is_foreign = known.version not in (version(inverse_t), -1)
+        if is_foreign:
+            self._forget()
         current = theta.detach().to(inverse_t.dtype)
         monitor = self._monitor
         has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype))
         try:
-            if self._known.offset is None and not torch.isfinite(self.log_abs_det_inverse):
-                self._refactorize(theta)  # an interrupted update has left it so
+            # R has been written to from outside, or an update was interrupted.
+            if is_foreign or not (self._known.offset is not None or self._is_complete()):
+                self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
                 self._correct_if_needed(theta, current)
         except torch.linalg.LinAlgError:
-            self._forget()  # the next use is to find out for itself
+            self._forget()  # the next use checks R again
             raise
         known = self._known  # another one, if R has changed
         if known.offset is None:
@@ -195,6 +197,10 @@ class TrackedInverse(SavesAttributes):
         known.value = _add_trace(known.offset, inverse_t, current)
         known.state, known.version = state, version(inverse_t)
         return known.value
+
+    def _is_complete(self) -> bool:
+        """Whether R and log|det R| belong together."""
+        return bool(torch.isfinite(self.log_abs_det_inverse))
 
     def _limits(self) -> InverseError:
         """The error up to which R is not corrected."""

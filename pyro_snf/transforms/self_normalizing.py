@@ -14,7 +14,7 @@ from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
 from pyro_snf.log_dets.base import as_method
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_positive, check_choice, check_dtype, check_flag
-from pyro_snf.precision import without_autocast
+from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
 from pyro_snf.transforms.base import InvertibleTransformModule
 
@@ -143,20 +143,20 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._apply_map(self.theta, self._as_events(x), x.shape)
+        return self._affine(self.theta, x, is_training=self._is_training(self.theta))
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, SharedParameter | None]:
-        events, theta = self._as_events(x), self.theta
-        if not (self.log_det.has_surrogate and self._is_training(theta)):
-            return self._apply_map(theta, events, x.shape), None
-        shared = share_gradient(theta, x)
-        return self._apply_map(
-            theta if shared is None else shared.parameter, events, x.shape
-        ), shared
+        theta, shared, is_training = self.theta, None, self._is_training(self.theta)
+        if is_training and self.log_det.has_surrogate and isinstance(x, Tensor):
+            shared = share_gradient(theta, x)
+        parameter = theta if shared is None else shared.parameter
+        return self._affine(parameter, x, is_training=is_training), shared
 
-    def _apply_map(self, theta: Tensor, events: Tensor, shape: torch.Size) -> Tensor:
-        y = self.log_det.affine(theta, self.log_scale, self.bias, events)
-        return y if y.shape == shape else y.view(shape)
+    def _affine(self, theta: Tensor, x: Tensor, *, is_training: bool) -> Tensor:
+        y = self.log_det.affine(
+            theta, self.log_scale, self.bias, self._as_events(x), is_training=is_training
+        )
+        return y if y.shape == x.shape else y.view(x.shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
         h = self._as_events(y)
@@ -235,7 +235,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
 
     def _sum_of_log_scale(self, event_shape: torch.Size) -> Tensor:
         """``log|det diag(e^s)|``, shape ``()``."""
-        log_scale = self.log_scale
+        log_scale = at_least_float32(self.log_scale)
         total = log_scale.sum()
         # A GPU is not waited for: there the caller gets a NaN.
         if not total.is_cuda and not math.isfinite(total.item()):
