@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -142,41 +143,26 @@ def test_pair_is_dropped_with_the_grad_mode(case: Case, direction: str, start: s
                 assert first.inv(y) is not x
 
 
-def write_to_input(transform: Transform, x: Tensor, y: Tensor) -> None:
-    x.add_(0.3)
+CONDITIONS: dict[str, Callable[[Transform, Tensor, Tensor], object]] = {
+    "write to input": lambda transform, x, y: x.add_(0.3),
+    "write to output": lambda transform, x, y: y.add_(0.3),
+    # as samplers (HMC) do, after they have evaluated a state
+    "ask for gradient": lambda transform, x, y: x.requires_grad_(),
+    "freeze": lambda transform, x, y: transform.requires_grad_(False),
+    "unfreeze": lambda transform, x, y: transform.requires_grad_(True),
+}
 
 
-def write_to_output(transform: Transform, x: Tensor, y: Tensor) -> None:
-    y.add_(0.3)
-
-
-def ask_for_gradient(transform: Transform, x: Tensor, y: Tensor) -> None:
-    x.requires_grad_()  # as samplers (HMC) do, after they have evaluated a state
-
-
-def freeze(transform: Transform, x: Tensor, y: Tensor) -> None:
-    transform.requires_grad_(False)
-
-
-def unfreeze(transform: Transform, x: Tensor, y: Tensor) -> None:
-    transform.requires_grad_(True)
-
-
-CONDITIONS = [write_to_input, write_to_output, ask_for_gradient, freeze, unfreeze]
-
-
-@pytest.mark.parametrize("change", CONDITIONS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CONDITIONS)
 @DIRECTION
 @EVERY_KIND
-def test_pair_is_dropped_when_it_would_be_another(
-    case: Case, direction: str, change: Callable[..., None]
-) -> None:
+def test_pair_is_dropped_when_it_would_be_another(case: Case, direction: str, change: str) -> None:
     transform, first, data = in_direction(case, direction)
     x = data.clone()
-    transform.requires_grad_(change is not unfreeze)
-    with torch.set_grad_enabled(change not in (write_to_input, write_to_output)):
+    transform.requires_grad_(change != "unfreeze")
+    with torch.set_grad_enabled(not change.startswith("write")):
         y = first(x)
-        change(transform, x, y)
+        CONDITIONS[change](transform, x, y)
         again = first(x)
         assert again is not y
         transform.clear_cache()
@@ -398,3 +384,15 @@ def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:
     with torch.no_grad():
         layer.log_abs_det_jacobian(x, x)
     assert len(pickle.dumps(layer)) < 1.01 * small
+
+
+def test_threads_do_not_mix_up_their_pairs() -> None:
+    layer = linear(4).eval()
+    inputs = [torch.randn(3, 4) for _ in range(4)]
+    expected = [layer(x).clone() for x in inputs]
+
+    def evaluate(index: int) -> bool:
+        return all(torch.equal(layer(inputs[index]), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(evaluate, range(4)))

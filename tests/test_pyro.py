@@ -295,18 +295,6 @@ def test_parameter_store_into_a_fresh_layer(
 # --- The jit ------------------------------------------------------------------------------------
 
 
-def density_of(layer: Transform, data: Tensor) -> Callable[[], None]:
-    """A density model, the data going through T."""
-
-    def model() -> None:
-        pyro.module("flow", layer.inv)
-        base = dist.Normal(torch.zeros(4), 1.0).to_event(1)
-        with pyro.plate("data", len(data)):
-            pyro.sample("x", dist.TransformedDistribution(base, [layer.inv]), obs=data)
-
-    return model
-
-
 def jit_stack(log_det: str) -> Compose:
     parts = [linear(4, log_det=log_det), SmoothLeakyReLU(learnable=True)]
     return Compose([*parts, linear(4, log_det=log_det, seed=1)])
@@ -342,7 +330,15 @@ def test_jit_gives_the_gradients_of_every_step(
         pyro.clear_param_store()
         layer = JIT_LAYERS[make](log_det if isinstance(elbo, JitTrace_ELBO) else "exact")
         if use == "density":
-            programs = density_of(layer, torch.linspace(-2, 2, 20).reshape(5, 4)), lambda: None
+
+            def density(layer: Transform = layer) -> None:  # the data go through T
+                pyro.module("flow", layer.inv)
+                base = dist.Normal(torch.zeros(4), 1.0).to_event(1)
+                flow = dist.TransformedDistribution(base, [layer.inv])
+                with pyro.plate("data", 5):
+                    pyro.sample("x", flow, obs=torch.linspace(-2, 2, 20).reshape(5, 4))
+
+            programs = density, lambda: None
         else:
             programs = conjugate, flow_guide(layer if use == "guide T" else layer.inv, 4)
         runs.append([])
