@@ -156,8 +156,8 @@ class Memo(Protocol):
     """A by-product of the computation of a pair that its log-determinant can use."""
 
     @property
-    def handle(self) -> Tensor:
-        """A tensor of the pair's graph."""
+    def handle(self) -> Tensor | None:
+        """A tensor of the pair's graph, whose backward pass drops the pair; None for none."""
 
 
 class TensorMemo(NamedTuple):
@@ -243,8 +243,9 @@ class PairCache:
         self._pair = _Pair(x, y, conditions, list(parameters), state, has_graph, memo)
         if has_graph and not torch.jit.is_tracing():
             self.drop_at_backward(computed)
-            if memo is not None and memo.handle.requires_grad:
-                self.drop_at_backward(memo.handle)
+            handle = None if memo is None else memo.handle
+            if handle is not None and handle.requires_grad:
+                self.drop_at_backward(handle)
 
     def drop_at_backward(self, tensor: Tensor) -> None:
         """Drop the pair when the gradient of a tensor is computed, which frees the graph."""

@@ -156,11 +156,19 @@ def with_gradient(
     return Surrogate(value, gradient, scale).attach_to(parameter)
 
 
+class _Pending:
+    """The surrogate of a shared parameter. Its node holds this, so it must not lead back there."""
+
+    surrogate: Surrogate
+    #: Whether a backward pass has used it.
+    is_used = False
+
+
 class _ShareGradient(Function):
     # Without setup_context, with which torch inspects the signature at every call, for as long as
     # a small layer takes for its product.
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, pending: list[Surrogate]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, parameter: Tensor, pending: _Pending) -> tuple[Tensor, Tensor]:
         ctx.pending = pending
         ctx.save_for_backward(parameter)  # checked for writes in place where it is used
         ctx.dtype = parameter.dtype
@@ -172,9 +180,10 @@ class _ShareGradient(Function):
     def backward(
         ctx: Any, gradient: Tensor | None, cotangent: Tensor | None
     ) -> tuple[Tensor | None, None]:
+        ctx.pending.is_used = True
         if cotangent is None:
             return gradient, None
-        (surrogate,) = ctx.pending
+        surrogate = ctx.pending.surrogate
         if torch.is_grad_enabled():  # create_graph=True
             own = surrogate.differentiable_backward(cotangent, ctx.saved_tensors[0])
             return own if gradient is None else gradient + own, None
@@ -191,15 +200,19 @@ class SharedParameter(NamedTuple):
     """
 
     parameter: Tensor
-    handle: Tensor
+    zero: Tensor
     """A zero, shape ``()``, of the same node of the graph."""
-    pending: list[Surrogate]
-    """The surrogate, once it is known. The node holds it: it must not lead back to the node."""
+    pending: _Pending
 
     def attach(self, surrogate: Surrogate) -> Tensor:
         """The surrogate's value with its derivative."""
-        self.pending[:] = [surrogate]
-        return surrogate.value + self.handle
+        self.pending.surrogate = surrogate
+        return surrogate.value + self.zero
+
+    @property
+    def handle(self) -> None:
+        """None: :attr:`pending` says whether a backward pass has used the graph."""
+        return None
 
 
 def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
@@ -219,9 +232,9 @@ def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
     # There is no public way to ask; Function.apply itself asks like this.
     if torch._C._are_functorch_transforms_active():
         return None
-    pending: list[Surrogate] = []
-    view, handle = _ShareGradient.apply(parameter, pending)
-    return SharedParameter(view, handle, pending)
+    pending = _Pending()
+    view, zero = _ShareGradient.apply(parameter, pending)
+    return SharedParameter(view, zero, pending)
 
 
 class _WithSurrogate(Function):

@@ -263,7 +263,7 @@ class RationalQuadraticSpline(InvertibleTransformModule):
         return torch.where(inside, x, y).to(y.dtype)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo = self._pair.memo_of(x, y, self._map_parameters())
+        memo: Any = self._pair.memo_of(x, y, self._map_parameters())
         return (self._call_with_memo(x)[1] if memo is None else memo).handle
 
     def _bins(self) -> _Bins:

@@ -229,9 +229,10 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     def _known_of(self, x: Tensor, y: Tensor) -> tuple[TensorState, SharedParameter | None]:
         """The state of θ, and the θ that y was computed from, if it is known."""
         state, memo = self._pair.state_at(x, y, self._map_parameters())
-        if state is None:
+        shared: Any = memo  # see _call_with_memo
+        if state is None or (shared is not None and shared.pending.is_used):
             return TensorState(self.theta), None
-        return state[0], memo  # type: ignore[return-value]  # see _call_with_memo
+        return state[0], shared
 
     def _sum_of_log_scale(self, event_shape: torch.Size) -> Tensor:
         """``log|det diag(e^s)|``, shape ``()``."""
