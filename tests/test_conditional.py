@@ -583,7 +583,9 @@ def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-@pytest.mark.parametrize("make_copy", ["state_dict", *COPIES], ids=str)
+@pytest.mark.parametrize(
+    "make_copy", ["state_dict", *COPIES], ids=lambda way: getattr(way, "__name__", way)
+)
 def test_copy_trains_alike(case: ConditionalCase, make_copy: str | Callable, trained: bool) -> None:
     module = case.make()
     train(module, case, range(3 if trained else 0))

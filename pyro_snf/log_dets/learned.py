@@ -153,12 +153,14 @@ class Learned(LogDetMethod):
         *,
         is_training: bool,
     ) -> Tensor:
-        if not (is_training and self._share):
-            return self.linear_map.affine(theta, log_scale, bias, x)
-        # A custom function runs backward outside autocast: so must it run forward.
-        with without_autocast(x.device):
-            x = x.to(theta.dtype)
-            h = _MixtureMultiply.apply(x, theta, self.theta, self.linear_map, self._share)
+        # Scale and bias are applied apart in either case, so that T(x) is the same to the last digit.
+        if is_training and self._share:
+            # A custom function runs backward outside autocast: so must it run forward.
+            with without_autocast(x.device):
+                x = x.to(theta.dtype)
+                h = _MixtureMultiply.apply(x, theta, self.theta, self.linear_map, self._share)
+        else:
+            h = self.linear_map.multiply(theta, x)
         return self.linear_map.scale_and_shift(h, log_scale, bias)
 
     def invert(self, theta: Tensor, h: Tensor, inverse: str, *, is_training: bool) -> Tensor:
