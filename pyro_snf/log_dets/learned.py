@@ -153,7 +153,7 @@ class Learned(LogDetMethod):
         *,
         is_training: bool,
     ) -> Tensor:
-        # Scale and bias are applied apart in either case, so that T(x) is the same to the last digit.
+        # Scale and bias are applied apart in either case: T(x) is the same to the last digit.
         if is_training and self._share:
             # A custom function runs backward outside autocast: so must it run forward.
             with without_autocast(x.device):
