@@ -102,7 +102,9 @@ class Surrogate:
 
     def attach_to(self, parameter: Tensor) -> Tensor:
         """The value with its derivative in a parameter, shape ``()``."""
-        return _WithGradient.apply(self.value, parameter, self)
+        if isinstance(self._gradient, Tensor):
+            return with_gradient(self.value, parameter, self._gradient, scale=self.scale)
+        return _WithLazyGradient.apply(self.value, parameter, self)
 
     def gradient(self) -> Tensor:
         """The gradient without the scale; a RuntimeError if it has been written to."""
@@ -126,7 +128,7 @@ class Surrogate:
         return first_order_only(self.backward(cotangent).to(parameter.dtype), parameter)
 
 
-class _WithGradient(Function):
+class _WithLazyGradient(Function):
     @staticmethod
     def forward(value: Tensor, parameter: Tensor, surrogate: Surrogate) -> Tensor:
         return value.clone()
@@ -146,14 +148,40 @@ class _WithGradient(Function):
         return cotangent, gradient, None
 
 
+class _WithGradient(Function):
+    @staticmethod
+    def forward(value: Tensor, parameter: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.parameter, gradient, ctx.scale = inputs
+        # Saved by autograd, which checks it for writes in place, and frees it with the graph.
+        ctx.save_for_backward(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        gradient = (ctx.scale * cotangent * gradient).to(ctx.parameter.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = first_order_only(gradient, ctx.parameter)
+        return cotangent, gradient, None, None
+
+
 def with_gradient(
     value: Tensor, parameter: Tensor, gradient: Tensor, *, scale: float = 1.0
 ) -> Tensor:
     """``value``, whose derivative in ``parameter`` is additionally ``scale · gradient``.
 
-    Calls nest, one for each parameter. See :class:`Surrogate`.
+    Calls nest, one for each parameter.
+
+    :param Tensor value: a scalar, shape ``()``.
+    :param Tensor parameter: the tensor that receives the gradient, any shape.
+    :param Tensor gradient: of the parameter's shape, a constant.
+    :param float scale: a constant factor, applied in the backward pass.
+    :raises RuntimeError: where the gradient is differentiated once more.
     """
-    return Surrogate(value, gradient, scale).attach_to(parameter)
+    return _WithGradient.apply(value, parameter, gradient, scale)
 
 
 class _Pending:
