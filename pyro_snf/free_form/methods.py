@@ -137,6 +137,7 @@ class PairLearned(PairMethod):
     """
 
     default_weight = 10.0  # larger, for the gradient is only as good as g
+    saved_attributes = ("error_estimate",)
 
     def __init__(
         self,
@@ -154,8 +155,6 @@ class PairLearned(PairMethod):
         self.seed = as_seed(seed)
         self.training_value = "estimate" if self.lanczos_steps else "0"
         self.error_estimate = math.nan
-
-    saved_attributes = ("error_estimate",)
 
     def extra_repr(self) -> str:
         return (

@@ -181,7 +181,7 @@ class LogDetMethod(SavesAttributes, ABC):
 
     def _refining_solver(self, theta: Tensor, event_shape: torch.Size) -> Solver:
         """Iterative refinement from the approximate inverse."""
-        # A backward pass solves with the A of its forward pass. (A later R still serves.)
+        # A backward pass solves with the A of its forward pass.
         theta = theta.detach().clone()
         linear_map, approximate = self.linear_map, self.one_pass_solver(theta, event_shape)
         factors, norm = linear_map.factorize(theta, event_shape), linear_map.norm_bound(theta)

@@ -181,8 +181,11 @@ class TrackedInverse(SavesAttributes):
         monitor = self._monitor
         has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype))
         try:
-            # R has been written to from outside, or an update was interrupted.
-            if is_foreign or not (self._known.offset is not None or self._is_complete()):
+            # R has been written to from outside, or an update was interrupted. (Where an offset is
+            # known, none was: most steps need not look for the NaN.)
+            if is_foreign or (
+                self._known.offset is None and not torch.isfinite(self.log_abs_det_inverse)
+            ):
                 self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
                 self._correct_if_needed(theta, current)
@@ -197,10 +200,6 @@ class TrackedInverse(SavesAttributes):
         known.value = _add_trace(known.offset, inverse_t, current)
         known.state, known.version = state, version(inverse_t)
         return known.value
-
-    def _is_complete(self) -> bool:
-        """Whether R and log|det R| belong together."""
-        return bool(torch.isfinite(self.log_abs_det_inverse))
 
     def _limits(self) -> InverseError:
         """The error up to which R is not corrected."""
