@@ -1,6 +1,6 @@
 """Self Normalizing Flows for Pyro: unconstrained layers without the O(D³) log-determinant."""
 
-from pyro_snf import diagnostics, flows, images
+from pyro_snf import diagnostics, flows, images, optim
 from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairRefined
 from pyro_snf.free_form.reconstruction import Reconstruction
 from pyro_snf.guides import AutoSelfNormalizingFlow
@@ -74,6 +74,7 @@ __all__ = [
     "image_coupling",
     "images",
     "low_rank_autoregressive",
+    "optim",
     "rational_quadratic_spline",
     "self_normalizing_conv2d",
     "self_normalizing_linear",

@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from pyro_snf.options import as_count, as_number, check_choice, expect
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
+from pyro_snf.recording import Recording, RecordingSlot
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -134,6 +135,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         self.register_buffer("log_gradient_length", torch.tensor(0.0))
         self.register_buffer("num_gradients", torch.tensor(0.0))
         self._weights_check = EqualWeightsCheck()
+        self._recording = RecordingSlot()
         # The arguments of .to(), .double() and so on before the first call.
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
@@ -154,10 +156,10 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             if self.transform is None:
                 self._make_transform(len(loc), self._device or loc.device, self._dtype or loc.dtype)
                 with torch.no_grad():
-                    self._last_layer.bias.copy_(loc)
-            elif self._last_layer.input_dim != len(loc):
+                    self.last_layer.bias.copy_(loc)
+            elif self.last_layer.input_dim != len(loc):
                 raise RuntimeError(
-                    f"expected a model of latent dimension {self._last_layer.input_dim}, as in the "
+                    f"expected a model of latent dimension {self.last_layer.input_dim}, as in the "
                     f"state that was loaded; got {len(loc)}"
                 )
             with self._pyro_context:
@@ -179,6 +181,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
                     activation = activation.to(device, dtype)
                 parts.append(activation)
         self.transform = Compose(parts).train(self.training)
+        self.last_layer.recording.set(self._recording.get())
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(device))
 
@@ -210,12 +213,22 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         return children["transform"]
 
     @property
-    def _last_layer(self) -> Any:
+    def last_layer(self) -> SelfNormalizingLinear:
+        """T_n, the dense layer that ends the flow."""
         return self._flow.parts[-1]
+
+    def record(self, recording: Recording) -> None:
+        """Let :attr:`last_layer` record the gradients of samples, in the place of its own.
+
+        :param Recording recording: in which it does so for as long as its owner keeps it.
+        """
+        self._recording.set(recording)
+        if self.transform is not None:
+            self.last_layer.recording.set(recording)
 
     def get_base_dist(self) -> Distribution:
         """The distribution of z, ``N(0, I)`` in D dimensions."""
-        bias = self._last_layer.bias
+        bias = self.last_layer.bias
         return dist.Normal(torch.zeros_like(bias), torch.ones_like(bias)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
@@ -237,7 +250,10 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """A sample of x, in a model's or a guide's context."""
         latent = super().sample_latent(*args, **kwargs)
-        if self.clip is not None and latent.requires_grad and not torch.jit.is_tracing():
+        is_recorded = self._recording.get() is not None  # then gradients are bounded there
+        if self.clip is None or is_recorded or torch.jit.is_tracing():
+            return latent
+        if latent.requires_grad:
             latent.register_hook(self._clip_gradient)
         return latent
 

@@ -40,8 +40,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import ComposeTransform, Distribution, Transform
 
+from pyro_snf.recording import RecordedCall
 from pyro_snf.surrogate import first_order_only
 from pyro_snf.transforms.base import SafelyCachedTransform
+from pyro_snf.transforms.linear import SelfNormalizingLinear
 
 __all__ = ["EqualWeightsCheck", "PathGradientDistribution", "push_score"]
 
@@ -202,8 +204,20 @@ class PathGradientDistribution(dist.TransformedDistribution):
             log_det = part.log_abs_det_jacobian(x, y).detach()
             total = total - sum_rightmost(log_det, event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
+            if y is value and (call := _recorded_call(part, x, y)) is not None:
+                return call.log_prob(total, value, score, check.check if check else _accept)
             score = push_score(part, x, y, score)
         return _WithScore.apply(value, total, score, check)
+
+
+def _recorded_call(transform: Transform, x: Tensor, y: Tensor) -> RecordedCall | None:
+    if isinstance(transform, SelfNormalizingLinear):
+        return transform.recorded_call(x, y)
+    return None
+
+
+def _accept(weights: Tensor) -> None:
+    """No check."""
 
 
 def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:

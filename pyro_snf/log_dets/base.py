@@ -149,6 +149,22 @@ class LogDetMethod(SavesAttributes, ABC):
         """Bring the state up to date with θ exactly, where there is one that follows θ."""
         return None
 
+    def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
+        """Keep up with ``A ← A (I + P Qᵀ)``, where there is a state that follows θ.
+
+        :param Tensor theta: the new parameter.
+        :param Tensor left: ``Pᵀ``, shape ``(r, D)``, like ``right``, which is ``Qᵀ``.
+        """
+        return None
+
+    def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
+        """Keep up with ``A ← diag(e^c) A``, where there is a state that follows θ.
+
+        :param Tensor theta: the new parameter.
+        :param Tensor log_factors: c, shape ``(D,)``.
+        """
+        return None
+
     def factors(
         self, theta: Tensor, event_shape: torch.Size, state: TensorState | None = None
     ) -> Factors:

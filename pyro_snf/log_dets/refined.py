@@ -120,3 +120,9 @@ class Refined(LogDetMethod):
 
     def refactorize(self, theta: Tensor) -> None:
         self.estimator.refactorize(theta)
+
+    def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
+        self.estimator.multiply_input(theta, left, right)
+
+    def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
+        self.estimator.scale_output(theta, log_factors)

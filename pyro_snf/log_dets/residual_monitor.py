@@ -25,6 +25,9 @@ _MAX_STEPS_UNTIL_CHECK = 8
 # may have missed most of it.
 _LEAST_GROWTH = 1 / 16
 
+# Changes that R has followed exactly, up to rounding, until it is checked.
+_FOLLOWED_UNTIL_CHECK = 64
+
 # A step of Θ that is three times as long as the one before the latest check is checked at once; one
 # that is ten times as long is taken for an external change, by an edit or a checkpoint.
 _LONG_STEP = 3.0
@@ -95,6 +98,7 @@ class ResidualMonitor:
 
     def __init__(self) -> None:
         self.num_checks = 0
+        self.num_followed = 0
         self.steps_until_check = 0
         self.steps_since_check = 0
         #: The error at the latest check, in units of the limits.
@@ -127,6 +131,17 @@ class ResidualMonitor:
         self.step_norm = torch.linalg.vector_norm(fingerprint - previous).item()
         self.is_external_change = self.step_norm > _EXTERNAL_STEP * self.usual_step_norm > 0
         return self.step_norm != 0
+
+    def follow(self, fingerprint: Tensor) -> None:
+        """R and Θ have changed together. Rounding accumulates: every 64th time a check is due.
+
+        :param Tensor fingerprint: ``Θ w``, shape ``(D,)``.
+        """
+        self.num_followed += 1
+        if self.num_followed % _FOLLOWED_UNTIL_CHECK:
+            self.fingerprint = fingerprint
+        else:
+            self.reset()  # and the change of the fingerprint is a step, which is checked
 
     def is_check_due(self) -> bool:
         """Whether a check is due at this step; to be called once for each."""
@@ -185,6 +200,7 @@ class ResidualMonitor:
     #: What a resumed run needs to take the same decisions.
     _SAVED = (
         "num_checks",
+        "num_followed",
         "steps_until_check",
         "steps_since_check",
         "latest_error",

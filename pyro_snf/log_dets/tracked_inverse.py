@@ -161,6 +161,49 @@ class TrackedInverse(SavesAttributes):
         """R, of the parameter's shape."""
         return self.inverse_t.mT.reshape(theta.shape)
 
+    @torch.no_grad()
+    def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
+        """Follow ``A ← A (I + P Qᵀ)`` exactly, by Woodbury's formula and the determinant lemma:
+
+            R ← R − P S⁻¹ (Qᵀ R),      det R ← det R / det S,      S = I + Qᵀ P.
+
+        :param Tensor theta: the map's parameter after the change.
+        :param Tensor left: ``Pᵀ``, shape ``(r, D)``.
+        :param Tensor right: ``Qᵀ``, shape ``(r, D)``.
+        """
+        inverse_t = self.inverse_t
+        left, right = left.to(inverse_t.dtype), right.to(inverse_t.dtype)
+        small = (right @ left.mT).double()
+        small.diagonal().add_(1)
+        step = torch.linalg.solve(small.mT, left.double()).to(inverse_t.dtype)  # S⁻ᵀ Pᵀ
+        log_abs_det_inverse = self.log_abs_det_inverse - torch.linalg.slogdet(small).logabsdet
+        self._known = _Known()
+        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
+        inverse_t.addmm_(inverse_t @ right.mT, step, alpha=-1)
+        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        self._has_followed(theta)
+
+    @torch.no_grad()
+    def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
+        """Follow ``A ← diag(e^c) A`` exactly.
+
+        :param Tensor theta: the map's parameter after the change.
+        :param Tensor log_factors: c, shape ``(D,)``.
+        """
+        log_factors = log_factors.to(self.inverse_t.dtype)
+        log_abs_det_inverse = self.log_abs_det_inverse - log_factors.sum(dtype=torch.float64)
+        self._known = _Known()
+        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
+        self.inverse_t.mul_(torch.exp(-log_factors).unsqueeze(-1))
+        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        self._has_followed(theta)
+
+    def _has_followed(self, theta: Tensor) -> None:
+        """Note that R is the inverse for this θ; check for accumulated rounding now and then."""
+        fingerprint = TensorState(self._matrix_of(theta)).fingerprint
+        assert fingerprint is not None
+        self._monitor.follow(fingerprint.to(self.inverse_t.dtype))
+
     def _matrix_of(self, theta: Tensor) -> Tensor:
         """Θ, shape ``(D, D)``."""
         matrix = self.linear_map.matrix_of(theta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributions import constraints
 from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.maps import Dense
 from pyro_snf.options import as_count
+from pyro_snf.recording import RecordedCall, RecordingSlot
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import AffineSelfNormalizingTransform
 
@@ -113,6 +115,8 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         )
         self.input_dim = input_dim
         self.event_shape = torch.Size([input_dim])
+        #: Where an optimizer attaches a recording of single samples' gradients.
+        self.recording = RecordingSlot()
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, {super().extra_repr()}"
@@ -126,6 +130,70 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         """
         inverse = self.log_det.inverse_weight(self.theta, self.event_shape)
         return inverse * torch.exp(-self.log_scale).to(inverse.dtype)
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
+        recording = self.recording.get()
+        if recording is None or not self._is_training(self.theta):
+            return super()._call_with_memo(x)
+        with torch.no_grad():
+            y = self._call(x)
+        call = RecordedCall(recording, self._pull, self._as_events(x))
+        return call.output(x, y, self.theta), call
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        value = super().log_abs_det_jacobian(x, y)
+        call = self.recorded_call(x, y)
+        return value if call is None else call.log_det(value.detach(), y)
+
+    def recorded_call(self, x: Tensor, y: Tensor) -> RecordedCall | None:
+        """The record of the call ``y = T(x)``, if there is one."""
+        memo = self._pair.memo_of(x, y, self._map_parameters())
+        return memo if isinstance(memo, RecordedCall) else None
+
+    @torch.no_grad()
+    def multiply_input(self, left: Tensor, right: Tensor) -> None:
+        """``W ← W (I + P Qᵀ)`` in place, in O(rD²); what is known of A⁻¹ follows exactly.
+
+        :param Tensor left: ``Pᵀ``, shape ``(r, D)``.
+        :param Tensor right: ``Qᵀ``, shape ``(r, D)``.
+        """
+        theta, linear_map = self.theta, self.log_det.linear_map
+        images = linear_map.multiply(theta, left)  # (A P)ᵀ
+        theta.addmm_(images.mT, right, alpha=math.sqrt(self.input_dim))
+        self.log_det.multiply_input(theta, left, right)
+
+    @torch.no_grad()
+    def shift_input(self, shift: Tensor) -> None:
+        """``b ← b + W v`` in place.
+
+        :param Tensor shift: v, shape ``(D,)``.
+        """
+        theta, linear_map = self.theta, self.log_det.linear_map
+        image = linear_map.multiply(theta, shift.unsqueeze(0)).squeeze(0)
+        self.bias.add_(self.log_scale.exp() * image)
+
+    @torch.no_grad()
+    def balance(self, limit: float) -> None:
+        """Move the lengths of A's rows to ``log_scale``, if one is not within a factor of 1.
+
+        ``W`` stays as it is. With rows of length 1, ``I + Θ/√D`` loses no digits to the identity.
+
+        :param float limit: the factor.
+        """
+        weight = self.log_det.linear_map.weight(self.theta)
+        log_lengths = weight.norm(dim=-1).log()
+        if log_lengths.abs().max() <= math.log(limit):
+            return
+        weight /= log_lengths.exp().unsqueeze(-1)
+        weight.diagonal().sub_(1)
+        self.theta.copy_(weight).mul_(math.sqrt(self.input_dim))
+        self.log_scale.add_(log_lengths)
+        self.log_det.scale_output(self.theta, -log_lengths)
+
+    def _pull(self, gradient: Tensor) -> Tensor:
+        """``Wᵀ g`` for rows g."""
+        scaled = gradient * torch.exp(self.log_scale)
+        return self.log_det.linear_map.multiply_transposed(self.theta, scaled)
 
     def _as_events(self, x: Tensor) -> Tensor:
         """Check an input of shape ``(..., D)`` and flatten it to ``(B, D)``."""

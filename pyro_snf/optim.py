@@ -1,0 +1,327 @@
+"""An optimizer for guides that needs no learning rate, whatever the units of the posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_snf.guides import AutoSelfNormalizingFlow
+from pyro_snf.log_dets import Learned
+from pyro_snf.natural_step import SignalShare, moments, relative_step, secant_step
+from pyro_snf.options import as_count, as_positive, expect
+from pyro_snf.recording import Recording
+
+__all__ = ["NaturalGradient"]
+
+# Samples that a step of the dense layer is made from, at least: with fewer particles, those of
+# several steps.
+_MIN_SAMPLES = 8
+
+# Of the layers before the dense one, in units of √D: see Recording.
+_MAX_LENGTH = 4.0
+
+# The secant step needs directions that hardly overlap: D is to be this many times their number.
+_DIMENSIONS_PER_SECANT = 4
+
+# Steps in which nothing but noise is found in the dense layer's gradient until the other layers
+# are trained, and the first of them that count.
+_CALM_STEPS = 5
+_FIRST_CALM_STEP = 15
+# A step is calm where the signal in M, in units of that for a Gaussian posterior, the length of y
+# and that of d, in units of √D, and the signal in d are below these.
+_CALM_MATRIX_SIGNAL = 0.25
+_CALM_LENGTH = 2.0
+_CALM_MEAN = 0.7
+_CALM_MEAN_SIGNAL = 0.3
+# The other layers are trained from here on at the latest, as a share of all steps.
+_LATEST_START = 0.4
+
+# The least rate of the location, relative to that of a Gaussian posterior: with less, a drift
+# that is lost in the noise of ten steps would never be seen.
+_LEAST_MEAN_RATE = 0.05
+_MEAN_RATE = 0.5
+_TRACE_RATE = 0.5
+
+# The length of a location's step, in units of √D: it grows by up to exp(0.7) = 2 while successive
+# steps agree, and shrinks likewise.
+_TRUST_CHANGE = 0.7
+_MIN_TRUST = 0.3
+_MAX_TRUST = 1e12
+
+_TINY = 1e-300
+
+# After a gradient that is not finite, the guide returns to its last location, and narrows.
+_NARROWING = 0.7
+
+# Of rates, at the end of the run.
+_LAST_DECAY = 0.01
+# Where the decay starts, as a share of all steps.
+_START_OF_DECAY = 0.5
+
+# A row of A may be longer or shorter by this factor until its length moves to the layer's scale.
+_MAX_ROW_LENGTH = 2.0
+_BALANCE_EVERY = 8
+
+
+class NaturalGradient(PyroOptim):
+    r"""Trains an :class:`~pyro_snf.AutoSelfNormalizingFlow`, without a learning rate to choose.
+
+    The dense layer that ends the guide, ``x = W h + b``, makes natural-gradient steps
+    (:mod:`pyro_snf.natural_step`), each of the rank of the number K of samples, in O(KD²). They do
+    not depend on the units, the scales and the correlations of the posterior. The tracked inverse
+    of W follows exactly. What precedes the layer is trained by Adam, in the coordinates of h, which
+    the dense layer keeps near a standard normal; it starts when the dense layer has nothing left to
+    gain. Parameters of the model are trained by Adam too.
+
+    It is an optimizer for Pyro's ``SVI``:
+
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(torch.tensor([3e4, -1e-3]), torch.tensor([1e3, 1e-4])))
+    >>> guide = AutoSelfNormalizingFlow(model)
+    >>> elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
+    >>> svi = SVI(model, guide, NaturalGradient(guide, num_steps=300), elbo)
+    >>> losses = [svi.step() for step in range(300)]
+    >>> losses[-1] < 0.1
+    True
+
+    and for loops of one's own, with ``loss.backward()`` and then :meth:`step`. :func:`pyro_snf.fit`
+    does all of it.
+
+    While the optimizer exists, the parameters of the dense layer get no gradients: the samples'
+    gradients are recorded instead (:mod:`pyro_snf.recording`). The objective has to be an average
+    over samples of the guide, such as the ELBO. ``clip`` of the guide has no effect: gradients are
+    bounded in the coordinates of h.
+
+    :param AutoSelfNormalizingFlow guide: before or after its first call.
+    :param num_steps: the number of calls to come. In the second half of them, all rates decay to a
+        hundredth. None for no decay.
+    :param float lr: Adam's learning rate, for everything but the dense layer.
+    :raises TypeError: for any other guide.
+    :raises ValueError: for options outside these ranges; for a guide with ``log_det="learned"``.
+    """
+
+    def __init__(
+        self, guide: AutoSelfNormalizingFlow, num_steps: int | None = None, *, lr: float = 1e-2
+    ) -> None:
+        if not isinstance(guide, AutoSelfNormalizingFlow):
+            raise TypeError(
+                f"expected an AutoSelfNormalizingFlow, for other guides use Pyro's optimizers; got "
+                f"{type(guide).__name__}"
+            )
+        log_det = guide.layer_options.get("log_det", "refined")
+        is_learned = log_det == "learned" or isinstance(log_det, Learned)
+        expect("a guide with another log_det than 'learned'", not is_learned, guide)
+        super().__init__(torch.optim.Adam, {"lr": as_positive("lr", lr)})
+        self.guide = guide
+        self.lr = float(lr)
+        self.num_steps = None if num_steps is None else as_count("num_steps", num_steps)
+        self._recording = Recording(_MAX_LENGTH)
+        guide.record(self._recording)
+        self._decay_start, self._decay_steps = math.inf, 1.0
+        if self.num_steps is not None:
+            start = int(_START_OF_DECAY * self.num_steps)
+            self.start_decay(self.num_steps - start, at=start)
+        #: Calls so far, and the steps of the dense layer among them.
+        self.num_calls = 0
+        self.num_dense_steps = 0
+        #: Whether the layers before the dense one are trained, too.
+        self.trains_all_layers = guide.num_layers == 1
+        self._matrix_share, self._mean_share, self._trace_share = (SignalShare() for _ in range(3))
+        self._trust = 1.0
+        self._num_calm = 0
+        self._last_mean: Tensor | None = None
+        self._last_bias: Tensor | None = None
+        self._adams: dict[str, torch.optim.Adam] = {}
+        self._adam_states: dict[str, Any] = {}
+        self._unnamed: dict[int, str] = {}
+
+    def start_decay(self, num_steps: int, *, at: int | None = None) -> None:
+        """Let all rates decay to a hundredth.
+
+        :param int num_steps: in so many calls.
+        :param at: the call from which on; by default the next one.
+        """
+        self._decay_start = self.num_calls if at is None else at
+        self._decay_steps = as_count("num_steps", num_steps)
+
+    @property
+    def decay(self) -> float:
+        """The factor of all rates, at most 1."""
+        share = (self.num_calls - self._decay_start) / self._decay_steps
+        return _LAST_DECAY ** min(max(share, 0.0), 1.0)
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """One step, after a backward pass.
+
+        :param params: the parameters that were used in it.
+        """
+        params = list(params)
+        is_finite = self._recording.is_finite()
+        if not is_finite:
+            self.recover()
+        elif len(self._recording) >= _MIN_SAMPLES:
+            self._step_dense()
+        if is_finite:
+            self._step_adam(params)
+        self.num_calls += 1
+        self._update_phase()
+
+    def step(self) -> None:
+        """One step, after a backward pass; all gradients are then None."""
+        params = [one for one in self.guide.parameters() if one.requires_grad]
+        self(params)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Set the gradients of the guide to None, and forget what was recorded."""
+        self._recording.clear()
+        for parameter in self.guide.parameters():
+            parameter.grad = None
+
+    #: What a resumed run needs, next to the averages, the recorded samples and the state of Adam.
+    _SAVED = (
+        "num_calls",
+        "num_dense_steps",
+        "trains_all_layers",
+        "_decay_start",
+        "_decay_steps",
+        "_trust",
+        "_num_calm",
+        "_last_mean",
+        "_last_bias",
+    )
+
+    @torch.no_grad()
+    def _step_dense(self) -> None:
+        layer, decay = self.guide.last_layer, self.decay
+        h, y, have_scores = self._recording.take()
+        # Samples of a flow without scores have E[u hᵀ] = I at the optimum; of a Gaussian, u − h is
+        # what u is with scores.
+        offset = 0.0 if have_scores or self._is_gaussian else 1.0
+        if not have_scores and self._is_gaussian:
+            y = y - h
+        found = moments(h, y, trace_offset=offset)
+        self._matrix_share.update(*found.matrix_signal)
+        self._mean_share.update(*found.mean_signal)
+        self._trace_share.update(*found.trace_signal)
+        self._update_trust(found.mean)
+        count, dim = found.h.shape
+        # What the share is for a Gaussian posterior, where the only noise is that of few samples.
+        gaussian_share = count / (count + dim + 1)
+        share = self._matrix_share.value
+        growth = -_TRACE_RATE * self._trace_share.value * decay * min(max(found.trace, -1.0), 1.0)
+        if self._is_gaussian and dim >= _DIMENSIONS_PER_SECANT * count:
+            left, right = secant_step(found.h, found.y, decay * min(1.0, share / gaussian_share))
+        else:
+            left, right = relative_step(found.h, found.y, decay * share)
+            growth += math.log1p(decay * share * offset)
+        # d in the coordinates of the new h, whose scales fit the posterior better.
+        mean = found.mean + right.mT @ (left @ found.mean)
+        longest = self._trust * math.sqrt(dim)
+        mean_rate = _MEAN_RATE * decay * max(self._mean_share.value, _LEAST_MEAN_RATE)
+        mean *= -mean_rate * min(1.0, longest / max(mean.norm().item(), _TINY))
+        self._last_bias = layer.bias.clone()
+        layer.multiply_input(left.to(h.dtype), right.to(h.dtype))
+        layer.log_scale.add_(growth)
+        layer.shift_input(mean.to(h.dtype))
+        self.num_dense_steps += 1
+        if self.num_dense_steps % _BALANCE_EVERY == 0:
+            layer.balance(_MAX_ROW_LENGTH)
+        if not self.trains_all_layers:
+            length = found.y.norm(dim=-1).median().item() / math.sqrt(dim)
+            mean_length = found.mean.norm().item() / math.sqrt(dim)
+            is_calm = (
+                length < _CALM_LENGTH
+                and share < _CALM_MATRIX_SIGNAL * gaussian_share
+                and mean_length < _CALM_MEAN
+                and self._mean_share.value < _CALM_MEAN_SIGNAL
+            )
+            self._num_calm = self._num_calm + 1 if is_calm else 0
+
+    @property
+    def _is_gaussian(self) -> bool:
+        """Whether h is still standard normal."""
+        return not self.trains_all_layers or self.guide.num_layers == 1
+
+    def _update_trust(self, mean: Tensor) -> None:
+        """Let the location's steps be longer while they agree, and shorter where they turn back."""
+        last, self._last_mean = self._last_mean, mean
+        if last is None:
+            return
+        length = mean.norm()
+        cosine = (mean @ last / (length * last.norm()).clamp(min=_TINY)).item()
+        if cosine < 0 or length.item() > self._trust * math.sqrt(len(mean)):
+            trust = self._trust * math.exp(_TRUST_CHANGE * cosine)
+            self._trust = min(max(trust, _MIN_TRUST), _MAX_TRUST)
+
+    @torch.no_grad()
+    def recover(self) -> None:
+        """Return to the last location, with smaller scales.
+
+        As :meth:`step` does where gradients are not finite. For where the model raises an error.
+        """
+        self._recording.clear()
+        layer = self.guide.last_layer
+        if self._last_bias is not None:
+            layer.bias.copy_(self._last_bias)
+        layer.log_scale.add_(math.log(_NARROWING))
+        self._trust = max(self._trust * _NARROWING**4, _MIN_TRUST)
+        self._last_mean = None
+
+    def _update_phase(self) -> None:
+        is_late = self.num_steps is not None and self.num_calls >= _LATEST_START * self.num_steps
+        is_calm = self._num_calm >= _CALM_STEPS and self.num_dense_steps >= _FIRST_CALM_STEP
+        self.trains_all_layers |= is_late or is_calm
+
+    def _step_adam(self, params: Iterable[Tensor]) -> None:
+        """Adam, for what has a gradient and is to be trained."""
+        own = {id(parameter): name for name, parameter in self.guide.named_parameters()}
+        for parameter in params:
+            name = own.get(id(parameter))
+            if parameter.grad is None or (name is not None and not self.trains_all_layers):
+                continue
+            adam = self._adam_of(parameter, name)
+            adam.param_groups[0]["lr"] = self.lr * self.decay
+            adam.step()
+
+    def _adam_of(self, parameter: Tensor, name: str | None) -> torch.optim.Adam:
+        if name is None:
+            name = pyro.get_param_store().param_name(parameter)
+        if name is None:  # of a module that owns its parameters
+            name = self._unnamed.setdefault(id(parameter), str(len(self._unnamed)))
+        adam = self._adams.get(name)
+        if adam is None or adam.param_groups[0]["params"][0] is not parameter:
+            adam = self._adams[name] = torch.optim.Adam([parameter], lr=self.lr)
+            state = self._adam_states.pop(name, None)
+            if state is not None:
+                adam.load_state_dict(state)
+        return adam
+
+    def get_state(self) -> dict[str, Any]:
+        """The state, for :meth:`set_state` of an optimizer of a guide in the same state."""
+        adams = {name: adam.state_dict() for name, adam in self._adams.items()}
+        return {
+            **{name: getattr(self, name) for name in self._SAVED},
+            "shares": [vars(share).copy() for share in self._shares],
+            "recorded": self._recording.state(),
+            "adams": {**self._adam_states, **adams},
+        }
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+        for name in self._SAVED:
+            setattr(self, name, state_dict[name])
+        for share, values in zip(self._shares, state_dict["shares"], strict=True):
+            vars(share).update(values)
+        self._recording.load_state(state_dict["recorded"])
+        self._adams, self._adam_states = {}, dict(state_dict["adams"])
+
+    @property
+    def _shares(self) -> list[SignalShare]:
+        return [self._matrix_share, self._mean_share, self._trace_share]

@@ -1,0 +1,196 @@
+"""Gradients of single samples at a guide's last dense layer, in the coordinates of its input.
+
+A sample ``x = W h + b`` has the gradient ``g`` of the loss. While a :class:`Recording` is attached,
+the layer's parameters get no gradient, which would be a sum over the samples. Instead, the rows
+``h`` and ``Wᵀ g`` are kept, from which :class:`~pyro_snf.optim.NaturalGradient` makes its step.
+
+Where the log-density of the guide is differentiated along the path, its part of ``Wᵀ g`` is
+``Wᵀ ∇_x log q(x) = ∇_h log q(h)``, the score of the layer's input: no system is solved.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ["RecordedCall", "Recording", "RecordingSlot", "Samples"]
+
+# More calls between two steps than this are not particles: nobody reads the recording.
+_MAX_CALLS = 10_000
+
+
+class Samples(NamedTuple):
+    """Samples at a layer, their gradients in units of the weights of their log-densities."""
+
+    inputs: Tensor
+    """h, shape ``(N, D)``."""
+    gradients: Tensor
+    """``Wᵀ g``, shape ``(N, D)``: ``∇_h log q(h) − Wᵀ ∇_x log p(x)``, or the latter term alone."""
+    have_scores: bool
+    """Whether the gradients contain ``∇_h log q(h)``: whether they are path derivatives."""
+
+
+class Recording:
+    """The samples that have passed through a layer since they were last taken.
+
+    :param float max_length: the largest length of a gradient that is passed on to what comes before
+        the layer, in units of √D, the typical length of the score of a standard normal.
+    """
+
+    def __init__(self, max_length: float) -> None:
+        self.max_length = max_length
+        self._samples: list[Samples] = []
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return sum(len(samples.inputs) for samples in self._samples)
+
+    def add(self, samples: Samples) -> None:
+        if len(self._samples) >= _MAX_CALLS:
+            raise RuntimeError(
+                "this guide records its gradients for a NaturalGradient that makes no steps: use "
+                "that optimizer, or delete it"
+            )
+        self._samples.append(samples)
+
+    def take(self) -> Samples:
+        """All samples, in one; the recording is empty then."""
+        recorded, self._samples = self._samples, []
+        inputs = torch.cat([one.inputs for one in recorded])
+        gradients = torch.cat([one.gradients for one in recorded])
+        return Samples(inputs, gradients, all(one.have_scores for one in recorded))
+
+    def clear(self) -> None:
+        self._samples = []
+
+    def is_finite(self) -> bool:
+        """Whether all gradients are finite."""
+        return all(bool(torch.isfinite(one.gradients).all()) for one in self._samples)
+
+    def state(self) -> list[tuple[Any, ...]]:
+        """The samples, to be saved."""
+        return [tuple(one) for one in self._samples]
+
+    def load_state(self, state: list[tuple[Any, ...]]) -> None:
+        self._samples = [Samples(*one) for one in state]
+
+
+class RecordingSlot:
+    """Where a recording is attached, for as long as its owner keeps it. Copies are empty."""
+
+    def __init__(self) -> None:
+        self._reference: Callable[[], Recording | None] = lambda: None
+
+    def get(self) -> Recording | None:
+        return self._reference()
+
+    def set(self, recording: Recording | None) -> None:
+        self._reference = (lambda: None) if recording is None else weakref.ref(recording)
+
+    def __reduce__(self) -> tuple[type[RecordingSlot], tuple[()]]:
+        return type(self), ()
+
+
+class RecordedCall:
+    """A call ``y = T(x)`` of a layer whose parameters are constants of the graph.
+
+    :param pull: ``g ↦ Wᵀ g``, rows.
+    :param Tensor inputs: x, shape ``(B, D)``.
+    """
+
+    def __init__(
+        self, recording: Recording, pull: Callable[[Tensor], Tensor], inputs: Tensor
+    ) -> None:
+        self.recording = recording
+        self.pull = pull
+        self.inputs = inputs.detach()
+        self.score: Tensor | None = None
+        self.weights: Tensor | None = None
+
+    @property
+    def handle(self) -> None:
+        """None: it has no tensor in the graph of y."""
+        return None
+
+    def output(self, x: Tensor, y: Tensor, parameter: Tensor) -> Tensor:
+        """y with a graph, which leads to x.
+
+        :param Tensor parameter: requires a gradient, and gets none: with it, y has a graph even
+            where x requires no gradient.
+        """
+        return _Output.apply(x, y, parameter, self)
+
+    def log_det(self, value: Tensor, y: Tensor) -> Tensor:
+        """``log|det J|`` of every event, whose cotangents are the weights with the other sign."""
+        return _Weighted.apply(value, y, self, lambda cotangent: -cotangent)
+
+    def log_prob(
+        self, value: Tensor, y: Tensor, score: Tensor, check: Callable[[Tensor], None]
+    ) -> Tensor:
+        """``log q(y)`` with the path derivative.
+
+        :param Tensor score: ``∇ log q(x)``, of x's shape.
+        :param check: called with the weights in the backward pass.
+        """
+
+        def weights(cotangent: Tensor) -> Tensor:
+            check(cotangent)
+            return cotangent
+
+        self.score = score.detach().reshape(self.inputs.shape)
+        return _Weighted.apply(value, y, self, weights)
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Record, and return the gradient in x, from that in y."""
+        pulled = self.pull(gradient.reshape(self.inputs.shape))
+        if self.weights is not None:
+            weights = self.weights.expand(gradient.shape[:-1]).reshape(-1, 1).to(pulled.dtype)
+            if self.score is not None:
+                pulled = torch.addcmul(pulled, weights, self.score.to(pulled.dtype))
+            relative = pulled / weights
+            self.recording.add(Samples(self.inputs, relative, self.score is not None))
+            length = relative.norm(dim=-1, keepdim=True)
+            longest = self.recording.max_length * math.sqrt(pulled.shape[-1])
+            pulled = torch.where(length > longest, pulled * (longest / length), pulled)
+        return pulled.view(gradient.shape)
+
+
+class _Output(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, parameter: Tensor, call: RecordedCall) -> Tensor:
+        ctx.call = call
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient = ctx.call.backward(gradient)
+        return (gradient if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class _Weighted(Function):
+    # y is an input, so that the backward pass comes here before it comes to y.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        y: Tensor,
+        call: RecordedCall,
+        weights: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.call, ctx.weights = call, weights
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, None, None]:
+        ctx.call.weights = ctx.weights(cotangent)
+        return None, None, None, None
