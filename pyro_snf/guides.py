@@ -13,8 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.transforms import BatchNorm, Sylvester
-from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide import init_to_median as pyro_init_to_median
+from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
@@ -27,7 +26,7 @@ from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
-__all__ = ["AutoSelfNormalizingFlow", "init_to_median"]
+__all__ = ["AutoSelfNormalizingFlow"]
 
 GRADIENTS = ("path", "total")
 
@@ -45,16 +44,13 @@ _WRONG_LOG_DETS = (
 )
 
 
-def init_to_median(site: Any) -> Tensor:
-    """The prior median of a site, or 0 in unconstrained space if its prior cannot be sampled.
-
-    The latter is for flat priors, ``ImproperUniform``, for which Pyro's function of this name
-    raises an error.
+def init_to_median_or_zero(site: Any) -> Tensor:
+    """Pyro's ``init_to_median``; for flat priors, which cannot be sampled, 0 in unconstrained space.
 
     :param dict site: a sample site of a Pyro trace.
     """
     try:
-        return pyro_init_to_median(site)
+        return init_to_median(site)
     except NotImplementedError:
         transform = biject_to(site["fn"].support)
         return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
@@ -112,8 +108,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     :param activation: ``activation(D)`` makes the transform before a dense layer, such as
         :func:`~pyro_snf.low_rank_autoregressive` or a Pyro factory. With one that has no cache,
         such as torch's ``AffineTransform``, every step inverts the flow.
-    :param init_loc_fn: the initial location of each site, as in all of Pyro's guides; the default,
-        :func:`~pyro_snf.guides.init_to_median`, starts flat priors at 0.
+    :param init_loc_fn: the initial location of each site, as in all of Pyro's guides; by default,
+        the prior median, or 0 in unconstrained space for flat priors (``ImproperUniform``).
     :param float init_scale: the initial standard deviation of each unconstrained number.
     :param gradient: ``"path"``, ``"total"``, or None for ``"path"`` where it is known to be right:
         with an activation that declares ``has_continuous_log_det``, as those of this library do
@@ -141,7 +137,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         num_layers: int = 2,
         *,
         activation: Callable[[int], Transform] = low_rank_autoregressive,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] = init_to_median_or_zero,
         init_scale: float = 0.1,
         gradient: str | None = None,
         clip: float | None = 10.0,
@@ -363,8 +359,12 @@ class AutoSelfNormalizingFlow(AutoContinuous):
             log_prior = dist.Normal(self._init_loc().to(latent)[self._unreached], 1.0).log_prob(
                 latent[..., self._unreached]
             )
-            name = f"_{self._pyro_name}_unreached"
-            pyro.factor(name, -log_prior.sum(-1), has_rsample=True)  # in the guide, hence negative
+            # A factor of the guide, hence negative. pyro.factor would warn outside of inference.
+            pyro.sample(
+                f"_{self._pyro_name}_unreached",
+                dist.Unit(-log_prior.sum(-1), has_rsample=True),
+                infer={"is_auxiliary": True},
+            )
         return latent
 
     @torch.no_grad()

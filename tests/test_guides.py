@@ -1181,6 +1181,19 @@ def test_elbo_with_missing_values_is_a_bound_of_the_same_evidence() -> None:
     assert -loss.loss(missing_values, guide) == pytest.approx(expected, abs=TIGHT)
 
 
+def test_missing_values_in_every_objective_and_predictive() -> None:
+    guide = AutoSelfNormalizingFlow(missing_values)
+    assert guide()["y_unobserved"].shape == (4,)
+    options: dict[str, Any] = {"max_plate_nesting": 1, "strict_enumeration_warning": False}
+    for vectorized in ({}, {"num_particles": 3, "vectorize_particles": True}):
+        for make in (infer.Trace_ELBO, infer.TraceGraph_ELBO, infer.TraceEnum_ELBO):
+            loss = make(**options, **vectorized)
+            loss.loss_and_grads(missing_values, guide)
+    for parallel in (False, True):
+        predictive = infer.Predictive(missing_values, guide=guide, num_samples=5, parallel=parallel)
+        assert predictive()["y"].shape == (5, 4)
+
+
 def test_mask_on_observations_is_fine(conjugate: Conjugate) -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
