@@ -45,7 +45,7 @@ _WRONG_LOG_DETS = (
 
 
 def init_to_median_or_zero(site: Any) -> Tensor:
-    """Pyro's ``init_to_median``; for flat priors, which cannot be sampled, 0 in unconstrained space.
+    """Pyro's ``init_to_median``, or 0 in unconstrained space for priors that cannot be sampled.
 
     :param dict site: a sample site of a Pyro trace.
     """
