@@ -10,11 +10,15 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.transforms import BatchNorm, Sylvester
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
+from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.options import as_count, as_number, check_choice, expect
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
@@ -30,8 +34,27 @@ GRADIENTS = ("path", "total")
 # The number of gradients in the moving average of their lengths.
 _CLIP_MEMORY = 100
 
-# Of draws for quantiles: the standard error of a normal median is then 2 % of a standard deviation.
+# Of draws for quantiles. With 2,000 independent ones and their reflections, the standard error of a
+# median is at most that of 2,000 draws, 2.8 % of a standard deviation.
 _NUM_DRAWS = 4000
+
+# Transforms of Pyro 1.9 whose log-det is not that of their map.
+_WRONG_LOG_DETS = (
+    BatchNorm,  # in training: it is that of the inverse, with the moments of a batch of data
+    Sylvester,  # its formula is for column vectors, its map for row vectors
+)
+
+
+def init_to_median_or_zero(site: Any) -> Tensor:
+    """Pyro's ``init_to_median``, or 0 in unconstrained space for priors that cannot be sampled.
+
+    :param dict site: a sample site of a Pyro trace.
+    """
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        transform = biject_to(site["fn"].support)
+        return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
 
 
 class AutoSelfNormalizingFlow(AutoContinuous):
@@ -64,7 +87,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     - ``gradient="path"``: the gradient of the ELBO without the term whose expectation is 0. Its
       variance decreases as the guide approaches the posterior (:mod:`pyro_snf.path_gradient`).
       Objectives that weight samples, such as ``RenyiELBO``, raise an error: they need
-      ``gradient="total"``.
+      ``gradient="total"``, as do activations with kinks, such as leaky ReLUs, and those without an
+      inverse, such as Pyro's ``planar``.
     - ``clip``: the gradient in a sample is shortened to ``clip`` times the typical length if it is
       longer. Heavy-tailed models have such gradients, each of which would affect dozens of Adam's
       steps.
@@ -75,22 +99,32 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     The first call creates the flow. ``.to()`` and ``.double()`` may precede it (they take
     precedence over the model's device and dtype), and so may ``load_state_dict``.
 
+    In a site that is partly masked, as that of missing values (``obs_mask``) is, elements that
+    neither the prior nor the data reach have no posterior. Unconstrained, they get the prior
+    :math:`N(\text{init\_loc\_fn}, 1)`: the ELBO remains a bound on the same evidence.
+
     :param model: a Pyro model of static structure, whose latent variables are continuous, or
-        enumerated and hidden from the guide.
+        enumerated and hidden from the guide, and outside of subsampled plates.
     :param int num_layers: n, dense layers and activations together, at least 1.
     :param activation: ``activation(D)`` makes the transform before a dense layer, such as
         :func:`~pyro_snf.low_rank_autoregressive` or a Pyro factory. With one that has no cache,
         such as torch's ``AffineTransform``, every step inverts the flow.
-    :param init_loc_fn: the initial location of each site, as in all of Pyro's guides.
+    :param init_loc_fn: the initial location of each site, as in all of Pyro's guides; by default,
+        the prior median, or 0 in unconstrained space for flat priors (``ImproperUniform``).
     :param float init_scale: the initial standard deviation of each unconstrained number.
-    :param str gradient: ``"path"`` or ``"total"``.
+    :param gradient: ``"path"``, ``"total"``, or None for ``"path"`` where it is known to be right:
+        with an activation that declares ``has_continuous_log_det``, as those of this library do
+        (see :mod:`pyro_snf.path_gradient`), and a ``log_det`` without parameters. The first call
+        replaces None by the choice.
     :param clip: in units of the typical length, above 1; None for no clipping. With
         ``gradient="total"``, where samples may have unequal weights, nothing is clipped.
-    :param kwargs: keyword arguments of every :class:`~pyro_snf.SelfNormalizingLinear`: ``log_det``
-        and ``inverse``.
+    :param log_det: the method of every :class:`~pyro_snf.SelfNormalizingLinear`.
+    :param inverse: that of every :class:`~pyro_snf.SelfNormalizingLinear`.
     :raises ValueError: for options outside these ranges; for ``gradient="path"`` with a ``log_det``
-        that has parameters, such as ``"learned"``, which it would leave untrained.
-    :raises TypeError: for keywords that the layers do not have.
+        that has parameters, such as ``"learned"``, which it would leave untrained. In the first
+        call: for ``gradient="path"`` with other activations; for activations that are not bijective
+        or have a wrong log-det, as Pyro's ``batchnorm`` and ``sylvester``; for latent variables in
+        subsampled plates, and for those that neither the prior nor the data reach.
     """
 
     # Private names of Pyro and torch here are those by which their subclasses extend them: neither
@@ -104,33 +138,34 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         num_layers: int = 2,
         *,
         activation: Callable[[int], Transform] = low_rank_autoregressive,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] = init_to_median_or_zero,
         init_scale: float = 0.1,
-        gradient: str = "path",
+        gradient: str | None = None,
         clip: float | None = 10.0,
-        **kwargs: Any,
+        log_det: str | LogDetMethod = "refined",
+        inverse: str | None = None,
     ) -> None:
         num_layers = as_count("num_layers", num_layers)
         expect("activation, a factory of transforms", callable(activation), activation)
-        check_choice("gradient", gradient, GRADIENTS)
+        if gradient is not None:
+            check_choice("gradient, if not None,", gradient, GRADIENTS)
         if clip is not None:
             clip = as_number("clip > 1, or None", clip, lambda number: 1 < number < math.inf)
-        for name in ("init_scale", "bias", "device", "dtype"):
-            if name in kwargs:
-                raise ValueError(f"expected options of the layers; got {name}={kwargs[name]!r}")
+        options: dict[str, Any] = {"log_det": log_det, "inverse": inverse}
         with torch.random.fork_rng(devices=[]):  # a layer that only checks the options
-            layer = SelfNormalizingLinear(1, init_scale=init_scale, **kwargs)
+            layer = SelfNormalizingLinear(1, init_scale=init_scale, **options)
         if gradient == "path" and list(layer.log_det.parameters()):
-            log_det = kwargs["log_det"]
             raise ValueError(f"expected gradient='total' with log_det={log_det!r}; got 'path'")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.num_layers = num_layers
         self.activation = activation
         self.init_scale = float(init_scale)
         self.gradient = gradient
-        self.layer_options = kwargs
-        self.clip = clip if gradient == "path" else None
+        self.layer_options = options
+        self.clip = None if gradient == "total" else clip
         self.transform = None
+        # The indices in x that neither the prior nor the data reach.
+        self._unreached: list[int] = []
         # A moving average of the logarithms of the gradients' lengths, and their number.
         self.register_buffer("log_gradient_length", torch.tensor(0.0))
         self.register_buffer("num_gradients", torch.tensor(0.0))
@@ -150,11 +185,16 @@ class AutoSelfNormalizingFlow(AutoContinuous):
                 "make it anew"
             )
         try:
-            with torch.no_grad():  # a trace with a graph could not be copied
+            # A trace with a graph could not be copied.
+            with torch.inference_mode(False), torch.no_grad():
                 super()._setup_prototype(*args, **kwargs)
+                self._check_plates()
                 loc = self._init_loc()
+                self._unreached = self._find_unreached(*args, **kwargs)
             if self.transform is None:
-                self._make_transform(len(loc), self._device or loc.device, self._dtype or loc.dtype)
+                device, dtype = self._device or loc.device, self._dtype or loc.dtype
+                with torch.inference_mode(False):  # buffers that autograd can use later
+                    self._make_transform(len(loc), device, dtype)
                 with torch.no_grad():
                     self.last_layer.bias.copy_(loc)
             elif self.last_layer.input_dim != len(loc):
@@ -177,32 +217,108 @@ class AutoSelfNormalizingFlow(AutoContinuous):
                 parts.append(SelfNormalizingLinear(dim, init_scale=scale, **factory))
             else:
                 activation = self.activation(dim)
+                _check_activation(activation, dim)
                 if isinstance(activation, nn.Module):
                     activation = activation.to(device, dtype)
                 parts.append(activation)
-        self.transform = Compose(parts).train(self.training)
+        transform = Compose(parts).train(self.training)
+        self._choose_gradient(transform)
+        self.transform = transform
         self.last_layer.recording.set(self._recording.get())
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(device))
 
+    def _choose_gradient(self, transform: Compose) -> None:
+        """Set ``gradient``, if it is None, or check it."""
+        methods = [module for module in transform.modules() if isinstance(module, LogDetMethod)]
+        has_parameters = any(list(method.parameters()) for method in methods)
+        if self.gradient is None:
+            is_right = transform.has_continuous_log_det and not has_parameters
+            self.gradient = "path" if is_right else "total"
+            self.clip = self.clip if is_right else None
+        elif self.gradient == "path":
+            for part in transform.parts:
+                expect(
+                    f"gradient='total' with {part}, whose log-det is not known to be continuous "
+                    "(has_continuous_log_det)",
+                    getattr(part, "has_continuous_log_det", False),
+                    "path",
+                )
+            expect("gradient='total' if a log_det has parameters", not has_parameters, "path")
+
+    def _check_plates(self) -> None:
+        """Raise a ValueError for a latent variable in a subsampled plate."""
+        for name, stack in self._cond_indep_stacks.items():
+            for frame in stack:
+                if frame.full_size not in (None, frame.size):
+                    raise ValueError(
+                        "expected latent variables outside of subsampled plates; got "
+                        f"{name!r} in plate {frame.name!r}, {frame.size} of {frame.full_size}: use "
+                        "AutoNormal or an amortized guide for it, beside this one in AutoGuideList"
+                    )
+
+    def _find_unreached(self, *args: Any, **kwargs: Any) -> list[int]:
+        """The indices in x of which the density of the model is independent.
+
+        :raises ValueError: if a site has no others.
+        """
+        assert self.prototype_trace is not None
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        if not any(map(_may_be_flat, sites.values())):
+            return []
+        with torch.enable_grad():
+            leaves, values = {}, {}
+            for name, site in sites.items():
+                transform = biject_to(site["fn"].support)
+                start = transform.inv(site["value"])
+                # Where a fresh guide would draw it: at the start, a gradient may be 0 by symmetry.
+                start = start + self.init_scale * torch.randn_like(start)
+                leaves[name] = start.requires_grad_()
+                values[name] = transform(start)
+            conditioned = poutine.trace(poutine.condition(self.model, values))
+            log_density = poutine.block(conditioned.get_trace)(*args, **kwargs).log_prob_sum()
+            log_density = log_density + sum(0.0 * leaf.sum() for leaf in leaves.values())
+            gradients = torch.autograd.grad(log_density, list(leaves.values()))
+        unreached: list[int] = []
+        offset = 0
+        for (name, site), gradient in zip(sites.items(), gradients, strict=True):
+            indices = (gradient.flatten() == 0).nonzero().flatten().tolist()
+            if indices and _may_be_flat(site) and _is_unbounded(site):
+                if len(indices) == gradient.numel():
+                    raise ValueError(
+                        f"expected a prior or data for {name!r}; got neither, so it has no "
+                        "posterior: give it a prior that is not masked, or hide it from the guide "
+                        f"by poutine.block(model, hide=[{name!r}])"
+                    )
+                unreached.extend(offset + index for index in indices)
+            offset += gradient.numel()
+        return unreached
+
     def _share_parameters(self) -> None:
         """Register the parameters of the transform, and replace them by those of Pyro's store.
 
-        As Pyro's guides do. Of a torch module, Pyro would only register the parameters.
+        As Pyro's guides do. Of a torch module, Pyro would only register the parameters. Frozen ones
+        are left alone; ``pyro.module`` would warn of them in every step.
         """
         if pyro.settings.get("module_local_params"):
             _ = self.transform  # the access registers them
             return
         name = self._pyro_get_fullname("transform")
         store = dict(pyro.get_param_store().named_parameters())
-        for key, parameter in self._flow.named_parameters():
-            stored = store.get(param_with_module_name(name, key), parameter)
+        for key, parameter in list(self._flow.named_parameters()):
+            full_name = param_with_module_name(name, key)
+            stored = store.get(full_name, parameter)
             if stored.shape != parameter.shape:
                 raise RuntimeError(
                     f"expected {name}.{key} of shape {tuple(parameter.shape)}; the parameter store "
                     f"has one of shape {tuple(stored.shape)}: pyro.clear_param_store() first"
                 )
-        pyro.module(name, self._flow, update_module_params=True)
+            if parameter.requires_grad:
+                owner, _, short_name = key.rpartition(".")
+                # Past nn.Module.__setattr__: a store that was loaded holds no nn.Parameters.
+                self._flow.get_submodule(owner)._parameters[short_name] = pyro.param(
+                    full_name, parameter
+                )
 
     @property
     def _flow(self) -> Any:
@@ -250,11 +366,20 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """A sample of x, in a model's or a guide's context."""
         latent = super().sample_latent(*args, **kwargs)
-        is_recorded = self._recording.get() is not None  # then gradients are bounded there
-        if self.clip is None or is_recorded or torch.jit.is_tracing():
-            return latent
-        if latent.requires_grad:
+        # A recording bounds the gradients itself.
+        clips = self.clip is not None and self._recording.get() is None
+        if clips and latent.requires_grad and not torch.jit.is_tracing():
             latent.register_hook(self._clip_gradient)
+        if self._unreached:
+            log_prior = dist.Normal(self._init_loc().to(latent)[self._unreached], 1.0).log_prob(
+                latent[..., self._unreached]
+            )
+            # A factor of the guide, hence negative. pyro.factor would warn outside of inference.
+            pyro.sample(
+                f"_{self._pyro_name}_unreached",
+                dist.Unit(-log_prior.sum(-1), has_rsample=True),
+                infer={"is_auxiliary": True},
+            )
         return latent
 
     @torch.no_grad()
@@ -282,39 +407,51 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         :param args: arguments of the model, like ``kwargs``.
         """
         num_samples = as_count("num_samples", num_samples)
-        return self._constrain(self._sample_latents(num_samples, *args, **kwargs))
+        posterior = self.get_posterior(*args, **kwargs)
+        return self._constrain(posterior.sample(torch.Size([num_samples])))
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of every latent variable, from draws.
+        """The posterior median of every latent variable, as :meth:`quantiles` finds it.
 
         :param args: arguments of the model, like ``kwargs``.
         """
-        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+        return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
     def quantiles(
-        self, quantiles: Tensor | Sequence[float], *args: Any, **kwargs: Any
+        self, quantiles: float | Tensor | Sequence[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Posterior quantiles of every latent variable, from 4,000 draws.
+        """Posterior quantiles of every latent variable.
 
         They are the quantiles of each unconstrained number, mapped to the constrained space: those
         of each constrained number if the constraint is elementwise (as for a scale), not otherwise
-        (as for a simplex).
+        (as for a simplex). With ``num_layers=1`` they are exact. Otherwise they are those of 4,000
+        draws, z and −z in pairs: if the flow is still affine, as in a fresh guide, the median is
+        exact.
 
-        :param quantiles: numbers in [0, 1]; the first dimension of each result is theirs.
+        :param quantiles: a number in [0, 1], or several, to which then the first dimension of each
+            result belongs.
         :param args: arguments of the model, like ``kwargs``.
         """
-        draws = self._sample_latents(_NUM_DRAWS, *args, **kwargs)
-        latents = at_least_float32(draws)  # torch's quantile takes no half precision
-        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
-        if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"expected a list of quantiles in [0, 1]; got {quantiles!r}")
-        # torch's quantile takes 16 million numbers at most.
-        parts = [part.quantile(levels, dim=0) for part in latents.split(1024, dim=-1)]
-        return self._constrain(torch.cat(parts, dim=-1).to(draws.dtype))
-
-    def _sample_latents(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        return self.get_posterior(*args, **kwargs).sample(torch.Size([num_samples]))
+        transform, base = self.get_transform(*args, **kwargs), self.get_base_dist()
+        dtype = self._last_layer.bias.dtype
+        bias = at_least_float32(self._last_layer.bias)  # torch's quantile takes no half precision
+        levels = torch.as_tensor(quantiles, dtype=bias.dtype, device=bias.device)
+        if levels.dim() > 1 or not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"expected quantiles in [0, 1], a number or a list; got {quantiles!r}")
+        if self.num_layers == 1:
+            deviation = at_least_float32(self._last_layer.weight).norm(dim=-1)
+            latents = dist.Normal(bias, deviation).icdf(levels.unsqueeze(-1))
+        else:
+            z = base.sample(torch.Size([_NUM_DRAWS // 2]))
+            draws = at_least_float32(transform(torch.cat([z, -z])))
+            # torch's quantile takes 16 million numbers at most.
+            parts = [part.quantile(levels, dim=0) for part in draws.split(1024, dim=-1)]
+            latents = torch.cat(parts, dim=-1)
+        values = self._constrain(latents.to(dtype).reshape(-1, latents.shape[-1]))
+        if levels.dim() == 0:
+            values = {name: value[0] for name, value in values.items()}
+        return values
 
     def _constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """The values of all sites, from x of shape ``(N, D)``."""
@@ -369,3 +506,36 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         other._model = self._model
         return other
+
+
+def _check_activation(activation: Any, dim: int) -> None:
+    """Raise a ValueError unless it is a bijective transform of all vectors of ``dim`` numbers."""
+    fits = (
+        isinstance(activation, Transform)
+        and activation.bijective
+        and activation.domain.event_dim <= 1
+        and activation.forward_shape(torch.Size([dim])) == (dim,)
+        and all(activation.domain.check(torch.full([dim], x)).all() for x in (-2.0, 2.0))
+    )
+    expect(f"activation({dim}), a bijective transform of vectors of length {dim}", fits, activation)
+    for module in activation.modules() if isinstance(activation, nn.Module) else ():
+        is_right = not isinstance(module, _WRONG_LOG_DETS)
+        expect("an activation whose log-det is that of its map", is_right, module)
+
+
+def _may_be_flat(site: Any) -> bool:
+    """Whether the prior of a site may be constant in some elements, on an infinite space."""
+    fn = site["fn"]
+    while fn is not None:
+        if isinstance(fn, dist.ImproperUniform | MaskedDistribution):
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return site["mask"] is not None
+
+
+def _is_unbounded(site: Any) -> bool:
+    """Whether the support of a site is unbounded, so that a constant has no integral."""
+    transform = biject_to(site["fn"].support)
+    # On bounded supports, transforms are as good as constant this far out.
+    far = torch.full_like(transform.inv(site["value"]), 10.0)
+    return not torch.allclose(transform(far), transform(2 * far), rtol=1e-2, atol=1e-2)

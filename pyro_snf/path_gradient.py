@@ -19,6 +19,12 @@ which is computed layer by layer,
 
 so a dense layer has to solve a linear system; with a tracked inverse R, this is a product with R.
 
+The expectation of the omitted term is 0 only if the density :math:`q_\theta` is continuous. The
+log-det of a map with a kink, such as a leaky ReLU, jumps there, and so does the density; the path
+derivative lacks what the moving jump contributes, and is biased. Transforms with a continuous
+log-det declare it by an attribute ``has_continuous_log_det = True``, as those of this library for
+guides do.
+
 Geoffrey Roeder, Yuhuai Wu, David Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient
 Estimators for Variational Inference. NIPS 2017. [arXiv:1703.09194]
 
@@ -145,7 +151,8 @@ class PathGradientDistribution(dist.TransformedDistribution):
     A second derivative is a RuntimeError. For any other x, and in a ``torch.jit`` trace,
     ``log_prob`` is that of a ``TransformedDistribution``.
 
-    The path derivative is for objectives that average over samples, such as the ELBO. For weighted
+    The log-dets of the transforms have to be continuous: see the text of this module. The path
+    derivative is for objectives that average over samples, such as the ELBO. For weighted
     samples (``RenyiELBO``), the omitted term does not have expectation 0; a backward pass with
     unequal weights raises a RuntimeError.
 

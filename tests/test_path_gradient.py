@@ -17,6 +17,7 @@ from pyro.distributions.transforms import (
     Spline,
     affine_autoregressive,
     affine_coupling,
+    leaky_relu,
 )
 from torch import Tensor, nn
 from torch import distributions as td
@@ -26,6 +27,7 @@ from pyro_snf import (
     Compose,
     InverseTransformModule,
     LowRankAutoregressive,
+    RationalQuadraticSpline,
     SelfNormalizingLinear,
     SmoothLeakyReLU,
 )
@@ -256,6 +258,40 @@ def test_expectation_is_that_of_the_total_gradient() -> None:
     deviation = difference.std(0) / math.sqrt(len(difference))
     assert (difference.mean(0).abs() <= STANDARD_ERRORS * deviation + EXACT).all()
     assert difference.abs().max() > 0.1
+
+
+def standard_errors_of_the_omitted_term(flow: Transform, num_samples: int = 20_000) -> Tensor:
+    """The mean of ``∂ log q(x)/∂x`` over samples, in standard errors.
+
+    For a flow that ends in a bias b, it is minus the mean of the omitted term for b.
+    """
+    with torch.no_grad():
+        x = path(flow).rsample((num_samples,))
+    (score,) = torch.autograd.grad(path(flow).log_prob(x.requires_grad_()).sum(), x)
+    return (score.mean(0) / score.std(0)).abs().max() * math.sqrt(num_samples)
+
+
+SMOOTH: dict[str, Callable[[], nn.Module | Transform]] = {
+    "autoregressive": autoregressive,
+    "inverse of autoregressive": lambda: autoregressive().inv,
+    "SmoothLeakyReLU": SmoothLeakyReLU,
+    "inverse of SmoothLeakyReLU": lambda: SmoothLeakyReLU().inv,
+    "spline": lambda: foreign(lambda dim: RationalQuadraticSpline(dim, bound=2.0)),
+}
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_expectation_of_the_score_is_zero_where_it_is_declared(activation: str) -> None:
+    flow = Compose([dense(), SMOOTH[activation](), dense(1)]).eval()
+    assert flow.has_continuous_log_det
+    assert standard_errors_of_the_omitted_term(flow) < STANDARD_ERRORS
+
+
+def test_expectation_of_the_score_is_not_zero_with_a_kink() -> None:
+    # So such transforms must not declare it.
+    flow = Compose([dense(), leaky_relu(), dense(1)]).eval()
+    assert not flow.has_continuous_log_det
+    assert standard_errors_of_the_omitted_term(flow) > 10 * STANDARD_ERRORS
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -71,6 +71,7 @@ class SmoothLeakyReLU(InvertibleTransformModule):
     domain = constraints.real
     codomain = constraints.real
     sign = 1
+    has_continuous_log_det = True
 
     def __init__(
         self,
@@ -213,6 +214,7 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     # rounding can violate; and a step takes 1.5 times as long.
 
     sign = 1
+    has_continuous_log_det = True
 
     @dependent_property(is_discrete=False)
     def domain(self) -> Constraint:

@@ -63,6 +63,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
+    has_continuous_log_det = True
 
     mask_in: Tensor
     mask_out: Tensor

@@ -92,6 +92,9 @@ class InvertibleTransformModule(TransformModule):
 
     bijective = True
 
+    #: Whether the path derivative is right: see :mod:`pyro_snf.path_gradient`.
+    has_continuous_log_det: bool = False
+
     def __init__(self, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self._pair = PairCache()
@@ -99,6 +102,10 @@ class InvertibleTransformModule(TransformModule):
     def __repr__(self) -> str:
         # Transform.__repr__ comes first in the method resolution order, and says nothing.
         return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __dir__(self) -> list[str]:
+        # torch.jit looks up all of these names, and "sign" is an error unless T is elementwise.
+        return [name for name in nn.Module.__dir__(self) if name != "sign"]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._cache_size == 0:
@@ -198,6 +205,10 @@ class SafelyCachedTransform(InvertibleTransformModule):
     def sign(self) -> Any:
         return self.transform.sign
 
+    @property
+    def has_continuous_log_det(self) -> bool:  # type: ignore[override]  # as for bijective
+        return getattr(self.transform, "has_continuous_log_det", False)
+
     def extra_repr(self) -> str:
         return repr(self.transform)
 
@@ -269,9 +280,16 @@ class InverseTransformModule(TransformModule):
         return self.transform.sign
 
     @property
+    def has_continuous_log_det(self) -> bool:
+        """Whether the path derivative is right: see :mod:`pyro_snf.path_gradient`."""
+        return getattr(self.transform, "has_continuous_log_det", False)
+
+    @property
     def inv(self) -> Transform:
         """The transform itself."""
         return self.transform
+
+    __dir__ = InvertibleTransformModule.__dir__
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.transform!r})"

@@ -51,6 +51,12 @@ class Compose(ComposeTransformModule):
         super().__init__(flat, cache_size=cache_size)
 
     inv = InvertibleTransformModule.inv
+    __dir__ = InvertibleTransformModule.__dir__
+
+    @property
+    def has_continuous_log_det(self) -> bool:
+        """Whether the path derivative is right: see :mod:`pyro_snf.path_gradient`."""
+        return all(getattr(part, "has_continuous_log_det", False) for part in self.parts)
 
     def _inv_call(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):

@@ -105,6 +105,8 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
 
     log_det: LogDetMethod
 
+    has_continuous_log_det = True
+
     def __init__(
         self,
         linear_map: LinearMap,
