@@ -20,6 +20,7 @@ from pyro import poutine
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine import Trace
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 
@@ -29,7 +30,10 @@ __all__ = [
     "draw_traces",
     "evaluation_mode",
     "keep_random_state",
+    "nesting_of",
+    "plate_frames",
     "plate_nesting",
+    "single_traces",
 ]
 
 Program = Callable[..., Any]
@@ -42,27 +46,46 @@ PARTICLES = "num_particles_vectorized"
 _NUM_TRIALS = 10
 
 
+def single_traces(
+    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Trace, Trace]:
+    """Traces of the model and of the guide for one draw, in which no site is enumerated.
+
+    Model and guide are run once, in ``eval()`` mode, which creates the parameters and modules that
+    they create in their first call. The state of the global random number generators is kept.
+    """
+    with torch.no_grad(), keep_random_state(), evaluation_mode(model, guide):
+        messenger = poutine.unwrap(guide)
+        if isinstance(messenger, GuideMessenger):
+            guide(*args, **kwargs)
+            return messenger.get_traces()
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
+
 def plate_nesting(
     model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> int:
     """The number of batch dimensions that the plates of model and guide take: Pyro's
     ``max_plate_nesting``.
 
-    Model and guide are run once, in ``eval()`` mode, which creates the parameters and modules that
-    they create in their first call. The state of the global random number generators is kept.
+    It is that of one draw, which is made as in :func:`single_traces`.
     """
-    with torch.no_grad(), keep_random_state(), evaluation_mode(model, guide):
-        traces = _single_traces(model, guide, args, kwargs)
-    return max(
-        (
-            -frame.dim
-            for trace in traces
-            for site in trace.nodes.values()
-            for frame in site.get("cond_indep_stack", ())
-            if frame.dim is not None
-        ),
-        default=0,
-    )
+    return nesting_of(*single_traces(model, guide, args, kwargs))
+
+
+def nesting_of(*traces: Trace) -> int:
+    """The number of batch dimensions that the plates in some traces take."""
+    dims = (frame.dim for frame in plate_frames(*traces))
+    return max((-dim for dim in dims if dim is not None), default=0)
+
+
+def plate_frames(*traces: Trace) -> Iterator[CondIndepStackFrame]:
+    """The plates around the sites in some traces, repeated for each site."""
+    for trace in traces:
+        for site in trace.nodes.values():
+            yield from site.get("cond_indep_stack", ())
 
 
 def can_vectorize(
@@ -109,7 +132,7 @@ def draw_traces(
     guide: Program,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    max_plate_nesting: int,
+    max_plate_nesting: float,
     num_particles: int | None = None,
 ) -> tuple[Trace, Trace]:
     """Traces of the model and of the guide, whose draws the model is run with.
@@ -117,19 +140,19 @@ def draw_traces(
     Model-side sites with ``infer={"enumerate": "parallel"}`` that the guide does not sample are
     enumerated, in dimensions to the left of all plates.
 
+    :param max_plate_nesting: the number of batch dimensions of the plates; infinite for programs
+        whose plates are not known, of which no site is enumerated.
     :param int num_particles: the number of draws in one call, under a plate in dimension
         ``-max_plate_nesting - 1``; None for one draw without such a plate.
     """
-
-    def under_plate(program: Program) -> Program:
-        if num_particles is None:
-            return program
-        return pyro.plate(PARTICLES, num_particles, dim=-max_plate_nesting - 1)(program)
-
-    enumerated = poutine.enum(under_plate(model), first_available_dim=-max_plate_nesting - 2)
-    return get_importance_trace(
-        "flat", max_plate_nesting + 1, enumerated, under_plate(guide), args, kwargs
-    )
+    if max_plate_nesting < math.inf:
+        dim = -int(max_plate_nesting) - 1
+        if num_particles is not None:
+            # One plate for each: a plate is not made to be entered twice.
+            guide = pyro.plate(PARTICLES, num_particles, dim=dim)(guide)
+            model = pyro.plate(PARTICLES, num_particles, dim=dim)(model)
+        model = poutine.enum(model, first_available_dim=dim - 1)
+    return get_importance_trace("flat", max_plate_nesting + 1, model, guide, args, kwargs)
 
 
 @contextmanager
@@ -161,19 +184,6 @@ def keep_random_state() -> Iterator[None]:
         pyro.util.set_rng_state(state)
 
 
-def _single_traces(
-    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Trace, Trace]:
-    """Traces of one draw, in which sites to enumerate are sampled."""
-    messenger = poutine.unwrap(guide)
-    if isinstance(messenger, GuideMessenger):
-        guide(*args, **kwargs)
-        return messenger.get_traces()
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    replayed = poutine.replay(model, trace=guide_trace)
-    return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
-
-
 def _agrees_with_single_draws(
     model: Program,
     guide: Program,
@@ -181,9 +191,9 @@ def _agrees_with_single_draws(
     kwargs: Mapping[str, Any],
     max_plate_nesting: int,
 ) -> bool:
-    single_traces = _single_traces(model, guide, args, kwargs)
+    singles = single_traces(model, guide, args, kwargs)
     fixed = Trace()
-    for trace in single_traces:
+    for trace in singles:
         for name, site in trace.nodes.items():
             if isinstance(site.get("fn"), _Subsample) and name not in fixed:
                 fixed.add_node(name, **site)
@@ -201,7 +211,7 @@ def _agrees_with_single_draws(
         given = fixed.copy()
         for name in together[1].stochastic_nodes:
             node: Any = together[1].nodes[name]
-            single: Any = single_traces[1].nodes[name]
+            single: Any = singles[1].nodes[name]
             # A point mass is a function of the other sites. It is zero at its own value of before
             # if that is rounded in another way.
             if not _is_point_mass(node["fn"]):
