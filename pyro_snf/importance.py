@@ -95,9 +95,9 @@ class PSIS:
 
         It is that of the maximum-likelihood estimate, :math:`(1 + k)/\sqrt M`, times the weight
         M/(M + 10) of the data in k̂, whose prior has that of 10 draws. In simulations of generalized
-        Pareto tails with k ≥ 0 and M from 20 to 1342, it is within 15 % of the standard deviation
-        of k̂ (within 30 % at M = 20 for k < 0.5). NaN for k̂ ≤ −1/2, where the asymptotics do not
-        hold, and for infinite k̂.
+        Pareto tails with k from 0 to 2, it is within 10 % of the standard deviation of k̂ for
+        M from 67 to 1342 (S from 500), and within 30 % at M = 20. NaN for k̂ ≤ −1/2, where the
+        asymptotics do not hold, and for infinite k̂.
         """
         if not -0.5 < self.khat < math.inf:
             return math.nan
@@ -171,7 +171,7 @@ class PSIS:
         keys ``"mean"``, ``"sd"``, ``"5%"``, ``"median"``, ``"95%"`` and ``"mcse_mean"``, the Monte
         Carlo standard error of the mean. The unit is that of the site.
         """
-        return summarize(self.samples, self.log_weights.double().exp())
+        return summarize(self.samples, self.log_weights.cpu().double().exp())
 
     def to_numpy(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """``samples`` and the weights, which sum to 1, as NumPy arrays: shapes ``(S, *shape)`` and
@@ -263,9 +263,15 @@ def psis(
     >>> pyro.set_rng_seed(0)
     >>> result = psis(model, guide)
     >>> print(result)
-    TODO
-    >>> print(result.summary())
-    TODO
+    verdict  usable with weights: use mean(), std() and resample(), not the guide's own draws
+    bulk     ESS 536.8 of 1000 draws, 54 % (goal: 80 %); gap 0.112 nats (goal: 0.1)
+    tail     khat 0.62 ± 0.15 (goal: below 0.67, which is within the error)
+    ELBO     -1.5647 ± 0.0115
+    IW-ELBO  -1.4528
+    unseen   a mode from which the guide never draws shows in none of these numbers
+    >>> result.summary()
+            mean         sd         5%     median        95%  mcse_mean
+    z     0.6168     0.8237    -0.6233     0.5627      2.337    0.06234
 
     Log-densities are exact: they are computed under ``no_grad`` with model and guide (or the
     modules whose methods they are) in ``eval()`` mode; the modes are restored afterwards.
