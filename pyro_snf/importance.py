@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyro
+import numpy as np
 import torch
 from pyro import poutine
-from pyro.infer.enum import get_importance_trace
-from pyro.infer.importance import vectorized_importance_weights
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.stats import fit_generalized_pareto
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor
 
-from pyro_snf.options import as_count, check_flag
+from pyro_snf.options import as_count, expect
+from pyro_snf.summary import Summary, summarize
+from pyro_snf.vectorization import (
+    PARTICLES,
+    Program,
+    can_vectorize,
+    draw_traces,
+    evaluation_mode,
+    nesting_of,
+    plate_frames,
+    single_traces,
+)
+
+if TYPE_CHECKING:
+    import arviz
 
 __all__ = ["PSIS", "pareto_smooth", "psis"]
-
-_Program = Callable[..., Any]
 
 # The tail is fitted to at least 5 draws, and they are at most a fifth of all.
 _MIN_DRAWS = 25
@@ -30,6 +42,23 @@ _MIN_TAIL_SIZE = 5
 # At this k̂, 10^(1/(1 − k̂)) = 2200 draws are needed. Above it, that number becomes impractically
 # large, and the error of the estimates is mostly bias (Vehtari et al., 2024, section 3.2).
 _MAX_KHAT = 0.7
+# The gap IW-ELBO − ELBO estimates KL(q‖p). A guide at 0.1 nats from the posterior that is off in
+# one direction alone is off by √(2·0.1) = 0.45 posterior standard deviations there (Gaussians); a
+# 95 % interval covers 93 %. In D directions alike, it is 0.45/√D.
+_MAX_GAP = 0.1
+# Heavy-tailed weights have a low share of effective draws and a gap that is too small for it. A
+# Gaussian guide that is too narrow in one direction alone has this share at 0.76 of the posterior's
+# standard deviation; a 95 % interval covers 87 %.
+_MIN_ESS_SHARE = 0.7
+# The Monte Carlo error of a weighted mean is then a tenth of a posterior standard deviation.
+_MIN_ESS = 100
+
+_ADVICE = {
+    "reliable": "the guide's draws can be used as they are",
+    "reliable but for the tails": "use means and central intervals; the tails may be too light",
+    "usable with weights": "use mean(), std() and resample(), not the guide's own draws",
+    "unreliable": "train for longer, or change the guide or the parametrization",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,28 +86,58 @@ class PSIS:
     """The guide's draws of the model's latent sites, each of shape ``(S, *shape)``."""
 
     @property
+    def gap(self) -> float:
+        """IW-ELBO − ELBO, in nats: an estimate of the divergence KL(q‖p) of the guide."""
+        return self.iw_elbo - self.elbo
+
+    @property
+    def khat_error(self) -> float:
+        r"""The standard error of k̂, :math:`(1 + \hat k)\sqrt M/(M + 10)`, for a tail of M draws.
+
+        It is that of the maximum-likelihood estimate, :math:`(1 + k)/\sqrt M`, times the weight
+        M/(M + 10) of the data in k̂, whose prior has that of 10 draws. In simulations of generalized
+        Pareto tails with k from 0 to 2, it is within 10 % of the standard deviation of k̂ for
+        M from 67 to 1342 (S from 500), and within 30 % at M = 20. NaN for k̂ ≤ −1/2, where the
+        asymptotics do not hold, and for infinite k̂.
+        """
+        if not -0.5 < self.khat < math.inf:
+            return math.nan
+        size = _tail_size(len(self.log_weights))
+        return (1 + self.khat) * math.sqrt(size) / (size + 10)
+
+    @property
     def threshold(self) -> float:
-        """The bound of k̂ for a reliable result: min(1 − 1/log₁₀ S, 0.7)."""
+        """The bound of k̂ for reliable weights: min(1 − 1/log₁₀ S, 0.7)."""
         return min(1 - 1 / math.log10(len(self.log_weights)), _MAX_KHAT)
 
     @property
-    def is_reliable(self) -> bool:
-        """Whether k̂ is below the threshold."""
-        return self.khat < self.threshold
+    def verdict(self) -> str:
+        """What the bulk of the weights and their tail say together.
+
+        The bulk is good if ESS ≥ 0.7 S and the gap is at most 0.1 nats; the tail is good if k̂ is
+        below the threshold.
+
+        - ``"reliable"``: both are good. The guide's draws approximate the posterior, and the
+          weighted ones do so better.
+        - ``"reliable but for the tails"``: only the bulk is good. Means and central intervals are
+          right, but the posterior has more mass outside the guide's region: standard deviations and
+          tail probabilities may be too small, and a mode nearby may be missed.
+        - ``"usable with weights"``: the tail is good, and ESS ≥ 100. The guide's own draws are not
+          close enough to the posterior, but the weights correct them.
+        - ``"unreliable"``: all others.
+        """
+        good_tail = self.khat < self.threshold
+        if self.ess >= _MIN_ESS_SHARE * len(self.log_weights) and self.gap <= _MAX_GAP:
+            return "reliable" if good_tail else "reliable but for the tails"
+        return "usable with weights" if good_tail and self.ess >= _MIN_ESS else "unreliable"
 
     @property
-    def verdict(self) -> str:
-        """What k̂ means, in words."""
-        if self.khat == -math.inf:
-            return "reliable: the largest weights are equal"
-        if self.is_reliable:
-            return f"reliable: below {self.threshold:.2f}"
-        if self.khat < _MAX_KHAT:
-            draws = math.ceil(10 ** (1 / (1 - self.khat)))
-            return f"unreliable: not below {self.threshold:.2f}; {draws} draws would do"
-        if self.khat < 1:
-            return f"unreliable: not below {_MAX_KHAT}; more draws would hardly help"
-        return "unreliable: the weights have no finite mean"
+    def is_reliable(self) -> bool:
+        """Whether the guide's own draws have the posterior's means and central intervals.
+
+        True for the verdicts ``"reliable"`` and ``"reliable but for the tails"``.
+        """
+        return self.verdict.startswith("reliable")
 
     def mean(self) -> dict[str, Tensor]:
         """The posterior mean of every site."""
@@ -106,16 +165,69 @@ class PSIS:
         chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
         return {name: values[chosen] for name, values in self.samples.items()}
 
+    def summary(self) -> Summary:
+        """The weighted draws as a table that prints aligned.
+
+        A dictionary of rows, one for each scalar element, named as ``theta[0,1]``; each row has the
+        keys ``"mean"``, ``"sd"``, ``"5%"``, ``"median"``, ``"95%"`` and ``"mcse_mean"``, the Monte
+        Carlo standard error of the mean. The unit is that of the site.
+        """
+        return summarize(self.samples, self.log_weights.cpu().double().exp())
+
+    def to_numpy(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """``samples`` and the weights, which sum to 1, as NumPy arrays: shapes ``(S, *shape)`` and
+        ``(S,)``."""
+        samples = {name: values.cpu().numpy() for name, values in self.samples.items()}
+        return samples, self.log_weights.exp().cpu().numpy()
+
+    def to_arviz(
+        self, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> arviz.InferenceData:
+        """Resampled draws, as one chain of a posterior group, for ArviZ's plots and tables.
+
+        Draws repeat: the effective sample sizes that ArviZ computes from them are too large.
+
+        :param int num_samples: the number of draws, S by default.
+        :param torch.Generator generator: as in :meth:`resample`.
+        :raises ImportError: if ArviZ is not installed.
+        :raises ValueError: as :meth:`resample` does.
+        """
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError("expected ArviZ: pip install 'pyro-snf[arviz]'") from error
+        count = len(self.log_weights) if num_samples is None else num_samples
+        draws = self.resample(count, generator)
+        return arviz.from_dict(
+            posterior={name: values.cpu().numpy()[None] for name, values in draws.items()}
+        )
+
     def __str__(self) -> str:
+        share = 100 * self.ess / len(self.log_weights)
         rows = {
-            "khat": f"{self.khat:.2f}, {self.verdict}",
-            "ESS": f"{self.ess:.1f} of {len(self.log_weights)} draws",
+            "verdict": f"{self.verdict}: {_ADVICE[self.verdict]}",
+            "bulk": f"ESS {self.ess:.1f} of {len(self.log_weights)} draws, {share:.0f} % "
+            f"(goal: {100 * _MIN_ESS_SHARE:.0f} %); gap {self.gap:.3f} nats (goal: {_MAX_GAP})",
+            "tail": self._describe_tail(),
             "ELBO": f"{self.elbo:.4f} ± {self.elbo_error:.4f}",
             "IW-ELBO": f"{self.iw_elbo:.4f}",
+            "unseen": "a mode from which the guide never draws shows in none of these numbers",
         }
         return "\n".join(f"{name:<7}  {text}" for name, text in rows.items())
 
     __repr__ = __str__
+
+    def _describe_tail(self) -> str:
+        if self.khat == -math.inf:
+            return "khat -inf: the largest weights are equal"
+        error = "" if math.isnan(self.khat_error) else f" ± {self.khat_error:.2f}"
+        text = f"khat {self.khat:.2f}{error} (goal: below {self.threshold:.2f}"
+        if abs(self.khat - self.threshold) < self.khat_error:
+            text += ", which is within the error"
+        text += ")"
+        if self.threshold <= self.khat < _MAX_KHAT:
+            text += f"; {math.ceil(10 ** (1 / (1 - self.khat)))} draws would do"
+        return text
 
     def _mean(self, values: Tensor) -> Tensor:
         weights = self.log_weights.exp()
@@ -125,20 +237,24 @@ class PSIS:
 
 @torch.no_grad()
 def psis(
-    model: _Program,
-    guide: _Program,
+    model: Program,
+    guide: Program,
     *args: Any,
     num_samples: int = 1000,
-    vectorize: bool = False,
+    vectorize: bool | None = None,
     **kwargs: Any,
 ) -> PSIS:
     r"""Pareto-smoothed importance sampling from a guide to the posterior.
 
-    Draws z from the guide have the weights :math:`w = p(x, z)/q(z)`. The tail index k̂, fitted to
-    the largest weights, measures how far the guide is from the posterior. If k̂ is below
-    :math:`\min(1 - 1/\log_{10} S, 0.7)`, the smoothed weights give posterior expectations; if not,
-    neither the weights nor the guide are reliable. k̂ cannot detect regions from which the guide
-    never draws, such as a mode that it misses.
+    Draws z from the guide have the weights :math:`w = p(x, z)/q(z)`. How much they vary tells how
+    far the guide is from the posterior, in two parts, of which :attr:`PSIS.verdict` makes one:
+
+    - the bulk: the effective sample size, and the gap between the importance-weighted ELBO and the
+      ELBO, which estimates KL(q‖p);
+    - the tail: k̂, fitted to the largest weights. If it is below
+      :math:`\min(1 - 1/\log_{10} S, 0.7)`, the smoothed weights give posterior expectations.
+
+    Neither can detect regions from which the guide never draws, such as a mode that it misses.
 
     >>> def model():
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -148,30 +264,36 @@ def psis(
     >>> pyro.set_rng_seed(0)
     >>> result = psis(model, guide)
     >>> print(result)
-    khat     0.51, reliable: below 0.67
-    ESS      750.2 of 1000 draws
-    ELBO     -1.5697 ± 0.0105
-    IW-ELBO  -1.4942
-    >>> result.mean()["z"], result.std()["z"]
-    (tensor(0.5340), tensor(0.7362))
+    verdict  usable with weights: use mean(), std() and resample(), not the guide's own draws
+    bulk     ESS 536.8 of 1000 draws, 54 % (goal: 70 %); gap 0.112 nats (goal: 0.1)
+    tail     khat 0.62 ± 0.15 (goal: below 0.67, which is within the error)
+    ELBO     -1.5647 ± 0.0115
+    IW-ELBO  -1.4528
+    unseen   a mode from which the guide never draws shows in none of these numbers
+    >>> result.summary()
+            mean         sd         5%     median        95%  mcse_mean
+    z     0.6168     0.8237    -0.6233     0.5627      2.337    0.06234
 
     Log-densities are exact: they are computed under ``no_grad`` with model and guide (or the
-    modules whose methods they are) in ``eval()`` mode; the modes are restored afterwards. The guide
-    has to sample all latent sites of the model, including discrete ones; sites that Pyro's
-    enumeration sums out have no weights. Auxiliary sites are treated as in Pyro's ELBOs, which is
-    correct for autoguides; it is not for auxiliary variables that the draws do not determine. With
-    a subsampled plate, w is the weight for a random part of the data and does not estimate that for
-    all data: pass all of them.
+    modules whose methods they are) in ``eval()`` mode; the modes are restored afterwards.
+
+    The guide has to sample all latent sites of the model, except discrete ones that are marked with
+    ``infer={"enumerate": "parallel"}`` (by ``config_enumerate``, for example): those that the guide
+    does not sample are summed out of w, as in ``TraceEnum_ELBO``. Auxiliary sites are treated as in
+    Pyro's ELBOs, which is correct for autoguides; it is not for auxiliary variables that the draws
+    do not determine.
 
     :param model: the model; with ``guide``, called with ``args`` and ``kwargs``.
     :param guide: the guide.
     :param int num_samples: S, the number of draws, at least 25.
     :param bool vectorize: whether to make all draws in one call, under a plate, as
-        ``vectorize_particles`` of Pyro's ELBOs does. Much faster, for models that allow it. One
-        more call determines the plates of the model.
+        ``vectorize_particles`` of Pyro's ELBOs does, which is about 100 times faster; False draws
+        in a loop. By default, it does so if
+        :func:`~pyro_snf.vectorization.can_vectorize` finds that this is right for ten draws.
     :raises ValueError: for options outside these ranges; if weights are NaN or +∞ or all zero; if
-        model and guide do not have the same latent sites; or if a continuous one has the same value
-        in all draws, as in an ``AutoDelta``.
+        model and guide do not have the same latent sites; if a continuous one has the same value
+        in all draws, as in an ``AutoDelta``; or if a plate is subsampled, since w is then the
+        weight for a random part of the data.
 
     References:
 
@@ -182,11 +304,9 @@ def psis(
     Variational Inference. ICML 2018. [arXiv:1802.02538]
     """
     num_samples = as_count("num_samples", num_samples, _MIN_DRAWS)
-    check_flag("vectorize", vectorize)
-    draw = _draw_at_once if vectorize else _draw_one_by_one
-    with _eval_mode(model, guide):
-        log_weights, samples, sites = draw(num_samples, model, guide, *args, **kwargs)
-    _check_not_constant(samples, sites)
+    is_flag = vectorize is None or isinstance(vectorize, bool | np.bool_)
+    expect("vectorize to be True, False or None", is_flag, vectorize)
+    log_weights, samples = _draw(num_samples, vectorize, model, guide, args, kwargs)
     smoothed, khat = pareto_smooth(log_weights)
     raw, normalized = log_weights.cpu().double(), smoothed.cpu().double()
     return PSIS(
@@ -230,7 +350,7 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
         raise ValueError(f"expected weights above zero; got {len(log_weights)} zeros")
 
     order = shifted.argsort()
-    tail_size = math.ceil(min(len(shifted) / 5, 3 * math.sqrt(len(shifted))))
+    tail_size = _tail_size(len(shifted))
     # Weights that underflow relative to the largest one do not count as a tail.
     cutoff = max(shifted[order[-tail_size - 1]].item(), math.log(torch.finfo(shifted.dtype).tiny))
     tail = order[shifted[order] > cutoff]
@@ -247,21 +367,75 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     return (shifted - shifted.logsumexp(0)).to(log_weights), khat
 
 
+def _tail_size(num_samples: int) -> int:
+    return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
+
+
 def _pareto_quantiles(probabilities: Tensor, shape: float, scale: float) -> Tensor:
     """``σ((1 − p)⁻ᵏ − 1)/k``, and its limit ``−σ log(1 − p)`` at k = 0."""
     logs = -torch.log1p(-probabilities)
     return scale * (torch.expm1(shape * logs) / shape if shape else logs)
 
 
+def _draw(
+    num_samples: int,
+    vectorize: bool | None,
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Raw log-weights of S draws, and the draws of the model's latent sites."""
+    if vectorize and isinstance(poutine.unwrap(guide), GuideMessenger):
+        # Pyro would run the model in its place.
+        raise ValueError(f"expected vectorize=False for a guide that is a messenger; got {guide!r}")
+    singles = single_traces(model, guide, args, kwargs)
+    _check_all_data(*singles)
+    nodes: dict[str, Any] = singles[0].nodes
+    nesting = nesting_of(*singles)
+    if vectorize is None:
+        vectorize = can_vectorize(model, guide, args, kwargs, nesting)
+    with evaluation_mode(model, guide):
+        if vectorize:
+            traces = draw_traces(model, guide, args, kwargs, nesting, num_samples)
+            sites = _latent_sites(*traces)
+            samples = {
+                name: site["value"].reshape(num_samples, *nodes[name]["value"].shape)
+                for name, site in sites.items()
+            }
+            log_weights = _log_weights(*traces)
+        else:
+            # Without sites to enumerate, the plates of a program may vary between draws.
+            marked = any(
+                site["infer"].get("enumerate") == "parallel"
+                for name, site in nodes.items()
+                if site["type"] == "sample" and name not in singles[1]
+            )
+            log_weights, samples, sites = _draw_one_by_one(
+                num_samples, model, guide, args, kwargs, nesting if marked else math.inf
+            )
+    _check_not_constant(samples, sites)
+    return log_weights, samples
+
+
 def _draw_one_by_one(
-    num_samples: int, model: _Program, guide: _Program, *args: Any, **kwargs: Any
+    num_samples: int,
+    model: Program,
+    guide: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: float,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """Raw log-weights of S draws, the draws, and the model's latent sites."""
-    log_weights, draws = [], []
+    log_weights: list[Any] = []
+    draws = []
     for _ in range(num_samples):
-        traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
-        log_weights.append(traces[0].log_prob_sum() - traces[1].log_prob_sum())
+        traces = draw_traces(model, guide, args, kwargs, max_plate_nesting)
         sites = _latent_sites(*traces)
+        if max_plate_nesting < math.inf:
+            log_weights.append(_log_weights(*traces))
+        else:
+            log_weights.append(traces[0].log_prob_sum() - traces[1].log_prob_sum())
         draws.append({name: site["value"] for name, site in sites.items()})
     shapes = {tuple((name, value.shape) for name, value in sorted(draw.items())) for draw in draws}
     if len(shapes) > 1:
@@ -270,39 +444,54 @@ def _draw_one_by_one(
     return torch.stack(log_weights), samples, sites
 
 
-def _draw_at_once(
-    num_samples: int, model: _Program, guide: _Program, *args: Any, **kwargs: Any
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """The same under a plate of size S, to the left of all plates of the model and the guide."""
-    if isinstance(poutine.unwrap(guide), Messenger):  # Pyro would run the model in its place
-        raise ValueError(f"expected vectorize=False for a guide that is a messenger; got {guide!r}")
-    random_state = pyro.util.get_rng_state()
-    traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
-    pyro.util.set_rng_state(random_state)
-    sites = _latent_sites(*traces)
-    dims = [
-        frame.dim
-        for trace in traces
-        for site in trace.nodes.values()
+def _log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
+    """log p(x, z) − log q(z), enumerated sites summed out: of one draw, or along the plate of draws
+    if there is one."""
+    guide_trace.pack_tensors()
+    model_trace.pack_tensors(guide_trace.plate_to_symbol)
+    # As in TraceEnum_ELBO: the scale of enumerated sites applies to the logarithm of their sum.
+    costs, factors, _, enumerated, scale = _compute_model_factors(model_trace, guide_trace)
+    model_terms = [term for terms in costs.values() for term in terms]
+    if factors:
+        for terms in contract_tensor_tree(factors, enumerated).values():
+            model_terms += [packed.scale_and_mask(term, scale) for term in terms]
+    guide_terms = [
+        site["packed"]["log_prob"]
+        for site in guide_trace.nodes.values()
         if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
     ]
-    plates = {"num_samples": num_samples, "max_plate_nesting": -min(dims, default=0)}
-    log_weights, model_trace, _ = vectorized_importance_weights(
-        model, guide, *args, **plates, **kwargs
-    )
-    samples = {
-        name: model_trace.nodes[name]["value"].reshape(num_samples, *site["value"].shape)
-        for name, site in sites.items()
-    }
-    return log_weights, samples, sites
+    draws = guide_trace.plate_to_symbol.get(PARTICLES)
+    return _sum_except(draws, model_terms) - _sum_except(draws, guide_terms)
+
+
+def _sum_except(symbol: str | None, terms: list[Any]) -> Any:
+    """The sum of packed tensors over all dimensions but the one with a symbol."""
+    total = 0.0
+    for term in terms:
+        dims = [dim for dim, other in enumerate(term._pyro_dims) if other != symbol]
+        total = total + (term.sum(dims) if dims else term)
+    return total
+
+
+def _check_all_data(*traces: Trace) -> None:
+    """A ValueError if a plate is subsampled."""
+    for frame in plate_frames(*traces):
+        if frame.full_size is not None and frame.size != frame.full_size:
+            raise ValueError(
+                f"expected plates that are not subsampled, in a model and a guide called with all "
+                f"data; got {frame.size} of {frame.full_size} in {frame.name!r}"
+            )
 
 
 def _latent_sites(model_trace: Trace, guide_trace: Trace) -> dict[str, Any]:
-    """The model's latent sites; a ValueError unless the guide samples all of them and no others."""
-    sites = {name: model_trace.nodes[name] for name in model_trace.stochastic_nodes}
+    """The model's latent sites but the enumerated ones; a ValueError unless the guide samples all
+    of them and no others."""
     proposed = set(guide_trace.stochastic_nodes)
+    sites: dict[str, Any] = {
+        name: model_trace.nodes[name]
+        for name in model_trace.stochastic_nodes
+        if name in proposed or not _is_summed_out(model_trace.nodes[name])
+    }
     auxiliary = {
         name for name in proposed if (guide_trace.nodes[name]["infer"] or {}).get("is_auxiliary")
     }
@@ -310,10 +499,16 @@ def _latent_sites(model_trace: Trace, guide_trace: Trace) -> dict[str, Any]:
     unknown = proposed - auxiliary - sites.keys()
     if not sites or missing or unknown:
         raise ValueError(
-            f"expected a guide for the model's latent sites {sorted(sites)}; "
+            f"expected a guide for the model's latent sites {sorted(sites)}, or "
+            f'infer={{"enumerate": "parallel"}} at discrete ones to sum them out; '
             f"got none for {sorted(missing)}, and others: {sorted(unknown)}"
         )
     return sites
+
+
+def _is_summed_out(site: Any) -> bool:
+    # With num_samples, Pyro would draw some of the values at random.
+    return "_enumerate_dim" in site["infer"] and site["infer"].get("num_samples") is None
 
 
 def _check_not_constant(samples: dict[str, Tensor], sites: dict[str, Any]) -> None:
@@ -327,20 +522,3 @@ def _check_not_constant(samples: dict[str, Tensor], sites: dict[str, Any]) -> No
         raise ValueError(
             f"expected a guide with a density; got the same value in all draws of {constant}"
         )
-
-
-@contextmanager
-def _eval_mode(*programs: _Program) -> Iterator[None]:
-    """A context in which modules, and the modules whose methods these are, are in eval mode."""
-    owners = [getattr(program, "__self__", program) for program in programs]
-    roots = [owner for owner in owners if isinstance(owner, nn.Module)]
-    modes = {module: module.training for root in roots for module in root.modules()}
-    try:
-        for root in roots:
-            root.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.train(mode)  # modules may override it, to drop caches for instance
-        for module, mode in modes.items():
-            module.training = mode  # train() has changed their children too
