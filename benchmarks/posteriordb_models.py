@@ -246,9 +246,9 @@ _STAGES = [
     for moving, sign, part in zip((0, 1), (1, -1), parts, strict=True)
     if part is not None
 ]
-#: A bound on exp(p) and exp(q), per year; both stay below 4 in the posterior. With it, a wrong
-#: parameter has a low likelihood, and not one that overflows.
-_MAX_RATE = 100.0
+#: A bound on exp(p) and exp(q), per year; both stay below 2.5 at the reference draws. With it, a
+#: wrong parameter has a low likelihood, and not one that overflows.
+_MAX_RATE = 20.0
 
 
 class PredatorPrey(torch.autograd.Function):
@@ -340,15 +340,19 @@ def hmm_drive_0(data: Mapping[str, Any]) -> Definition:
     concentrations = double(data["alpha"])
     prior = dist.Normal(double([0.0, 3.0]), 1.0).to_event(1)
 
+    def ordered_rates(name: str) -> Tensor:
+        # Positive and ordered: the sums of positive steps, whose Jacobian is 1.
+        steps = flat(constraints.independent(constraints.positive, 1), 2)
+        rates = pyro.sample(f"{name}_steps", steps).cumsum(-1)
+        pyro.factor(f"{name}_prior", prior.log_prob(rates))
+        return rates
+
     def model() -> None:
         theta1 = pyro.sample("theta1", dist.Dirichlet(concentrations[0]))
         theta2 = pyro.sample("theta2", dist.Dirichlet(concentrations[1]))
-        phi = pyro.sample("phi", flat(constraints.positive_ordered_vector, 2))
-        lambda_ = pyro.sample("lambda", flat(constraints.positive_ordered_vector, 2))
-        pyro.factor("phi_prior", prior.log_prob(phi))
-        pyro.factor("lambda_prior", prior.log_prob(lambda_))
         transition = torch.stack([theta1, theta2], dim=-2).log()
-        rates = torch.stack([phi, lambda_], dim=-1)  # (..., state, u or v)
+        # (..., state, u or v)
+        rates = torch.stack([ordered_rates("phi"), ordered_rates("lambda")], dim=-1)
         # p(x₁), then p(x₂, x₃, ... | x₁), which starts from the state's distribution given x₁.
         first = dist.Exponential(rates).to_event(1).log_prob(observed[0])
         pyro.factor("first", first.logsumexp(-1))
@@ -356,8 +360,11 @@ def hmm_drive_0(data: Mapping[str, Any]) -> Definition:
         others = dist.DiscreteHMM(first, transition.unsqueeze(-3), emission)
         pyro.sample("others", others, obs=observed[1:])
 
-    start = {"phi": double([1.0, 3.0]), "lambda": double([1.0, 3.0])}
-    return model, latents("theta1", "theta2", "phi", "lambda"), start
+    def quantities(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rates = {name: draws[f"{name}_steps"].cumsum(-1) for name in ("phi", "lambda")}
+        return {"theta1": draws["theta1"], "theta2": draws["theta2"], **rates}
+
+    return model, quantities, {"phi_steps": double([1.0, 2.0]), "lambda_steps": double([1.0, 2.0])}
 
 
 #: By name: the name of its data, and what makes the model of them.
