@@ -6,13 +6,19 @@ Its peers are an extra of their own; without them the tests skip themselves.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from scipy.integrate import solve_ivp
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PEERS = ("FrEIA", "nflows", "normflows", "zuko")
@@ -210,3 +216,88 @@ def test_densities_of_pairs(
     result = json.loads((tmp_path / "free_form_learned_0.json").read_text())
     assert float(found["test NLL"]) == pytest.approx(result["nll"], abs=0.01)
     assert list(result["validation"]) == ["2", "3"]
+
+
+@pytest.fixture
+def posteriordb_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import posteriordb_models
+
+    yield posteriordb_models
+    sys.modules.pop("posteriordb_models")
+
+
+SCHOOLS = {"y": [28, 8, -3], "sigma": [15, 10, 16]}
+SERIES = [1.0, 2.0, 4.0, 3.0, 5.0, 2.0]
+POSTERIORDB = {
+    "eight_schools_noncentered": SCHOOLS,
+    "eight_schools_centered": SCHOOLS,
+    "kidscore_momhsiq": {"kid_score": SERIES, "mom_hs": [0, 1, 0, 1, 1, 0], "mom_iq": SERIES[::-1]},
+    "gp_pois_regr": {"x": [-2, 0, 2], "k": [3, 5, 1]},
+    "arK": {"y": SERIES, "K": 2},
+    "mesquite": dict.fromkeys(
+        ["weight", "diam1", "diam2", "canopy_height", "total_height", "density", "group"], SERIES
+    ),
+    "kilpisjarvi": {"x": SERIES, "y": SERIES[::-1]}
+    | {"pmualpha": 0.0, "psalpha": 1.0, "pmubeta": 0.0, "psbeta": 1.0},
+    "logearn_interaction": {"earn": SERIES, "height": SERIES[::-1], "male": [0, 1, 0, 1, 1, 0]},
+    "garch11": {"y": SERIES, "sigma1": 0.5},
+    "lotka_volterra": {"y_init": [30, 4], "y": [[47.2, 6.1], [70.2, 9.8]]},
+    "low_dim_gauss_mix": {"y": SERIES},
+    "hmm_drive_0": {"u": SERIES, "v": SERIES[::-1], "alpha": [[4, 2], [2, 4]]},
+}
+
+
+@pytest.mark.parametrize("name", POSTERIORDB)
+def test_particles_of_posteriordb_models(posteriordb_models: ModuleType, name: str) -> None:
+    """Particles in a plate have the densities that they have one by one."""
+    _, define = posteriordb_models.POSTERIORS[name]
+    model, quantities, start = define(POSTERIORDB[name])
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values=start))
+    guide()
+    particles = pyro.plate("particles", 3, dim=-1)
+    with particles:
+        draws = {name: value.detach() for name, value in guide().items()}
+
+    def together() -> None:
+        with particles:
+            model()
+
+    def log_density(model: Callable[[], None], draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        trace = poutine.trace(poutine.condition(model, draws)).get_trace()
+        trace.compute_log_prob()
+        sites = [trace.nodes[name] for name in trace.nodes if name != "particles"]
+        return sum(site["log_prob"] for site in sites if site["type"] == "sample")
+
+    apart = [
+        log_density(model, {name: value[i] for name, value in draws.items()}) for i in range(3)
+    ]
+    assert torch.allclose(log_density(together, draws), torch.stack(apart), atol=EXACT)
+    assert all(value.shape[0] == 3 for value in quantities(draws).values())
+
+
+def test_predators_and_prey(posteriordb_models: ModuleType) -> None:
+    rates, start = torch.tensor([[0.55, 0.8]]), torch.tensor([[-0.2, -1.8]])
+    inputs = (rates.requires_grad_(), start.requires_grad_(), 20)
+    path = posteriordb_models.PredatorPrey.apply(*inputs)
+    ((r1, r2),) = rates.tolist()
+    solution = solve_ivp(
+        lambda _, state: [r1 - math.exp(state[1]), math.exp(state[0]) - r2],
+        (0, 20),
+        start[0].tolist(),
+        method="DOP853",
+        t_eval=range(21),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    assert torch.allclose(path[0], torch.from_numpy(solution.y.T), atol=EXACT)
+    assert torch.autograd.gradcheck(posteriordb_models.PredatorPrey.apply, inputs)
+
+
+def test_linear_recurrence(posteriordb_models: ModuleType) -> None:
+    first, inputs, factor = torch.rand(2, 1), torch.rand(2, 6), torch.rand(2, 1)
+    expected = [first]
+    for column in inputs.split(1, dim=-1):
+        expected.append(column + factor * expected[-1])
+    found = posteriordb_models.linear_recurrence(first, inputs, factor)
+    assert torch.allclose(found, torch.cat(expected, dim=-1))
