@@ -434,13 +434,13 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         :param args: arguments of the model, like ``kwargs``.
         """
         transform, base = self.get_transform(*args, **kwargs), self.get_base_dist()
-        dtype = self._last_layer.bias.dtype
-        bias = at_least_float32(self._last_layer.bias)  # torch's quantile takes no half precision
+        dtype = self.last_layer.bias.dtype
+        bias = at_least_float32(self.last_layer.bias)  # torch's quantile takes no half precision
         levels = torch.as_tensor(quantiles, dtype=bias.dtype, device=bias.device)
         if levels.dim() > 1 or not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"expected quantiles in [0, 1], a number or a list; got {quantiles!r}")
         if self.num_layers == 1:
-            deviation = at_least_float32(self._last_layer.weight).norm(dim=-1)
+            deviation = at_least_float32(self.last_layer.weight).norm(dim=-1)
             latents = dist.Normal(bias, deviation).icdf(levels.unsqueeze(-1))
         else:
             z = base.sample(torch.Size([_NUM_DRAWS // 2]))
