@@ -1,6 +1,7 @@
 """Self Normalizing Flows for Pyro: unconstrained layers without the O(D³) log-determinant."""
 
 from pyro_snf import diagnostics, flows, images, optim
+from pyro_snf.fitting import Fit, fit
 from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairRefined
 from pyro_snf.free_form.reconstruction import Reconstruction
 from pyro_snf.guides import AutoSelfNormalizingFlow
@@ -46,6 +47,7 @@ __all__ = [
     "ConditionalSelfNormalizingPair",
     "CouplingNet",
     "Exact",
+    "Fit",
     "ImageCoupling",
     "InverseTransformModule",
     "InvertibleTransformModule",
@@ -70,6 +72,7 @@ __all__ = [
     "conditional_self_normalizing_linear",
     "conditional_self_normalizing_pair",
     "diagnostics",
+    "fit",
     "flows",
     "image_coupling",
     "images",

@@ -82,12 +82,13 @@ class NaturalGradient(PyroOptim):
     It is an optimizer for Pyro's ``SVI``:
 
     >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.tensor([3e4, -1e-3]), torch.tensor([1e3, 1e-4])))
+    ...     locs, scales = torch.tensor([3e4, -1e-3]), torch.tensor([1e3, 1e-4])
+    ...     pyro.sample("x", dist.Normal(locs, scales).to_event(1))
     >>> guide = AutoSelfNormalizingFlow(model)
-    >>> elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    >>> svi = SVI(model, guide, NaturalGradient(guide, num_steps=300), elbo)
+    >>> elbo = pyro.infer.Trace_ELBO(num_particles=8)
+    >>> svi = pyro.infer.SVI(model, guide, NaturalGradient(guide, num_steps=300), elbo)
     >>> losses = [svi.step() for step in range(300)]
-    >>> losses[-1] < 0.1
+    >>> losses[-1] < 0.1  # the Kullback–Leibler divergence
     True
 
     and for loops of one's own, with ``loss.backward()`` and then :meth:`step`. :func:`pyro_snf.fit`
@@ -114,9 +115,7 @@ class NaturalGradient(PyroOptim):
                 f"expected an AutoSelfNormalizingFlow, for other guides use Pyro's optimizers; got "
                 f"{type(guide).__name__}"
             )
-        log_det = guide.layer_options.get("log_det", "refined")
-        is_learned = log_det == "learned" or isinstance(log_det, Learned)
-        expect("a guide with another log_det than 'learned'", not is_learned, guide)
+        expect("a guide with another log_det than 'learned'", self.is_for(guide), guide)
         super().__init__(torch.optim.Adam, {"lr": as_positive("lr", lr)})
         self.guide = guide
         self.lr = float(lr)
@@ -140,6 +139,12 @@ class NaturalGradient(PyroOptim):
         self._adams: dict[str, torch.optim.Adam] = {}
         self._adam_states: dict[str, Any] = {}
         self._unnamed: dict[int, str] = {}
+
+    @staticmethod
+    def is_for(guide: AutoSelfNormalizingFlow) -> bool:
+        """Whether the guide's ``log_det`` has no parameters, which would be left untrained."""
+        log_det = guide.layer_options["log_det"]
+        return not (log_det == "learned" or isinstance(log_det, Learned))
 
     def start_decay(self, num_steps: int, *, at: int | None = None) -> None:
         """Let all rates decay to a hundredth.

@@ -1,0 +1,384 @@
+"""Fits a guide to a model, in one line."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.optim import ClippedAdam, PyroOptim
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from pyro_snf.guides import AutoSelfNormalizingFlow
+from pyro_snf.optim import NaturalGradient
+from pyro_snf.options import as_count, as_positive, check_flag, expect
+from pyro_snf.plotting import plot_curves
+from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Fit", "fit"]
+
+# For guides that NaturalGradient is not for: Pyro's usual rates, from the first step to the last.
+_ADAM_RATE, _LAST_ADAM_RATE = 1e-2, 1e-4
+
+# The last quarter of the losses is compared with the one before, every so many steps.
+_FIRST_CHECK = 200
+_CHECK_EVERY = 25
+
+# Once nothing is gained, rates decay for half as many steps as there were, and for so many at
+# least: a hundred steps average the noise of the last rate.
+_MIN_DECAY = 100
+
+# Losses in a row that are not finite, or steps at which the model raised an error.
+_MAX_FAILURES = 100
+
+_DEFAULT_TOLERANCE = 0.01
+
+# Each start gets this share of the steps; the best one goes on.
+_SHARE_OF_TRIAL = 0.2
+# Of the first locations of further starts, each unconstrained number: as in Stan.
+_START_RADIUS = 2.0
+
+# Where there is no terminal, a line every so many seconds.
+_SECONDS_BETWEEN_LINES = 10.0
+
+# The loss is still falling where it does so by ten times the tolerance and three standard errors.
+_FALL, _FALL_ERRORS = 10.0, 3.0
+
+
+@dataclass
+class Fit:
+    """What :func:`fit` did. The guide itself has been trained in place."""
+
+    losses: NDArray[np.float64]
+    """The loss at every step, shape ``(num_steps,)``: estimates of −ELBO in nats."""
+    reason: str
+    """Why it stopped: ``"converged"``, ``"num_steps"``, ``"interrupted"`` or ``"diverged"``."""
+    is_falling: bool
+    """Whether the loss was still falling at the end."""
+    seconds: float
+    """Of all steps."""
+    start_losses: list[float] = field(default_factory=list)
+    """With several starts, the loss that each had reached when the best one was chosen."""
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps, of the start that was kept."""
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the last tenth of the steps."""
+        return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
+
+    def plot(self) -> Figure:
+        """The loss at every step, and its mean over each 2 % of the steps."""
+        edges = np.linspace(0, self.num_steps, min(50, self.num_steps) + 1).astype(int)
+        means = [self.losses[start:stop].mean() for start, stop in pairwise(edges)]
+        late = self.losses[self.num_steps // 10 :]
+        low, high = np.quantile(late[np.isfinite(late)], [0.0, 0.95])
+        margin = 0.1 * (high - low) + 1e-3
+        return plot_curves(
+            {
+                "every step": (range(1, self.num_steps + 1), self.losses.tolist()),
+                "mean": (edges[1:].tolist(), means),
+            },
+            xlabel="step",
+            ylabel="−ELBO (nats)",
+            ylim=(low - margin, high + margin),
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.num_steps} steps in {self.seconds:.1f} s, stopped: {self.reason}\n"
+        text += f"−ELBO: {self.loss:.6g} nats" + (", still falling" if self.is_falling else "")
+        if self.start_losses:
+            text += f"\nof the starts: {', '.join(f'{loss:.6g}' for loss in self.start_losses)}"
+        return text
+
+    __repr__ = __str__
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_steps: int = 2000,
+    num_particles: int = 8,
+    optim: PyroOptim | None = None,
+    num_starts: int = 1,
+    tolerance: float | None = _DEFAULT_TOLERANCE,
+    seed: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Fit:
+    """Fit a guide to a model by SVI.
+
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+    >>> guide = AutoSelfNormalizingFlow(model)
+    >>> result = fit(model, guide, num_steps=300, seed=0, progress=False)
+    >>> print(f"{result.loss:.2f}")  # log p(x) is -1.52
+    1.52
+
+    An :class:`~pyro_snf.AutoSelfNormalizingFlow` is trained by
+    :class:`~pyro_snf.optim.NaturalGradient`, any other guide by Pyro's ``ClippedAdam`` at a rate
+    that decays from 1e-2 to 1e-4, or by ``optim``. The particles of a step are drawn in one call
+    where the model allows it (:func:`~pyro_snf.vectorization.can_vectorize`), else one after the
+    other. Sites that are marked to be enumerated are summed out.
+
+    Training stops when the loss has not fallen by the tolerance, beyond doubt, over the last
+    quarter of the steps; with natural gradients, the rates decay first, in half as many steps.
+    Ctrl-C stops it too, and what there is is returned.
+
+    :param model: a Pyro model; it is called with ``args`` and ``kwargs``, as the guide is.
+    :param guide: a Pyro guide, which is trained in place.
+    :param int num_steps: the most steps.
+    :param int num_particles: draws from the guide for the gradient of a step.
+    :param optim: an optimizer of Pyro's, or a ``NaturalGradient``.
+    :param int num_starts: how many locations to start from, for an ``AutoSelfNormalizingFlow``: its
+        own, and others whose unconstrained numbers are uniform on (−2, 2). Each gets a fifth of the
+        steps; the one of the lowest loss then goes on. A posterior with several modes shows in
+        :attr:`Fit.start_losses`.
+    :param tolerance: in nats; None for no stop before ``num_steps``.
+    :param seed: for ``pyro.set_rng_seed``; None leaves the random number generators as they are.
+    :param bool progress: whether to show a progress bar or, where there is no terminal, a line
+        every ten seconds, on the standard error stream.
+    :raises ValueError: for options outside these ranges.
+    :warns UserWarning: if the loss was still falling, and if it was not finite in 100 steps in a
+        row.
+    """
+    num_steps = as_count("num_steps", num_steps)
+    num_particles = as_count("num_particles", num_particles)
+    num_starts = as_count("num_starts", num_starts)
+    tolerance = None if tolerance is None else as_positive("tolerance", tolerance)
+    check_flag("progress", progress)
+    expect("optim, one of Pyro's, or None", optim is None or isinstance(optim, PyroOptim), optim)
+    if num_starts > 1:
+        is_ours = isinstance(guide, AutoSelfNormalizingFlow)
+        expect("num_starts=1, except for AutoSelfNormalizingFlow", is_ours, num_starts)
+        expect("no optim with several starts", optim is None, optim)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    if isinstance(guide, nn.Module):
+        guide.train()
+    elbo = _make_elbo(model, guide, args, kwargs, num_particles)
+    num_trial_steps = math.ceil(_SHARE_OF_TRIAL * num_steps)
+    start_losses: list[float] = []
+    with _Progress(progress, num_steps + (num_starts - 1) * num_trial_steps) as bar:
+
+        def run_with(optim: PyroOptim) -> _Run:
+            return _Run(SVI(model, guide, optim, elbo), args, kwargs, bar)
+
+        if num_starts > 1:
+            assert isinstance(guide, AutoSelfNormalizingFlow)
+            run, start_losses = _best_start(guide, run_with, num_starts, num_trial_steps)
+            run.optim.start_decay(num_steps - num_steps // 2, at=num_steps // 2)
+        else:
+            run = run_with(_default_optim(guide, num_steps) if optim is None else optim)
+        if run.reason != "interrupted":
+            run.train(num_steps, tolerance)
+    losses = np.array(run.losses)
+    result = Fit(
+        losses=losses,
+        reason=run.reason,
+        is_falling=_is_falling(losses, tolerance or _DEFAULT_TOLERANCE),
+        seconds=run.seconds,
+        start_losses=start_losses,
+    )
+    if result.reason == "diverged":
+        warnings.warn(f"the loss was not finite in {_MAX_FAILURES} steps in a row", stacklevel=2)
+    elif result.is_falling and result.reason == "num_steps":
+        warnings.warn(
+            f"the loss was still falling after {num_steps} steps: take more", stacklevel=2
+        )
+    return result
+
+
+class _Run:
+    """Steps of SVI, and their losses."""
+
+    def __init__(
+        self, svi: SVI, args: Sequence[Any], kwargs: Mapping[str, Any], bar: _Progress
+    ) -> None:
+        self.svi, self.args, self.kwargs, self.bar = svi, args, kwargs, bar
+        self.optim: Any = svi.optim
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.reason = "num_steps"
+
+    def train(self, num_steps: int, tolerance: float | None = None) -> None:
+        """Go on until there are so many losses, or a reason to stop."""
+        start = time.perf_counter()
+        try:
+            self._train(num_steps, tolerance)
+        except KeyboardInterrupt:
+            self.reason = "interrupted"
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _train(self, num_steps: int, tolerance: float | None) -> None:
+        is_natural = isinstance(self.optim, NaturalGradient)
+        num_failures, first_check = 0, _FIRST_CHECK
+        while len(self.losses) < num_steps:
+            loss = self._step(
+                may_fail=is_natural and len(self.losses) > 0 and num_failures < _MAX_FAILURES
+            )
+            self.losses.append(loss)
+            self.bar.update(loss)
+            num_failures = 0 if math.isfinite(loss) else num_failures + 1
+            if num_failures == _MAX_FAILURES:
+                self.reason = "diverged"
+                return
+            count = len(self.losses)
+            if is_natural and not self.optim.trains_all_layers:
+                first_check = max(_FIRST_CHECK, 2 * count)
+            is_decaying = is_natural and self.optim.decay < 1
+            if tolerance is None or is_decaying or count < first_check or count % _CHECK_EVERY:
+                continue
+            if _has_converged(np.array(self.losses), tolerance):
+                self.reason = "converged"
+                if not is_natural:
+                    return
+                num_steps = min(num_steps, count + max(_MIN_DECAY, count // 2))
+                self.optim.start_decay(max(1, num_steps - count))
+
+    def _step(self, may_fail: bool) -> float:
+        try:
+            return self.svi.step(*self.args, **self.kwargs)
+        except (torch.linalg.LinAlgError, ValueError):
+            # Of a model far from its posterior: a covariance that is not positive definite, or a
+            # value that is not in the support any more.
+            if not may_fail:
+                raise
+            self.optim.recover()
+            return math.nan
+
+
+def _make_elbo(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+) -> ELBO:
+    traces = single_traces(model, guide, args, kwargs)
+    nesting = nesting_of(*traces)
+    is_enumerated = any(
+        (site["infer"] or {}).get("enumerate")
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and not site["is_observed"]
+    )
+    kind: Any = TraceEnum_ELBO if is_enumerated else Trace_ELBO
+    vectorize = num_particles > 1 and can_vectorize(model, guide, args, kwargs, nesting)
+    return kind(num_particles, max_plate_nesting=nesting, vectorize_particles=vectorize)
+
+
+def _default_optim(guide: Callable[..., Any], num_steps: int) -> PyroOptim:
+    if isinstance(guide, AutoSelfNormalizingFlow) and NaturalGradient.is_for(guide):
+        return NaturalGradient(guide, num_steps)
+    decay = (_LAST_ADAM_RATE / _ADAM_RATE) ** (1 / num_steps)
+    return ClippedAdam({"lr": _ADAM_RATE, "lrd": decay})
+
+
+def _best_start(
+    guide: AutoSelfNormalizingFlow,
+    run_with: Callable[[PyroOptim], _Run],
+    num_starts: int,
+    num_steps: int,
+) -> tuple[_Run, list[float]]:
+    """Short runs from several locations: the best one, and the losses that they came to."""
+    fresh = copy.deepcopy(guide.state_dict())
+    best: tuple[float, _Run, Any, Any] | None = None
+    losses = []
+    for index in range(num_starts):
+        guide.load_state_dict(fresh)
+        if index:
+            with torch.no_grad():
+                guide.last_layer.bias.uniform_(-_START_RADIUS, _START_RADIUS)
+        run = run_with(NaturalGradient(guide))
+        run.train(num_steps)
+        tail = np.array(run.losses[-max(1, len(run.losses) // 5) :])
+        loss = float(np.nan_to_num(tail.mean(), nan=math.inf)) if len(tail) else math.inf
+        losses.append(loss)
+        if best is None or loss < best[0]:
+            state = copy.deepcopy((guide.state_dict(), run.optim.get_state()))
+            best = loss, run, *state
+        if run.reason == "interrupted":
+            break
+    assert best is not None
+    _, run, guide_state, optim_state = best
+    guide.load_state_dict(guide_state)
+    reason, run.optim = run.reason, NaturalGradient(guide)
+    run.svi.optim = run.optim
+    run.optim.set_state(optim_state)
+    run.reason = reason
+    return run, losses
+
+
+def _quarters(losses: NDArray[np.float64], size: int) -> tuple[float, float]:
+    """How much the loss has fallen from the last but one to the last of so many losses each, and
+    the standard error of that. Outliers count as the 1 % or 99 % quantile."""
+    parts = [losses[-2 * size : -size], losses[-size:]]
+    parts = [part[np.isfinite(part)] for part in parts]
+    if min(map(len, parts)) < 2:
+        return math.inf, math.inf
+    parts = [np.clip(part, *np.quantile(part, [0.01, 0.99])) for part in parts]
+    fall = parts[0].mean() - parts[1].mean()
+    return float(fall), float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+
+
+def _has_converged(losses: NDArray[np.float64], tolerance: float) -> bool:
+    fall, error = _quarters(losses, len(losses) // 4)
+    return fall + error < tolerance
+
+
+def _is_falling(losses: NDArray[np.float64], tolerance: float) -> bool:
+    if len(losses) < 20:
+        return True
+    fall, error = _quarters(losses, len(losses) // 10)
+    return fall > max(_FALL * tolerance, _FALL_ERRORS * error)
+
+
+class _Progress:
+    """A bar in terminals and notebooks; elsewhere a line every ten seconds; or nothing."""
+
+    def __init__(self, is_shown: bool, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.num_done = 0
+        has_bar = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.bar = tqdm(total=num_steps, unit="step") if is_shown and has_bar else None
+        self.prints = is_shown and not has_bar
+        self.last_line = time.monotonic()
+
+    def update(self, loss: float) -> None:
+        self.num_done += 1
+        text = f"−ELBO {loss:.4g}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self.prints and time.monotonic() - self.last_line >= _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            print(f"step {self.num_done} of {self.num_steps}, {text}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
