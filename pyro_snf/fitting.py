@@ -82,15 +82,17 @@ class Fit:
 
     @property
     def loss(self) -> float:
-        """The mean loss of the last tenth of the steps."""
-        return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
+        """The mean loss of the last tenth of the steps; NaN without any."""
+        tail = self.losses[-max(1, self.num_steps // 10) :]
+        return float(tail.mean()) if len(tail) else math.nan
 
     def plot(self) -> Figure:
         """The loss at every step, and its mean over each 2 % of the steps."""
         edges = np.linspace(0, self.num_steps, min(50, self.num_steps) + 1).astype(int)
         means = [self.losses[start:stop].mean() for start, stop in pairwise(edges)]
         late = self.losses[self.num_steps // 10 :]
-        low, high = np.quantile(late[np.isfinite(late)], [0.0, 0.95])
+        late = late[np.isfinite(late)]
+        low, high = np.quantile(late, [0.0, 0.95]) if len(late) else (0.0, 1.0)
         margin = 0.1 * (high - low) + 1e-3
         return plot_curves(
             {
@@ -319,15 +321,15 @@ def _best_start(
         if best is None or loss < best[0]:
             state = copy.deepcopy((guide.state_dict(), run.optim.get_state()))
             best = loss, run, *state
-        if run.reason == "interrupted":
+        reason = run.reason
+        if reason == "interrupted":
             break
     assert best is not None
     _, run, guide_state, optim_state = best
     guide.load_state_dict(guide_state)
-    reason, run.optim = run.reason, NaturalGradient(guide)
+    run.reason, run.optim = reason, NaturalGradient(guide)
     run.svi.optim = run.optim
     run.optim.set_state(optim_state)
-    run.reason = reason
     return run, losses
 
 

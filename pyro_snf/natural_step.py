@@ -19,10 +19,12 @@ Block BFGS finds the N nearest to I that agrees, and the new W has ``Wᵀ P W = 
 this step. There is no step size, and no stiffness for it to be too long for. Convergence takes
 about ``D/N`` times as many steps for a digit, at any condition number.
 
-*Step sizes.* With independent estimates ``M_a, M_b`` from halves of the samples, ``E⟨M_a, M_b⟩`` is
-the squared length of M, and ``E‖M_{ab}‖²`` additionally has that of its noise. The best step on a
-quadratic is proportional to their ratio (:class:`SignalShare`): about ``N/(N + D)`` far from
-a Gaussian optimum and near it, and 0 where noise is all that is left.
+*Step sizes.* With independent estimates ``M₁, M₂``, the expectation of ``⟨M₁, M₂⟩`` is the squared
+length of M; that of ``‖M₁‖²`` contains the noise, too. The best step on a quadratic is proportional
+to their ratio (:class:`SignalShare`). It is about ``N/(N + D)`` for a Gaussian posterior, at any
+distance from it, and 0 where nothing but noise is left. Relative steps compare successive
+estimates, which turn against each other where steps are too long. Secant steps remove
+what one estimate has shown, so that the next one is another; they compare halves of the samples.
 
 References:
 
@@ -102,34 +104,45 @@ class SignalShare:
         return min(max(self.signal / self.power, 0.0), 1.0) if self.power > 0 else 0.0
 
 
+class Covariance(NamedTuple):
+    """The sample covariance ``M = Yᵀ H`` of y and h, by factors."""
+
+    left: Tensor
+    """Y, shape ``(n, D)``."""
+    right: Tensor
+    """H, shape ``(n, D)``."""
+
+    @property
+    def trace(self) -> float:
+        """``tr M / D``."""
+        return (self.left * self.right).sum().item() / self.left.shape[-1]
+
+    def inner(self, other: Covariance) -> float:
+        """``⟨M, M'⟩``."""
+        return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum().item()
+
+
 class Moments(NamedTuple):
-    """What a step needs of N samples of h and y, ``n = N − 1``."""
+    """Estimates from N samples of h and y: those that steps are made from are exact, those for
+    signal and noise are of y cut to a length of 2√D, which bounds the influence of outliers."""
 
     h: Tensor
-    """Contrasts of the samples: n rows, orthogonal combinations of which none has a mean."""
+    """n = N − 1 contrasts of h, orthonormal combinations that contain no mean."""
     y: Tensor
-    """The same combinations of y, so that ``M = yᵀ h / n`` is the sample covariance."""
+    """The same combinations of y, so that ``yᵀ h / n`` is the sample covariance M."""
     mean: Tensor
     """d, the mean of y, shape ``(D,)``."""
-    trace: float
-    """``tr M / D``, y being cut to a length of 2√D."""
-    matrix_signal: tuple[float, float]
-    """Signal and power of M without its trace."""
-    mean_signal: tuple[float, float]
-    """Signal and power of d."""
-    trace_signal: tuple[float, float]
-    """Signal and power of tr M / D."""
+    bounded: Covariance
+    """M, of the bounded y."""
+    bounded_mean: Tensor
+    """d, cut to a length of √D."""
 
 
 def _contrasts(rows: Tensor) -> Tensor:
     """N − 1 orthonormal combinations of N rows, each with weights that sum to 0 (Helmert)."""
-    count = len(rows)
-    index = torch.arange(1, count, dtype=torch.float64)
-    weights = torch.tril(torch.ones(count - 1, count, dtype=torch.float64))
-    weights[:, 1:] -= torch.tril(torch.ones(count - 1, count - 1, dtype=torch.float64))
-    weights[range(count - 1), range(1, count)] = -index
-    weights /= (index * (index + 1)).sqrt().unsqueeze(-1)
-    return weights.to(rows) @ rows
+    count = torch.arange(1, len(rows), dtype=rows.dtype, device=rows.device).unsqueeze(-1)
+    partial_sums = rows.cumsum(0)[:-1]
+    return (partial_sums - count * rows[1:]) / (count * (count + 1)).sqrt()
 
 
 def _shorten(rows: Tensor, longest: float) -> Tensor:
@@ -137,40 +150,18 @@ def _shorten(rows: Tensor, longest: float) -> Tensor:
     return torch.where(lengths > longest, rows * (longest / lengths), rows)
 
 
-def moments(h: Tensor, y: Tensor, *, trace_offset: float = 0.0) -> Moments:
-    """The moments of at least four samples, in float64.
+def moments(h: Tensor, y: Tensor) -> Moments:
+    """The moments of at least two samples, in float64.
 
     :param Tensor h: shape ``(N, D)``.
     :param Tensor y: shape ``(N, D)``.
-    :param float trace_offset: a constant c, where M is ``E[y hᵀ] − c I``.
     """
     h, y = h.double(), y.double()
-    dim, half = h.shape[-1], len(h) // 2
-    longest = _MAX_LENGTH * math.sqrt(dim)
-
-    def covariance(start: int, stop: int) -> tuple[Tensor, Tensor, float]:
-        """The factors of M from some samples, and tr M / D."""
-        left, right = _contrasts(y[start:stop]), _contrasts(h[start:stop])
-        left = _shorten(left, longest) / len(left)
-        return left, right, (left * right).sum().item() / dim
-
-    left, right, trace = covariance(0, len(h))
-    left_a, right_a, trace_a = covariance(0, half)
-    left_b, right_b, trace_b = covariance(half, len(h))
-    power = ((left @ left.mT) * (right @ right.mT)).sum().item() - dim * trace**2
-    signal = ((left_a @ left_b.mT) * (right_a @ right_b.mT)).sum().item() - dim * trace_a * trace_b
-    means = [rows.mean(0) for rows in (y, y[:half], y[half:])]
-    cut, cut_a, cut_b = (_shorten(mean, longest / 2) for mean in means)
-    trace, trace_a, trace_b = (value - trace_offset for value in (trace, trace_a, trace_b))
-    return Moments(
-        h=_contrasts(h),
-        y=_contrasts(y),
-        mean=means[0],
-        trace=trace,
-        matrix_signal=(signal, power),
-        mean_signal=((cut_a @ cut_b).item(), (cut @ cut).item()),
-        trace_signal=(trace_a * trace_b, trace**2),
-    )
+    contrasts, mean = _contrasts(y), y.mean(0)
+    root = math.sqrt(h.shape[-1])
+    left = _shorten(contrasts, _MAX_LENGTH * root) / len(contrasts)
+    right = _contrasts(h)
+    return Moments(right, contrasts, mean, Covariance(left, right), _shorten(mean, root))
 
 
 def relative_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.log_dets import Learned
-from pyro_snf.natural_step import SignalShare, moments, relative_step, secant_step
+from pyro_snf.natural_step import Moments, SignalShare, moments, relative_step, secant_step
 from pyro_snf.options import as_count, as_positive, expect
 from pyro_snf.recording import Recording
 
@@ -134,8 +134,9 @@ class NaturalGradient(PyroOptim):
         self._matrix_share, self._mean_share, self._trace_share = (SignalShare() for _ in range(3))
         self._trust = 1.0
         self._num_calm = 0
-        self._last_mean: Tensor | None = None
+        self._last: Moments | None = None
         self._last_bias: Tensor | None = None
+        self._start: Tensor | None = None  # W at the first step, until all layers are trained
         self._adams: dict[str, torch.optim.Adam] = {}
         self._adam_states: dict[str, Any] = {}
         self._unnamed: dict[int, str] = {}
@@ -184,8 +185,7 @@ class NaturalGradient(PyroOptim):
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Set the gradients of the guide to None, and forget what was recorded."""
-        self._recording.clear()
+        """Set the gradients of the guide to None."""
         for parameter in self.guide.parameters():
             parameter.grad = None
 
@@ -198,30 +198,37 @@ class NaturalGradient(PyroOptim):
         "_decay_steps",
         "_trust",
         "_num_calm",
-        "_last_mean",
+        "_last",
+        "_start",
         "_last_bias",
     )
 
     @torch.no_grad()
     def _step_dense(self) -> None:
         layer, decay = self.guide.last_layer, self.decay
+        if self._start is None and not self.trains_all_layers:
+            self._start = layer.weight.clone()
         h, y, have_scores = self._recording.take()
-        # Samples of a flow without scores have E[u hᵀ] = I at the optimum; of a Gaussian, u − h is
-        # what u is with scores.
+        # E[u hᵀ] = I at the optimum, where there are no scores; of a Gaussian, u − h is what
+        # u is with scores.
         offset = 0.0 if have_scores or self._is_gaussian else 1.0
         if not have_scores and self._is_gaussian:
             y = y - h
-        found = moments(h, y, trace_offset=offset)
-        self._matrix_share.update(*found.matrix_signal)
-        self._mean_share.update(*found.mean_signal)
-        self._trace_share.update(*found.trace_signal)
-        self._update_trust(found.mean)
+        found = moments(h, y)
         count, dim = found.h.shape
+        uses_secants = self._is_gaussian and dim >= _DIMENSIONS_PER_SECANT * count
+        if uses_secants:
+            half = len(h) // 2
+            self._compare(moments(h[:half], y[:half]), moments(h[half:], y[half:]), found, offset)
+        elif self._last is not None:
+            self._compare(found, self._last, found, offset)
+        self._update_trust(found.mean)
         # What the share is for a Gaussian posterior, where the only noise is that of few samples.
         gaussian_share = count / (count + dim + 1)
         share = self._matrix_share.value
-        growth = -_TRACE_RATE * self._trace_share.value * decay * min(max(found.trace, -1.0), 1.0)
-        if self._is_gaussian and dim >= _DIMENSIONS_PER_SECANT * count:
+        trace = min(max(found.bounded.trace - offset, -1.0), 1.0)
+        growth = -_TRACE_RATE * decay * self._trace_share.value * trace
+        if uses_secants:
             left, right = secant_step(found.h, found.y, decay * min(1.0, share / gaussian_share))
         else:
             left, right = relative_step(found.h, found.y, decay * share)
@@ -231,23 +238,35 @@ class NaturalGradient(PyroOptim):
         longest = self._trust * math.sqrt(dim)
         mean_rate = _MEAN_RATE * decay * max(self._mean_share.value, _LEAST_MEAN_RATE)
         mean *= -mean_rate * min(1.0, longest / max(mean.norm().item(), _TINY))
-        self._last_bias = layer.bias.clone()
+        self._last, self._last_bias = found, layer.bias.clone()
         layer.multiply_input(left.to(h.dtype), right.to(h.dtype))
         layer.log_scale.add_(growth)
         layer.shift_input(mean.to(h.dtype))
         self.num_dense_steps += 1
         if self.num_dense_steps % _BALANCE_EVERY == 0:
             layer.balance(_MAX_ROW_LENGTH)
-        if not self.trains_all_layers:
-            length = found.y.norm(dim=-1).median().item() / math.sqrt(dim)
-            mean_length = found.mean.norm().item() / math.sqrt(dim)
-            is_calm = (
-                length < _CALM_LENGTH
-                and share < _CALM_MATRIX_SIGNAL * gaussian_share
-                and mean_length < _CALM_MEAN
-                and self._mean_share.value < _CALM_MEAN_SIGNAL
-            )
-            self._num_calm = self._num_calm + 1 if is_calm else 0
+        root = math.sqrt(dim)
+        is_calm = (
+            found.y.norm(dim=-1).median().item() < _CALM_LENGTH * root
+            and share < _CALM_MATRIX_SIGNAL * gaussian_share
+            and found.mean.norm().item() < _CALM_MEAN * root
+            and self._mean_share.value < _CALM_MEAN_SIGNAL
+        )
+        self._num_calm = self._num_calm + 1 if is_calm else 0
+
+    def _compare(self, one: Moments, other: Moments, both: Moments, offset: float) -> None:
+        """Estimate the signal from two independent estimates, and the power from the whole."""
+        dim = len(both.mean)
+        traces = [moments.bounded.trace for moments in (one, other, both)]
+        signal = one.bounded.inner(other.bounded) - dim * traces[0] * traces[1]
+        power = both.bounded.inner(both.bounded) - dim * traces[2] ** 2
+        self._matrix_share.update(signal, power)
+        traces = [trace - offset for trace in traces]
+        self._trace_share.update(traces[0] * traces[1], traces[2] ** 2)
+        mean = both.bounded_mean
+        self._mean_share.update(
+            (one.bounded_mean @ other.bounded_mean).item(), (mean @ mean).item()
+        )
 
     @property
     def _is_gaussian(self) -> bool:
@@ -256,10 +275,9 @@ class NaturalGradient(PyroOptim):
 
     def _update_trust(self, mean: Tensor) -> None:
         """Let the location's steps be longer while they agree, and shorter where they turn back."""
-        last, self._last_mean = self._last_mean, mean
-        if last is None:
+        if self._last is None:
             return
-        length = mean.norm()
+        length, last = mean.norm(), self._last.mean
         cosine = (mean @ last / (length * last.norm()).clamp(min=_TINY)).item()
         if cosine < 0 or length.item() > self._trust * math.sqrt(len(mean)):
             trust = self._trust * math.exp(_TRUST_CHANGE * cosine)
@@ -272,17 +290,30 @@ class NaturalGradient(PyroOptim):
         As :meth:`step` does where gradients are not finite. For where the model raises an error.
         """
         self._recording.clear()
+        self.zero_grad()
+        for adam in self._adams.values():
+            adam.zero_grad()
         layer = self.guide.last_layer
         if self._last_bias is not None:
             layer.bias.copy_(self._last_bias)
         layer.log_scale.add_(math.log(_NARROWING))
         self._trust = max(self._trust * _NARROWING**4, _MIN_TRUST)
-        self._last_mean = None
+        self._last = None
 
     def _update_phase(self) -> None:
+        """Train all layers, once the dense one has found the Gaussian that is nearest."""
+        if self.trains_all_layers:
+            return
+        if self._start is None:  # no sample has been recorded so far: is there to be one?
+            self.trains_all_layers = not self.guide.last_layer.theta.requires_grad
+            return
         is_late = self.num_steps is not None and self.num_calls >= _LATEST_START * self.num_steps
         is_calm = self._num_calm >= _CALM_STEPS and self.num_dense_steps >= _FIRST_CALM_STEP
-        self.trains_all_layers |= is_late or is_calm
+        if is_late or is_calm:
+            # The Gaussian does not depend on rotations of h, and its steps have turned h at random.
+            # What precedes may: the first of LowRankAutoregressive's features move the later ones.
+            self.guide.last_layer.rotate_input(self._start)
+            self.trains_all_layers, self._last, self._start = True, None, None
 
     def _step_adam(self, params: Iterable[Tensor]) -> None:
         """Adam, for what has a gradient and is to be trained."""

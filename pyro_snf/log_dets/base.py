@@ -16,6 +16,7 @@ from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
+from pyro_snf.maps.dense import Dense
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
 
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
@@ -150,20 +151,23 @@ class LogDetMethod(SavesAttributes, ABC):
         return None
 
     def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
-        """Keep up with ``A ← A (I + P Qᵀ)``, where there is a state that follows θ.
+        """``A ← A (I + P Qᵀ)`` in place, for a dense map. A state that follows θ follows exactly.
 
-        :param Tensor theta: the new parameter.
         :param Tensor left: ``Pᵀ``, shape ``(r, D)``, like ``right``, which is ``Qᵀ``.
         """
-        return None
+        self._dense_map.multiply_input(theta, left, right)
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
-        """Keep up with ``A ← diag(e^c) A``, where there is a state that follows θ.
+        """``A ← diag(e^c) A`` in place, likewise.
 
-        :param Tensor theta: the new parameter.
         :param Tensor log_factors: c, shape ``(D,)``.
         """
-        return None
+        self._dense_map.scale_output(theta, log_factors)
+
+    @property
+    def _dense_map(self) -> Dense:
+        assert isinstance(self.linear_map, Dense)
+        return self.linear_map
 
     def factors(
         self, theta: Tensor, event_shape: torch.Size, state: TensorState | None = None

@@ -122,7 +122,15 @@ class Refined(LogDetMethod):
         self.estimator.refactorize(theta)
 
     def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
+        self._catch_up(theta)
+        super().multiply_input(theta, left, right)
         self.estimator.multiply_input(theta, left, right)
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
+        self._catch_up(theta)
+        super().scale_output(theta, log_factors)
         self.estimator.scale_output(theta, log_factors)
+
+    def _catch_up(self, theta: Tensor) -> None:
+        """Let R follow what may have changed θ since it was last used."""
+        self.estimator.update(theta, theta.shape[:1], TensorState(theta))

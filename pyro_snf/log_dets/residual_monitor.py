@@ -25,9 +25,6 @@ _MAX_STEPS_UNTIL_CHECK = 8
 # may have missed most of it.
 _LEAST_GROWTH = 1 / 16
 
-# Changes that R has followed exactly, up to rounding, until it is checked.
-_FOLLOWED_UNTIL_CHECK = 64
-
 # A step of Θ that is three times as long as the one before the latest check is checked at once; one
 # that is ten times as long is taken for an external change, by an edit or a checkpoint.
 _LONG_STEP = 3.0
@@ -133,15 +130,14 @@ class ResidualMonitor:
         return self.step_norm != 0
 
     def follow(self, fingerprint: Tensor) -> None:
-        """R and Θ have changed together. Rounding accumulates: every 64th time a check is due.
+        """R and Θ have changed together. Any step of Θ alone is checked at once.
 
         :param Tensor fingerprint: ``Θ w``, shape ``(D,)``.
         """
+        self.fingerprint = fingerprint
         self.num_followed += 1
-        if self.num_followed % _FOLLOWED_UNTIL_CHECK:
-            self.fingerprint = fingerprint
-        else:
-            self.reset()  # and the change of the fingerprint is a step, which is checked
+        self.step_norm = self.usual_step_norm = 0.0
+        self.steps_until_check, self.is_external_change = 0, False
 
     def is_check_due(self) -> bool:
         """Whether a check is due at this step; to be called once for each."""

@@ -71,6 +71,9 @@ _MODERATE_ERROR = 2.0
 # bounds what the updates waste then.
 _UPDATE_BUDGET = 4
 
+# Changes that R has followed exactly until it is checked.
+_FOLLOWED_UNTIL_CHECK = 64
+
 # An update that changes log|det R| by more than this has met a nearly singular matrix. Rounding
 # dominates it, and would stay in the running sum.
 _MAX_LOG_ABS_DET_STEP = 3.0
@@ -199,10 +202,13 @@ class TrackedInverse(SavesAttributes):
         self._has_followed(theta)
 
     def _has_followed(self, theta: Tensor) -> None:
-        """Note that R is the inverse for this θ; check for accumulated rounding now and then."""
+        """R is the inverse for this θ, up to rounding, which accumulates: check now and then."""
         fingerprint = TensorState(self._matrix_of(theta)).fingerprint
         assert fingerprint is not None
         self._monitor.follow(fingerprint.to(self.inverse_t.dtype))
+        if self._monitor.num_followed % _FOLLOWED_UNTIL_CHECK == 0:
+            matrix = self._matrix_of(theta)
+            self._correct_if_needed(matrix, matrix.to(self.inverse_t.dtype))
 
     def _matrix_of(self, theta: Tensor) -> Tensor:
         """Θ, shape ``(D, D)``."""

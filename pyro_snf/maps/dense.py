@@ -72,6 +72,17 @@ class Dense(LinearMap):
     def exact_solve(self, theta: Tensor, right_side: Tensor) -> Tensor:
         return torch.linalg.solve(self.weight(theta), right_side.mT).mT
 
+    def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
+        """``A ← A (I + P Qᵀ)`` in place, from ``Pᵀ`` and ``Qᵀ``, each of shape ``(r, D)``."""
+        images = self.multiply(theta, left)  # (A P)ᵀ
+        theta.addmm_(images.mT, right, alpha=1 / self.theta_scale(theta))
+
+    def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
+        """``A ← diag(e^c) A`` in place."""
+        weight = self.weight(theta) * torch.exp(log_factors).unsqueeze(-1)
+        weight.diagonal().sub_(1)
+        theta.copy_(weight / self.theta_scale(theta))
+
     def matrix_of(self, theta: Tensor) -> Tensor:
         return theta
 

@@ -157,10 +157,21 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         :param Tensor left: ``Pᵀ``, shape ``(r, D)``.
         :param Tensor right: ``Qᵀ``, shape ``(r, D)``.
         """
-        theta, linear_map = self.theta, self.log_det.linear_map
-        images = linear_map.multiply(theta, left)  # (A P)ᵀ
-        theta.addmm_(images.mT, right, alpha=math.sqrt(self.input_dim))
-        self.log_det.multiply_input(theta, left, right)
+        self.log_det.multiply_input(self.theta, left, right)
+
+    @torch.no_grad()
+    def rotate_input(self, start: Tensor) -> None:
+        """``W ← W Q`` in place, Q orthogonal, so that ``V⁻¹ W`` is lower triangular. In O(D³).
+
+        :param Tensor start: V, shape ``(D, D)``; the diagonal of ``V⁻¹ W`` becomes positive.
+        """
+        weight = self.weight.double()
+        triangle = torch.linalg.qr(torch.linalg.solve(start.double(), weight).mT).R.mT
+        weight = start.double() @ (triangle * triangle.diagonal().sign())
+        weight *= torch.exp(-self.log_scale.double()).unsqueeze(-1)
+        weight.diagonal().sub_(1)
+        self.theta.copy_(weight * math.sqrt(self.input_dim))
+        self.refactorize()
 
     @torch.no_grad()
     def shift_input(self, shift: Tensor) -> None:
@@ -184,9 +195,6 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         log_lengths = weight.norm(dim=-1).log()
         if log_lengths.abs().max() <= math.log(limit):
             return
-        weight /= log_lengths.exp().unsqueeze(-1)
-        weight.diagonal().sub_(1)
-        self.theta.copy_(weight).mul_(math.sqrt(self.input_dim))
         self.log_scale.add_(log_lengths)
         self.log_det.scale_output(self.theta, -log_lengths)
 
