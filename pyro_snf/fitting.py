@@ -16,9 +16,11 @@ import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
-from pyro.infer import ELBO, SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import ClippedAdam, PyroOptim
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
@@ -46,7 +48,7 @@ _MIN_DECAY = 100
 # Losses in a row that are not finite, or steps at which the model raised an error.
 _MAX_FAILURES = 100
 
-_DEFAULT_TOLERANCE = 0.01
+_DEFAULT_TOLERANCE = 0.005
 
 # Each start gets this share of the steps; the best one goes on.
 _SHARE_OF_TRIAL = 0.2
@@ -183,8 +185,11 @@ def fit(
     start_losses: list[float] = []
     with _Progress(progress, num_steps + (num_starts - 1) * num_trial_steps) as bar:
 
+        def backward() -> float:
+            return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
         def run_with(optim: PyroOptim) -> _Run:
-            return _Run(SVI(model, guide, optim, elbo), args, kwargs, bar)
+            return _Run(backward, optim, bar)
 
         if num_starts > 1:
             assert isinstance(guide, AutoSelfNormalizingFlow)
@@ -212,13 +217,10 @@ def fit(
 
 
 class _Run:
-    """Steps of SVI, and their losses."""
+    """Steps of an optimizer, and their losses."""
 
-    def __init__(
-        self, svi: SVI, args: Sequence[Any], kwargs: Mapping[str, Any], bar: _Progress
-    ) -> None:
-        self.svi, self.args, self.kwargs, self.bar = svi, args, kwargs, bar
-        self.optim: Any = svi.optim
+    def __init__(self, backward: Callable[[], float], optim: Any, bar: _Progress) -> None:
+        self.backward, self.optim, self.bar = backward, optim, bar
         self.losses: list[float] = []
         self.seconds = 0.0
         self.reason = "num_steps"
@@ -261,7 +263,17 @@ class _Run:
 
     def _step(self, may_fail: bool) -> float:
         try:
-            return self.svi.step(*self.args, **self.kwargs)
+            # As in Pyro's SVI, which does not take parameters that modules own themselves.
+            with poutine.trace(param_only=True) as capture:
+                loss = self.backward()
+            values = [site["value"] for site in capture.trace.nodes.values()]
+            values = [
+                getattr(value, "unconstrained", lambda value=value: value)() for value in values
+            ]
+            params = list(dict.fromkeys(values))
+            self.optim(params)
+            zero_grads(params)
+            return torch_item(loss)
         except (torch.linalg.LinAlgError, ValueError):
             # Of a model far from its posterior: a covariance that is not positive definite, or a
             # value that is not in the support any more.
@@ -271,13 +283,18 @@ class _Run:
             return math.nan
 
 
+def _unconstrained(value: Any) -> Tensor:
+    """What an optimizer trains, of the value of a ``pyro.param``."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
 def _make_elbo(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     num_particles: int,
-) -> ELBO:
+) -> Trace_ELBO | TraceEnum_ELBO:
     traces = single_traces(model, guide, args, kwargs)
     nesting = nesting_of(*traces)
     is_enumerated = any(
@@ -328,7 +345,6 @@ def _best_start(
     _, run, guide_state, optim_state = best
     guide.load_state_dict(guide_state)
     run.reason, run.optim = reason, NaturalGradient(guide)
-    run.svi.optim = run.optim
     run.optim.set_state(optim_state)
     return run, losses
 

@@ -108,7 +108,7 @@ class NaturalGradient(PyroOptim):
     """
 
     def __init__(
-        self, guide: AutoSelfNormalizingFlow, num_steps: int | None = None, *, lr: float = 1e-2
+        self, guide: AutoSelfNormalizingFlow, num_steps: int | None = None, *, lr: float = 2e-2
     ) -> None:
         if not isinstance(guide, AutoSelfNormalizingFlow):
             raise TypeError(
