@@ -474,7 +474,7 @@ def test_linear_factory_starts_at_the_scale(rank: int, hidden_dims: list[int] | 
     module = conditional_self_normalizing_linear(3, 2, hidden_dims, rank=rank, init_scale=0.3)
     widths = [layer.out_features for layer in module.nn.layers[:-1]]
     assert widths == [30, 30] if hidden_dims is None else list(hidden_dims)
-    x, transform = torch.randn(5, 3), module.condition(10 * contexts(5))
+    x, transform = torch.randn(5, 3), module.condition(3 * contexts(5))
     assert is_close(transform(x), 0.3 * x, EXACT)
     assert is_close(log_det_of(transform, x), torch.full((5,), 3 * math.log(0.3)), EXACT)
     assert torch.equal(module.linear.weight, SelfNormalizingLinear(3, init_scale=0.3).weight)
