@@ -62,17 +62,6 @@ def device(text: str) -> torch.device:
     return value
 
 
-def mnist_folder(text: str) -> Path:
-    """An option's value that is a folder with MNIST's images."""
-    folder = Path(text)
-    try:
-        for name in (MNIST_TRAIN, MNIST_TEST):
-            _find_file(folder, name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return folder
-
-
 def image_folder(text: str) -> Path:
     """An option's value that is a folder with images; see :func:`load_images`."""
     folder = Path(text)

@@ -474,7 +474,7 @@ def test_linear_factory_starts_at_the_scale(rank: int, hidden_dims: list[int] | 
     module = conditional_self_normalizing_linear(3, 2, hidden_dims, rank=rank, init_scale=0.3)
     widths = [layer.out_features for layer in module.nn.layers[:-1]]
     assert widths == [30, 30] if hidden_dims is None else list(hidden_dims)
-    x, transform = torch.randn(5, 3), module.condition(10 * contexts(5))
+    x, transform = torch.randn(5, 3), module.condition(3 * contexts(5))
     assert is_close(transform(x), 0.3 * x, EXACT)
     assert is_close(log_det_of(transform, x), torch.full((5,), 3 * math.log(0.3)), EXACT)
     assert torch.equal(module.linear.weight, SelfNormalizingLinear(3, init_scale=0.3).weight)
@@ -810,6 +810,109 @@ def test_jit_traces_the_network_too(rank: int) -> None:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.mul_(1.1)
+
+
+# --- The scale of contexts ----------------------------------------------------------------------
+
+UNITS = torch.tensor([1e4, 1e-3])
+OFFSET = torch.tensor([1950.0, 0.0])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_standardized_contexts_do_without_units(rank: int) -> None:
+    # The same maps and, whatever the units, the same gradients: hence the same training.
+    case = CONDITIONAL_CASES["conditional linear exact" + (" rank=2" if rank else "")]
+    sample, x = contexts(100), inputs(case, 100)
+    plain, other = case.make(), case.make()
+    plain.standardize_contexts(sample)
+    other.standardize_contexts(sample * UNITS + OFFSET)
+    seen = []
+    other.nn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for module, context in ((plain, sample), (other, sample * UNITS + OFFSET)):
+        density_loss(module, x, context).backward()
+    (standardized,) = seen
+    assert is_close(standardized.mean(0), torch.zeros(2), EXACT)
+    assert is_close(standardized.std(0, correction=0), torch.ones(2), EXACT)
+    for one, another in zip(plain.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (another.grad is None)
+        if one.grad is not None:
+            assert is_close(one.grad, another.grad, 1e-8)  # 1950 + 1e4 c has lost digits
+
+
+def test_scale_of_contexts_is_saved_and_copied() -> None:
+    module, context = LINEAR(rank=1), contexts(9) * UNITS + OFFSET
+    randomize(module)
+    torch.nn.init.normal_(module.nn.layers[-1].weight)
+    module.eval()
+    before = module.condition(context)(torch.ones(3))
+    module.standardize_contexts(context.view(3, 3, 2))
+    after = module.condition(context)(torch.ones(3))
+    assert not is_close(before, after, 1e-3)
+    loaded = LINEAR(rank=1).eval()
+    loaded.load_state_dict(module.state_dict())
+    for twin in (loaded, *(make_copy(module) for make_copy in COPIES)):
+        assert torch.equal(twin.condition(context)(torch.ones(3)), after)
+    names = {name for name, _ in module.named_buffers()}
+    assert {"context_mean", "context_scale"} <= names
+    assert not {"context_mean", "context_scale"} & set(dict(module.named_parameters()))
+
+
+def test_constant_columns_are_only_centred() -> None:
+    module, context = LINEAR(), contexts(7)
+    context[:, 0] = 0.1  # seven of which have a mean that is rounded
+    module.standardize_contexts(context)
+    assert module.context_scale[0] == 1
+    assert is_close(module.context_scale[1], context[:, 1].std(correction=0), EXACT)
+    module.standardize_contexts(context[0])  # a single one
+    assert torch.equal(module.context_scale, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_scale_of_contexts_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    module, context = LINEAR(dtype=dtype), (100 * contexts(40)).to(dtype)
+    module.standardize_contexts(context)
+    assert module.context_mean.dtype == module.context_scale.dtype == dtype
+    assert module.condition(context)(torch.ones(3, dtype=dtype)).dtype == dtype
+
+
+def test_samples_of_contexts_are_checked() -> None:
+    for sample, message in [
+        (torch.zeros(4, 3), r"context of shape \(\.\.\., 2\); got \(4, 3\)"),
+        (torch.zeros(4, 2).float(), r"context of dtype torch\.float64"),
+        (torch.tensor([[0.0, math.nan]]), "finite mean and variance; got NaN or infinity"),
+    ]:
+        assert_refused(LINEAR().standardize_contexts, sample, message)
+    assert_refused(BY_NETWORK().standardize_contexts, torch.zeros(4, 2), "DenseNN; got Identity")
+
+
+@pytest.mark.parametrize(
+    ("count", "factor", "offset"),
+    [(40, UNITS, OFFSET), (1, 1e4, 0.0), (40, 1.0, 1e3), (40, 1e-3, 0.0)],
+)
+def test_contexts_far_from_unit_scale_are_told_once(
+    count: int, factor: Tensor | float, offset: Tensor | float
+) -> None:
+    module, far = LINEAR(), contexts(count) * factor + offset
+    module.eval().condition(far)
+    with torch.no_grad():
+        module.train().condition(far)
+    with pytest.warns(UserWarning, match="far from unit scale.* call standardize_contexts"):
+        module.condition(far)
+    module.condition(far)
+    quiet = LINEAR()
+    quiet.standardize_contexts(far)
+    quiet.condition(far)
+
+
+@pytest.mark.parametrize(("count", "factor"), [(40, 1.0), (1, 1e-4), (40, 0.0), (40, math.nan)])
+def test_contexts_near_unit_scale_are_not(count: int, factor: float) -> None:
+    LINEAR().condition(factor * contexts(count))
+
+
+def test_sparse_contexts_are_not_far_from_unit_scale() -> None:
+    rare = torch.zeros(1000, 2)
+    rare[0, 0] = 1 / 16
+    LINEAR().condition(rare)
 
 
 # --- Bad input ----------------------------------------------------------------------------------

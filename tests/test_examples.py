@@ -26,11 +26,11 @@ from torch import Tensor
 
 from pyro_snf import SelfNormalizingPair
 
-EXAMPLES = ["svi_guide", "density_digits", "density_2d", "vae", "images"]
+EXAMPLES = ["svi_guide", "density_digits", "density_2d", "amortized", "images"]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 MODULES = {name: importlib.import_module(name) for name in EXAMPLES}
-svi_guide, density_digits, density_2d, vae, images = MODULES.values()
+svi_guide, density_digits, density_2d, amortized, images = MODULES.values()
 FLOWS = density_2d.FLOWS
 common = importlib.import_module("common")
 
@@ -38,10 +38,9 @@ PICTURES = {
     "svi_guide": {"convergence.png", "intensity.png"},
     "density_digits": {"test_nll.png", "samples.png"},
     "density_2d": {"densities.png"},
-    "vae": {"training.png", "reconstructions.png", "samples.png"},
+    "amortized": {"posterior.png"},
     "images": {"samples.png", "reconstructions.png", "kernels.png", "curves.png"},
 }
-SMALL_VAE = "--latent-dim 3 --hidden 8 --rank 1"
 SMALL_GLOW = "--model glow --steps-per-level 1 --hidden-channels 4"
 
 # Pyro warns of it.
@@ -59,7 +58,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Less to evaluate and to draw. And guides own their parameters, as in the examples."""
     for name, value in {"NUM_TEST": 500, "NUM_LATENTS": 100, "NUM_CELLS": 100}.items():
         monkeypatch.setattr(density_2d, name, value)
-    monkeypatch.setattr(vae, "NUM_VALIDATION", 2)
+    monkeypatch.setattr(amortized, "NUM_TEST", 50)
     monkeypatch.setattr(images, "COLUMNS", 3)
     with pyro.settings.context(module_local_params=True):
         yield
@@ -133,8 +132,7 @@ def run(mnist: Path, npz: Path, tmp_path: Path) -> Any:
         ("svi_guide", "--seconds 0.3 --grid 4 --num-layers 2"),
         ("density_digits", "--num-steps 30"),
         ("density_2d", "--seconds 0.3 --densities moons checkerboard"),
-        ("vae", f"--epochs 1 {SMALL_VAE}"),
-        ("vae", f"--epochs 1 {SMALL_VAE} --data-dir MNIST"),
+        ("amortized", "--num-steps 200"),
         ("images", "--epochs 2"),
         ("images", "--epochs 2 --log-det learned --activation smooth_leaky_relu"),
         ("images", "--epochs 2 --model fc --log-det exact --data-dir MNIST"),
@@ -182,13 +180,12 @@ def _check(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
         for row in rows[:3]:  # Pyro's flows are rough at first, and the grid is coarse
             assert row["mass"] == pytest.approx(1, abs=0.02)
             assert row["nll"] > row["true NLL"]
-    if name == "vae":
-        names = ["mean field", "self-normalizing, rank 0", "self-normalizing, rank 1"]
-        assert [row["guide"] for row in rows] == names
-        assert all(0 < row["IW bound, K = 100"] < row["-ELBO (nats)"] for row in rows)
-        sizes = [row["parameters"] for row in rows]
-        assert sizes[1] - sizes[0] == 3 * 3 + 3  # W, and its scale
-        assert sizes[2] - sizes[1] == 2 * 3 * (8 + 1)  # U and V, from the encoder's last layer
+    if name == "amortized":
+        assert [row["posterior"] for row in rows] == list(amortized.RANKS)
+        mean_field, *dense = (row["-log q"] for row in rows)
+        bound = max(row["bound"] for row in rows)
+        assert bound < max(dense) < mean_field - 5
+        assert all(0 <= row[name] <= 1 for row in rows for name in ("ellipsoids", "intervals"))
     if name == "images":
         (row,) = rows
         data_dir = json.loads((folder / "result.json").read_text())["settings"]["data_dir"]
@@ -222,7 +219,6 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         ("svi_guide", "--num-steps 1000", 45),
         ("density_digits", "--num-steps 1000", 20),
         ("density_2d", "--seconds 100", 12),
-        ("vae", f"--epochs 99 {SMALL_VAE} --data-dir MNIST", 8),
         ("images", "--epochs 99 --data-dir NPZ --batch-size 5", 1),
     ],
 )
@@ -258,7 +254,7 @@ def test_a_second_interrupt_is_one() -> None:
 
 
 @LOSS_IS_NAN
-@pytest.mark.parametrize("name", ["vae", "images", "svi_guide"])
+@pytest.mark.parametrize("name", ["images", "svi_guide"])
 def test_examples_end_where_a_loss_is_not_finite(run: Any, name: str, tmp_path: Path) -> None:
     options = ["--learning-rate", "1e200"]
     if name == "svi_guide":  # guides that diverge are left as they are
@@ -267,18 +263,10 @@ def test_examples_end_where_a_loss_is_not_finite(run: Any, name: str, tmp_path: 
             assert row["-ELBO (nats)"] is None
             assert row["steps"] < 25
         return
-    options.append(SMALL_VAE if name == "vae" else "--warm-up-epochs 1")
+    options.append("--warm-up-epochs 1")
     message = r"the loss is (nan|inf|-inf) in step \d+; try a --learning-rate below 1e\+200"
     with pytest.raises(SystemExit, match=message):
         run(name, " ".join(options))
-
-
-def test_the_loss_of_a_matrix_that_is_not_finite_is_nan() -> None:
-    data = _vae_data()
-    example = _vae_runs(data)[-1]
-    torch.nn.init.constant_(example.guide.transform.linear.theta, math.inf)
-    with pyro.validation_enabled(False):
-        assert math.isnan(example.step(data.train, 1.0))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -287,7 +275,7 @@ def test_numbers_in_options_are_positive(capsys: pytest.CaptureFixture[str], nam
         MODULES[name].main(["--help"])
     found = set(re.findall(r"  (--[a-z-]+) [A-Z_]+\b", capsys.readouterr().out))
     numbers = found - {"--seed", "--device", "--output-dir", "--data-dir", "--densities", "--flows"}
-    assert "--batch-size" in numbers or name == "svi_guide"
+    assert numbers & {"--batch-size", "--num-steps"}
     for option in numbers:
         for value in ("0", "-1", "nan", "few"):
             with pytest.raises(SystemExit):
@@ -301,8 +289,6 @@ def test_numbers_in_options_are_positive(capsys: pytest.CaptureFixture[str], nam
     [
         *[(name, "--device nonsense", "no device 'nonsense' here") for name in EXAMPLES],
         ("svi_guide", "--seconds 1 --num-steps 1", "not allowed with argument --seconds"),
-        ("vae", "--rank 9 --latent-dim 8", "expected --rank <= --latent-dim; got 9 and 8"),
-        ("vae", "--data-dir NPZ", "--data-dir: expected train-images-idx3-ubyte or train-images-"),
         ("images", "--model glow --activation spline", "with --model fc only; got glow"),
         ("images", "--hidden-channels 3", "--hidden-channels with --model glow only; got conv"),
         ("images", "--data-dir nowhere", "expected an NPZ file, or one IDX file named *train*im"),
@@ -395,46 +381,39 @@ def test_evaluate_is_exact_for_a_conjugate_model() -> None:
     assert guide.training
 
 
-def _vae_data() -> Any:
-    counts = torch.arange(30 * 4).remainder(17).to(torch.get_default_dtype()).reshape(30, 4)
-    return vae.Data(counts[:20], counts[20:25], counts[25:], levels=16)
+# --- Amortized inference ------------------------------------------------------------------------
 
 
-def _vae_runs(data: Any) -> list[Any]:
-    options = {"latent_dim": 3, "hidden": 8, "rank": 2, "num_steps": 10, "learning_rate": 1e-2}
-    return list(vae.make_runs(data, **options).values())
+def test_diagnoses_are_all_there() -> None:
+    path = Path(amortized.__file__).parent / "data" / "aids_quarterly.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    quarters = [4 * int(row["year"]) + int(row["quarter"]) for row in rows]
+    assert quarters == list(range(4 * 1983 + 3, 4 * 1989 + 5))
+    counts = [float(row["diagnoses"]) for row in rows]
+    assert sum(counts) == 3037
+    assert amortized.Epidemic().observed.tolist() == [counts]
 
 
-def test_vae_weights_are_those_of_the_densities() -> None:
-    data, at_the_start = _vae_data(), []
-    for example in _vae_runs(data):
-        pyro.set_rng_seed(0)
-        at_the_start.append(example.log_weights(data.test, 7))
-        for parameter in example.guide.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        pyro.set_rng_seed(0)
-        actual = example.log_weights(data.test, 1)[0]
-        pyro.set_rng_seed(0)
-        example.objective.eval()
-        posterior = example.guide.posterior(data.test / 16)
-        z = posterior.expand([1, len(data.test)]).rsample()[0]
-        expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - posterior.log_prob(z)
-        probabilities = torch.sigmoid(example.model.network(z))
-        pixels = torch.distributions.Binomial(16, probabilities).log_prob(data.test)
-        torch.testing.assert_close(actual, expected + pixels.sum(-1))
-        # In training the loss is −ELBO, but for the weight of z.
-        pyro.set_rng_seed(0)
-        loss = example.objective(data.test, 0.25)
-        torch.testing.assert_close(loss, -(0.25 * expected + pixels.sum(-1)).sum())
-    assert at_the_start[0].shape == (7, 5)
-    torch.testing.assert_close(at_the_start[1:], 2 * at_the_start[:1])  # all start alike
+def test_incubations_are_weibull() -> None:
+    epidemic = amortized.Epidemic()
+    assert epidemic.incubation.shape == (26, 48)
+    assert (epidemic.incubation >= 0).all()
+    distribution = dist.Weibull(9.8 / math.log(2) ** 0.4, 2.5)
+    for column in range(48):  # from the middle of a quarter
+        start, end = max(22 - column - 0.5, 0) / 4, (47 - column + 0.5) / 4
+        expected = distribution.cdf(torch.tensor(end))
+        expected = expected - (distribution.cdf(torch.tensor(start)) if start else 0)
+        torch.testing.assert_close(epidemic.incubation[:, column].sum(), expected)
 
 
-def test_binary_pixels_are_binomial() -> None:
-    model = vae.Decoder(4, 1, latent_dim=2, hidden=3)
-    z, pixels = torch.ones(5, 2), torch.eye(5, 4)
-    expected = dist.Binomial(1, logits=model.network(z)).log_prob(pixels)
-    torch.testing.assert_close(model.pixels(z).log_prob(pixels), expected)
+def test_epidemics_are_random_walks() -> None:
+    theta, x = amortized.Epidemic().simulate(4000)
+    assert (theta.shape, x.shape) == ((4000, 48), (4000, 26))
+    # Means and standard deviations of 4000, or of 47 times as many, within 5 standard errors.
+    assert abs(theta[:, 0].mean() - math.log(30)) < 5 * 1.5 / 4000**0.5
+    assert theta[:, 0].std() == pytest.approx(1.5, rel=5 / 8000**0.5)
+    assert theta.diff(dim=1).std() == pytest.approx(0.4, rel=5 / (2 * 47 * 4000) ** 0.5)
 
 
 # --- Densities in the plane ---------------------------------------------------------------------
