@@ -16,6 +16,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import Tensor
 
@@ -33,8 +34,12 @@ class Gaussian:
     tril: Tensor
 
     @torch.no_grad()
-    def divergence_from(self, mean: Tensor, factor: Tensor) -> float:
-        """The Kullback–Leibler divergence from ``N(mean, factor factorᵀ)`` to this one, in nats."""
+    def divergence_from(self, guide: AutoContinuous) -> float:
+        """The Kullback–Leibler divergence from a Gaussian guide to this posterior, in nats."""
+        if isinstance(guide, AutoMultivariateNormal):
+            mean, factor = guide.loc, guide.scale.unsqueeze(-1) * guide.scale_tril
+        else:
+            mean, factor = guide.last_layer.bias, guide.last_layer.weight
         difference = (self.mean - mean).unsqueeze(-1)
         white = torch.linalg.solve_triangular(
             self.tril, torch.cat([factor, difference], -1), upper=False
