@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation(False)
+    warnings.filterwarnings("ignore", "the loss was still falling", UserWarning)
     for condition in args.conditions:
         posterior = conjugate_gaussian(args.dim, condition)
         for seed in args.seeds:

@@ -28,6 +28,7 @@ import argparse
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # as Stan has it
     pyro.enable_validation(False)
+    warnings.filterwarnings("ignore", "the loss was still falling", UserWarning)
     for seed in args.seeds:
         for name in args.posteriors:
             run_one(load(name, args.data_dir), seed, args)
