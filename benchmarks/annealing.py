@@ -1,5 +1,7 @@
-"""Training a guide for as good an answer as it can give: several samples a step, and a rate that
-falls to 0 by a cosine."""
+"""The usual recipe for guides: Pyro's ``ClippedAdam``, its rate decaying from 1e-2 to 1e-4.
+
+It is also what ``pyro_snf.fit`` does with Pyro's guides.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,9 @@ from typing import NamedTuple
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous
+from pyro.optim.clipped_adam import ClippedAdam
+
+FIRST_RATE, LAST_RATE = 1e-2, 1e-4
 
 
 class Length(NamedTuple):
@@ -24,22 +29,28 @@ def train(
     model: Callable[[], object],
     guide: AutoContinuous,
     *,
-    rate: float,
     num_particles: int,
     num_steps: float = math.inf,
     seconds: float = math.inf,
 ) -> Length:
-    """Train the guide by Adam, for so many steps or seconds, of which one is to be given."""
+    """Train the guide for so many steps or seconds, of which one is to be given.
+
+    It ends early if a covariance of the model is no longer positive definite.
+    """
     elbo = Trace_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=0)
     objective = elbo(model, guide)
     guide()
-    optimizer = torch.optim.Adam(objective.parameters(), lr=rate, fused=True)
+    guide.train()
+    optimizer = ClippedAdam(objective.parameters(), lr=FIRST_RATE)
     start = time.perf_counter()
     done = Length(0, 0.0)
     while (share := done.steps / num_steps + done.seconds / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
+        optimizer.param_groups[0]["lr"] = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** share
         optimizer.zero_grad()
-        objective().backward()
+        try:
+            objective().backward()
+        except torch.linalg.LinAlgError:
+            break
         optimizer.step()
         done = Length(done.steps + 1, time.perf_counter() - start)
     return done

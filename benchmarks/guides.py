@@ -5,18 +5,21 @@ seeds; the guides of one posterior, rate and seed take turns of 0.2 s, so that w
 machine does slows all of them alike. Then −ELBO is estimated from 500 fresh samples, with exact
 log-determinants. One thread. A guide that has diverged has no −ELBO: it counts as infinite.
 
+``fit`` is ``pyro_snf.fit`` with its defaults, for the same time: as many steps as fit in according
+to 50 steps before, which do not count. It runs by itself: best on a machine that does nothing else.
+
     python benchmarks/guides.py run
+    python benchmarks/guides.py fit
     python benchmarks/guides.py table
     python benchmarks/guides.py run --guides variants --results outputs/variants.jsonl
 
-``run`` appends results to ``--results`` as they come, and does not repeat what is there; so more
+``run`` and ``fit`` append to ``--results`` as they come, and do not repeat what is there; so more
 than one may run at a time. ``table`` prints them, ``plot`` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import warnings
@@ -24,9 +27,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pyro
+import results
 import torch
 import zuko
 from matplotlib.figure import Figure
@@ -45,10 +48,12 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_snf import AutoSelfNormalizingFlow
+from pyro_snf import AutoSelfNormalizingFlow, fit
 
 RATES = (1e-3, 3e-3, 1e-2)
 OURS = "AutoSelfNormalizingFlow"
+FIT = "fit"
+NUM_TIMED_STEPS = 50
 
 #: A −ELBO of this size, of either sign, is nothing but overflow.
 DIVERGED = 1e6
@@ -126,14 +131,46 @@ def run(args: argparse.Namespace) -> None:
         for name in args.posteriors or POSTERIORS:
             posterior = POSTERIORS[name]()
             for rate in args.rates:
-                done = {row["guide"] for row in load(args.results) if same(row, name, rate, seed)}
+                key = {"posterior": name, "rate": rate, "seed": seed}
+                done = {row["guide"] for row in results.select(results.load(args.results), **key)}
                 wanted = {guide: make for guide, make in chosen.items() if guide not in done}
-                rows = compare(posterior, wanted, rate, seed)
-                with args.results.open("a", encoding="utf-8") as file:
-                    for row in rows:
-                        print(name, rate, seed, row, flush=True)
-                        row = {"posterior": name, "rate": rate, "seed": seed, **row}
-                        file.write(json.dumps(row) + "\n")
+                for row in compare(posterior, wanted, rate, seed):
+                    results.append(args.results, {**key, **row})
+
+
+@pyro.validation_enabled(False)  # as for the others
+def run_fit(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "the loss was still falling", UserWarning)
+    for seed in args.seeds:
+        for name in args.posteriors or POSTERIORS:
+            key = {"posterior": name, "rate": None, "seed": seed, "guide": FIT}
+            if not results.select(results.load(args.results), **key):
+                results.append(args.results, {**key, **fit_for_seconds(POSTERIORS[name](), seed)})
+
+
+def fit_for_seconds(posterior: Posterior, seed: int) -> results.Row:
+    """``pyro_snf.fit`` for as long as the others are trained."""
+    model = posterior.model
+    for _ in range(2):  # the first time, torch and Pyro prepare themselves
+        pyro.clear_param_store()
+        trial = fit(
+            model, AutoSelfNormalizingFlow(model), num_steps=NUM_TIMED_STEPS, progress=False
+        )
+    num_steps = max(1, int(seconds_for(posterior.dim) / trial.seconds * NUM_TIMED_STEPS))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    guide = AutoSelfNormalizingFlow(model)
+    done = fit(model, guide, num_steps=num_steps, progress=False)
+    loss, error = svi_guide.evaluate(model, guide, 500)
+    return {
+        "loss": loss,
+        "error": error,
+        "steps": done.num_steps,
+        "ms_per_step": 1e3 * done.seconds / done.num_steps,
+        "seconds": done.seconds,
+        "reason": done.reason,
+    }
 
 
 def compare(
@@ -168,22 +205,11 @@ def compare(
     return rows
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def same(row: dict[str, Any], posterior: str, rate: float, seed: int) -> bool:
-    return (row["posterior"], row["rate"], row["seed"]) == (posterior, rate, seed)
-
-
 def collect(path: Path) -> tuple[dict, dict]:
     """For each posterior and guide the losses by rate, and the times of a step."""
     losses = defaultdict(lambda: defaultdict(list))
     times = defaultdict(list)
-    for row in load(path):
+    for row in results.load(path):
         key = row["posterior"], row["guide"]
         diverged = not abs(row["loss"]) < DIVERGED or row["loss"] < lowest(row["posterior"])
         losses[key][row["rate"]].append(math.inf if diverged else row["loss"])
@@ -192,21 +218,42 @@ def collect(path: Path) -> tuple[dict, dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """For each guide the mean over the seeds at each rate, and the ms a step."""
+    """For each guide the mean over the seeds at each rate, and the ms a step; then the best rates.
+
+    ``fit`` has no rate: its mean is its best and its worst.
+    """
     losses, times = collect(args.results)
-    for posterior in POSTERIORS:
-        if not any(name == posterior for name, _ in losses):
-            continue
-        print(f"\n**{posterior}**\n\n| guide | " + " | ".join(f"{r:g}" for r in RATES), end="")
-        print(" | best | worst | ms/step |\n" + "|---" * (len(RATES) + 4) + "|")
-        for guide in {**GUIDES, **VARIANTS}:
+    posteriors = [name for name in POSTERIORS if any(key[0] == name for key in losses)]
+    guides = [name for name in (FIT, *{**GUIDES, **VARIANTS}) if any(k[1] == name for k in losses)]
+    for posterior in posteriors:
+        print(f"\n**{posterior}**")
+        rows = []
+        for guide in guides:
             found = losses.get((posterior, guide))
             if found:
-                means = [statistics.fmean(found[rate]) for rate in RATES if found[rate]]
-                cells = [spread(found[rate]) for rate in RATES]
+                means = [statistics.fmean(values) for values in found.values()]
+                cells = [spread(found.get(rate, [])) for rate in RATES]
                 cells += [number(min(means)), number(max(means))]
                 cells.append(f"{statistics.median(times[posterior, guide]):.1f}")
-                print(f"| {guide} | " + " | ".join(cells) + " |")
+                rows.append([guide, *cells])
+        results.print_table(
+            ["guide", *(f"{rate:g}" for rate in RATES), "best", "worst", "ms/step"], rows
+        )
+
+    rows = []
+    for posterior in posteriors:
+        best = {
+            guide: min(losses[posterior, guide].values(), key=statistics.fmean)
+            for guide in guides
+            if losses.get((posterior, guide))
+        }
+        rivals = [guide for guide in best if guide not in (FIT, OURS)]
+        rival = min(rivals, key=lambda guide: statistics.fmean(best[guide]), default="–")
+        fits = results.select(results.load(args.results), posterior=posterior, guide=FIT)
+        cells = [results.spread([row["seconds"] for row in fits]), rival]
+        rows.append([posterior, *cells, *(spread(best.get(guide, [])) for guide in guides)])
+    print("\nEvery guide at its best rate:")
+    results.print_table(["posterior", "fit, s", "best rival", *guides], rows)
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -217,16 +264,16 @@ def plot(args: argparse.Namespace) -> None:
     for axis, posterior in zip(axes, POSTERIORS, strict=True):
         means = {
             guide: [statistics.fmean(found) for found in losses[posterior, guide].values()]
-            for guide in GUIDES
+            for guide in (FIT, *GUIDES)
         }
         floor = min(min(values) for values in means.values() if values)
         for row, (guide, values) in enumerate(means.items()):
             if values:
-                color = "tab:red" if guide == OURS else "tab:blue"
+                color = "tab:red" if guide in (FIT, OURS) else "tab:blue"
                 ends = [min(values) - floor + 0.1, min(max(values) - floor + 0.1, DIVERGED)]
                 axis.plot(ends, [row, row], "o-", color=color)
         axis.set(xscale="log", xlim=(0.05, 1e4), title=posterior)
-        axis.set_yticks(range(len(GUIDES)), list(GUIDES))
+        axis.set_yticks(range(len(means)), list(means))
         axis.tick_params(labelsize=8)
         axis.title.set_size(9)
     axes[0].invert_yaxis()
@@ -242,24 +289,18 @@ def lowest(name: str) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    deviation = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None
-    return number(mean) if deviation is None else f"{number(mean)} ± {number(deviation)}"
+    return results.spread(values) if all(value < DIVERGED for value in values) else "diverged"
 
 
 def number(value: float) -> str:
-    if not value < DIVERGED:
-        return "diverged"
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
+    return results.number(value if value < DIVERGED else math.inf)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "table", "plot"])
+    parser.add_argument("command", choices=["run", "fit", "table", "plot"])
     parser.add_argument("--results", type=Path, default=Path("outputs/guides.jsonl"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/guides.png"))
     parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, metavar="NAME")
@@ -267,8 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args(argv)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    {"run": run, "table": table, "plot": plot}[args.command](args)
+    {"run": run, "fit": run_fit, "table": table, "plot": plot}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The posteriors that guides are compared on: Pyro models with their data.
 
 A model's −ELBO is at least ``−log p(data)``, which is known for some, and 0 where nothing is
-observed: there −ELBO is the Kullback–Leibler divergence itself.
+observed: there −ELBO is the Kullback–Leibler divergence itself. A model can be run by itself or
+under a plate of particles, where every latent variable has the particles' dimension on the left.
 """
 
 from __future__ import annotations
@@ -15,12 +16,36 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 from sklearn.datasets import load_breast_cancer, load_diabetes
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import svi_guide  # found through the line above
 
-__all__ = ["POSTERIORS", "Posterior"]
+__all__ = ["POSTERIORS", "Gaussian", "Posterior", "conjugate_gaussian"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """``N(mean, tril trilᵀ)``, tril lower triangular."""
+
+    mean: Tensor
+    tril: Tensor
+
+    @torch.no_grad()
+    def divergence_from(self, guide: AutoContinuous) -> float:
+        """The Kullback–Leibler divergence from a Gaussian guide to this posterior, in nats."""
+        if isinstance(guide, AutoMultivariateNormal):
+            mean, factor = guide.loc, guide.scale.unsqueeze(-1) * guide.scale_tril
+        else:
+            mean, factor = guide.last_layer.bias, guide.last_layer.weight
+        difference = (self.mean - mean).unsqueeze(-1)
+        white = torch.linalg.solve_triangular(
+            self.tril, torch.cat([factor, difference], -1), upper=False
+        )
+        log_det = self.tril.diagonal().abs().log().sum() - torch.linalg.slogdet(factor).logabsdet
+        return (log_det + 0.5 * (white.square().sum() - len(mean))).item()
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,8 @@ class Posterior:
     model: Callable[[], object]
     negative_log_evidence: float | None = None
     """``−log p(data)``, the lowest −ELBO there is; None where it is not known."""
+    gaussian: Gaussian | None = None
+    """The posterior itself, if it is Gaussian."""
 
 
 def cox_process(size: int) -> Posterior:
@@ -53,16 +80,20 @@ def conjugate_gaussian(dim: int = 512, condition: float = 100.0) -> Posterior:
     noise = torch.randn(dim, generator=generator, dtype=torch.float64)
     observed = marginal.loc + marginal.scale_tril @ noise
     evidence = marginal.log_prob(observed).item()
-    data = observed.float()
+    # Σ (Σ + I)⁻¹ is the posterior covariance, and maps y to the posterior mean.
+    covariance = (rotation * (eigenvalues / (1 + eigenvalues))) @ rotation.mT
+    gaussian = Gaussian(covariance @ observed, torch.linalg.cholesky(covariance))
+    dtype = torch.get_default_dtype()
+    data = observed.to(dtype)
     prior = dist.MultivariateNormal(
-        torch.zeros(dim), scale_tril=torch.linalg.cholesky(prior_covariance).float()
+        torch.zeros(dim), scale_tril=torch.linalg.cholesky(prior_covariance).to(dtype)
     )
 
     def model() -> None:
         z = pyro.sample("z", prior)
         pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=data)
 
-    return Posterior(dim, model, -evidence)
+    return Posterior(dim, model, -evidence, gaussian)
 
 
 def horseshoe_regression() -> Posterior:
@@ -77,12 +108,12 @@ def horseshoe_regression() -> Posterior:
     num_features = x.shape[1]
 
     def model() -> None:
-        intercept = pyro.sample("intercept", dist.Normal(0.0, 5.0))
-        overall = pyro.sample("overall", dist.HalfCauchy(1.0))
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 5.0)).unsqueeze(-1)
+        overall = pyro.sample("overall", dist.HalfCauchy(1.0)).unsqueeze(-1)
         ones = torch.ones(num_features)
         local = pyro.sample("local", dist.HalfCauchy(ones).to_event(1))
         standardized = pyro.sample("standardized", dist.Normal(0.0, ones).to_event(1))
-        logits = intercept + x @ (overall * local * standardized)
+        logits = intercept + (overall * local * standardized) @ x.mT
         pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
 
     return Posterior(2 * num_features + 2, model)
@@ -103,9 +134,10 @@ def neural_network(hidden: int = 20) -> Posterior:
         )
         offset = pyro.sample("offset", dist.Normal(torch.zeros(hidden), 1.0).to_event(1))
         last = pyro.sample("last", dist.Normal(torch.zeros(hidden), hidden**-0.5).to_event(1))
-        level = pyro.sample("level", dist.Normal(0.0, 1.0))
-        noise = pyro.sample("noise", dist.LogNormal(-0.5, 0.5))
-        mean = torch.tanh(x @ first + offset) @ last + level
+        level = pyro.sample("level", dist.Normal(0.0, 1.0)).unsqueeze(-1)
+        noise = pyro.sample("noise", dist.LogNormal(-0.5, 0.5)).unsqueeze(-1)
+        hidden_values = torch.tanh(x @ first + offset.unsqueeze(-2))
+        mean = (hidden_values @ last.unsqueeze(-1)).squeeze(-1) + level
         pyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
 
     return Posterior(width * hidden + 2 * hidden + 2, model)
@@ -131,7 +163,7 @@ def funnel(dim: int = 20) -> Posterior:
 
     def model() -> None:
         log_variance = pyro.sample("log_variance", dist.Normal(0.0, 3.0))
-        scale = torch.exp(log_variance / 2)
+        scale = torch.exp(log_variance / 2).unsqueeze(-1)
         pyro.sample("x", dist.Normal(torch.zeros(dim - 1), scale).to_event(1))
 
     return Posterior(dim, model, 0.0)

@@ -1,14 +1,16 @@
-"""The benchmark of one layer times what it says: log-determinants and inverses of every method.
+"""The benchmarks measure what they say, and print it: on small sizes.
 
-Its peers are an extra of their own; without them the tests skip themselves.
+The peers of one layer are an extra of their own; without them its tests skip themselves.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +19,10 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from scipy.integrate import solve_ivp
+
+from pyro_snf.vectorization import can_vectorize
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PEERS = ("FrEIA", "nflows", "normflows", "zuko")
@@ -301,3 +305,161 @@ def test_linear_recurrence(posteriordb_models: ModuleType) -> None:
         expected.append(column + factor * expected[-1])
     found = posteriordb_models.linear_recurrence(first, inputs, factor)
     assert torch.allclose(found, torch.cat(expected, dim=-1))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a benchmark by its name, for the length of a test."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def write_zipped(path: Path, content: object) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(path.name.removesuffix(".zip"), json.dumps(content))
+
+
+def test_posteriordb_is_not_repeated(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    posteriordb = load("posteriordb")
+    monkeypatch.setattr(posteriordb, "NUM_STEPS", (3, 4, 5))
+    monkeypatch.setattr(posteriordb, "NUM_DRAWS", 50)
+    monkeypatch.setattr(posteriordb, "NUM_WARMUP", 2)
+    write_zipped(tmp_path / "data-kidiq.json.zip", POSTERIORDB["kidscore_momhsiq"])
+    names = ["beta[1]", "beta[2]", "beta[3]", "sigma"]
+    draws = [{name: torch.randn(20).tolist() for name in names}]
+    write_zipped(tmp_path / "draws-kidiq-kidscore_momhsiq.json.zip", draws)
+    path = tmp_path / "results.jsonl"
+    arguments = ["--posteriors", "kidscore_momhsiq", "--seeds", "0", "--results", str(path)]
+    arguments += ["--data-dir", str(tmp_path), "--nuts-seconds", "0.01"]
+    posteriordb.main(["run", *arguments])
+    rows = rows_of(path)
+    assert [row["method"] for row in rows] == ["fit"] * 3 + list(posteriordb.METHODS[1:])
+    assert all(row["mean"] > 0 and row["seconds"] > 0 for row in rows)
+    posteriordb.main(["run", *arguments])
+    assert rows_of(path) == rows
+    posteriordb.main(["run", "--methods", "fit", "--num-starts", "2", *arguments])
+    assert len(rows_of(path)) == len(rows) + 3
+    capsys.readouterr()
+    posteriordb.main(["table", "--results", str(path)])
+    for header, row, summary in tables(capsys.readouterr().out):
+        assert len(header) == len(row) == len(summary)
+        assert row[:2] == ["kidscore_momhsiq", "4"]
+        assert "–" not in row
+
+
+@pytest.mark.parametrize(
+    "make", ["horseshoe_regression", "neural_network", "banana", "funnel", "conjugate_gaussian"]
+)
+def test_particles_of_posteriors(load: Callable[[str], ModuleType], make: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    options = {"dim": 6} if make == "conjugate_gaussian" else {}
+    posterior = getattr(load("posteriors"), make)(**options)
+    guide = AutoNormal(posterior.model)
+    assert can_vectorize(posterior.model, guide, (), {}, 0)
+    assert sum(value.numel() for value in guide().values()) == posterior.dim
+
+
+def test_divergence_of_gaussians(load: Callable[[str], ModuleType]) -> None:
+    posteriors = load("posteriors")
+    posterior = posteriors.conjugate_gaussian(6, 1e3)
+    covariance = posterior.gaussian.tril @ posterior.gaussian.tril.mT
+    exact = torch.distributions.MultivariateNormal(posterior.gaussian.mean, covariance)
+    guide = AutoMultivariateNormal(posterior.model)
+    guide()
+    expected = torch.distributions.kl_divergence(guide.get_posterior(), exact).item()
+    assert posterior.gaussian.divergence_from(guide) == pytest.approx(expected)
+    # −ELBO − (−log evidence) is the same, up to the noise of its estimate.
+    loss, error = posteriors.svi_guide.evaluate(posterior.model, guide, 500)
+    assert abs(loss - posterior.negative_log_evidence - expected) < 5 * error
+
+
+def test_fit_as_long_as_other_guides(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("zuko")
+    torch.set_default_dtype(torch.float32)
+    guides = load("guides")
+
+    monkeypatch.setattr(guides, "NUM_TIMED_STEPS", 2)
+    monkeypatch.setattr(guides, "seconds_for", lambda dim: 0.05)
+    monkeypatch.setattr(guides, "CHOICES", {"all": {"AutoNormal": (AutoNormal, math.inf)}})
+    path = tmp_path / "results.jsonl"
+    arguments = ["--posteriors", "banana, D = 20", "--results", str(path), "--seeds", "0"]
+    for command in ("fit", "fit", "run"):
+        guides.main([command, *arguments])
+    found, *others = rows_of(path)
+    assert found["guide"] == "fit"
+    assert found["seconds"] == pytest.approx(found["steps"] * found["ms_per_step"] / 1e3)
+    assert [row["guide"] for row in others] == ["AutoNormal"] * 3
+    capsys.readouterr()
+    guides.main(["table", "--results", str(path)])
+    for rows in tables(capsys.readouterr().out):
+        assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_a_conjugate_gaussian(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    conjugate = load("conjugate")
+
+    monkeypatch.setattr(conjugate, "NUM_SAMPLES", 50)
+    path = tmp_path / "results.jsonl"
+    arguments = ["--dim", "4", "--conditions", "100", "--num-steps", "2", "60"]
+    arguments += ["--results", str(path)]
+    for _ in range(2):
+        conjugate.main(["run", *arguments])
+    rows = rows_of(path)
+    assert len(rows) == 2 * len(conjugate.METHODS)
+    divergences = [row["divergence"] for row in rows if row["method"] == "fit, num_layers=1"]
+    assert divergences[1] < 0.1 < divergences[0]
+    capsys.readouterr()
+    conjugate.main(["table", *arguments])
+    ((header, *lines),) = tables(capsys.readouterr().out)
+    assert [line[1] for line in lines] == list(conjugate.METHODS)
+    assert all(len(line) == len(header) for line in lines)
+
+
+def test_condition_numbers(
+    load: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    condition = load("condition")
+
+    target = condition.make_target(5, 1e4, seed=0)
+    assert torch.linalg.cond(target.tril).item() ** 2 == pytest.approx(1e4)
+    assert torch.linalg.det(target.tril).item() == pytest.approx(1.0)
+    path, picture = tmp_path / "results.jsonl", tmp_path / "picture.png"
+    arguments = ["--dims", "4", "--conditions", "1", "100", "--max-steps", "25"]
+    arguments += ["--results", str(path), "--picture", str(picture)]
+    for _ in range(2):
+        condition.main(["run", *arguments])
+    rows = rows_of(path)
+    assert len(rows) == 2 * (2 + 3 * len(condition.RATES))
+    assert all((row["divergence"] < condition.GOAL) == (row["steps"] < math.inf) for row in rows)
+    assert rows[0]["steps"] < math.inf
+    capsys.readouterr()
+    condition.main(["table", *arguments])
+    ((header, *lines),) = tables(capsys.readouterr().out)
+    assert len(lines) == len(condition.METHODS)
+    assert lines[-1][2:4] == ["> 25", "> 25"]
+    assert all(len(line) == len(header) for line in lines)
+    condition.main(["plot", *arguments])
+    assert picture.stat().st_size > 1000

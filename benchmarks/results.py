@@ -1,0 +1,59 @@
+"""Results as JSON lines in a file, to which they are appended as they come, and Markdown tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append", "load", "number", "print_table", "select", "spread"]
+
+Row = dict[str, Any]
+
+
+def load(path: Path) -> list[Row]:
+    """The results so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a result, and print it."""
+    print(row, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def select(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in values.items())]
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def number(value: float) -> str:
+    """Three digits at least, two of them after the point; infinite is what has diverged."""
+    if not math.isfinite(value):
+        return "diverged"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.1g}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    is_finite = len(values) > 1 and math.isfinite(mean)
+    return number(mean) + (f" ± {number(statistics.stdev(values))}" if is_finite else "")
