@@ -52,9 +52,6 @@ __all__ = ["Moments", "SignalShare", "moments", "relative_step", "secant_step"]
 # The shortest and the longest memory of the averages, in steps.
 _MIN_MEMORY, _MAX_MEMORY = 10.0, 100.0
 
-# Of the relative gradient. 1 is optimal where samples are many; half leaves room for noise.
-_RELATIVE_RATE = 0.5
-
 # A sample whose y has the length λ and the angle φ to h shows a direction of stiffness about λ/φ.
 # Along it, W must not be shortened by more than the cosine; half of it is safe for several samples.
 _MAX_SHARE_OF_COSINE = 0.5
@@ -169,11 +166,11 @@ def relative_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
 
     :param Tensor h: contrasts, shape ``(n, D)``.
     :param Tensor y: contrasts, shape ``(n, D)``.
-    :param float rate: in [0, 1], times which the step is the longest that is reasonable.
+    :param float rate: η, in [0, 1].
     :return: ``Pᵀ`` and ``Qᵀ``, each of shape ``(n, D)``.
     """
     count, dim = h.shape
-    left = y * (-_RELATIVE_RATE * rate / count)
+    left = y * (-rate / count)
     length, h_length = left.norm(dim=-1), h.norm(dim=-1)
     cosine = ((left * h).sum(-1) / (length * h_length)).abs().nan_to_num(0.0)
     longest = _MAX_SHARE_OF_COSINE * cosine.clamp(min=1 / math.sqrt(dim)) * min(1.0, dim / count)

@@ -133,7 +133,7 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
         recording = self.recording.get()
-        if recording is None or not self._is_training(self.theta):
+        if recording is None or not self.is_trained or not self._is_training(self.theta):
             return super()._call_with_memo(x)
         with torch.no_grad():
             y = self._call(x)
@@ -144,6 +144,11 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         value = super().log_abs_det_jacobian(x, y)
         call = self.recorded_call(x, y)
         return value if call is None else call.log_det(value.detach(), y)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether all parameters require a gradient: only then samples are recorded."""
+        return all(parameter.requires_grad for parameter in self._map_parameters())
 
     def recorded_call(self, x: Tensor, y: Tensor) -> RecordedCall | None:
         """The record of the call ``y = T(x)``, if there is one."""
