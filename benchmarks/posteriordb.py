@@ -15,7 +15,7 @@ standard deviations, and of the logarithm of a standard deviation, in 10,000 dra
   have both errors below 0.1, which is checked (without counting it) after every 100 draws.
 
     python benchmarks/posteriordb.py run --data-dir DIR
-    python benchmarks/posteriordb.py run --data-dir DIR --methods fit --num-starts 4
+    python benchmarks/posteriordb.py run --data-dir DIR --methods fit --num-starts 1
     python benchmarks/posteriordb.py table
 
 ``run`` appends to ``--results`` as they come, and does not repeat what is there. Where a guide has
@@ -95,11 +95,11 @@ def run_one(posterior: Posterior, seed: int, args: argparse.Namespace) -> None:
         add(lambda: run_nuts(posterior, args.nuts_seconds), method="NUTS")
 
 
-def fit_name(num_starts: int) -> str:
-    return "fit" if num_starts == 1 else f"fit, {num_starts} starts"
+def fit_name(num_starts: int | None) -> str:
+    return "fit" if num_starts is None else f"fit, num_starts={num_starts}"
 
 
-def run_fit(posterior: Posterior, num_steps: int, num_starts: int) -> results.Row:
+def run_fit(posterior: Posterior, num_steps: int, num_starts: int | None) -> results.Row:
     guide = AutoSelfNormalizingFlow(posterior.model)
     done = fit(
         posterior.model,
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, default=list(POSTERIORS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-starts", type=int, default=1, help="of fit")
+    parser.add_argument("--num-starts", type=int, help="of fit")
     parser.add_argument("--nuts-seconds", type=float, default=300.0, help="the most for NUTS")
     args = parser.parse_args(argv)
     {"run": run, "table": table}[args.command](args)

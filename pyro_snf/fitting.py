@@ -201,9 +201,12 @@ def fit(
 
         if num_starts > 1:
             assert isinstance(guide, AutoSelfNormalizingFlow)
-            run, start_losses = _best_start(guide, run_with, num_starts, num_trial_steps)
-            half = num_steps_of_best // 2
-            run.optim.start_decay(num_steps_of_best - half, at=half)
+            run, start_losses = _best_start(
+                lambda: run_with(NaturalGradient(guide, num_steps_of_best)),
+                guide,
+                num_starts,
+                num_trial_steps,
+            )
         else:
             run = run_with(_default_optim(guide, num_steps) if optim is None else optim)
         if run.reason != "interrupted":
@@ -325,8 +328,8 @@ def _default_optim(guide: Callable[..., Any], num_steps: int) -> PyroOptim:
 
 
 def _best_start(
+    new_run: Callable[[], _Run],
     guide: AutoSelfNormalizingFlow,
-    run_with: Callable[[PyroOptim], _Run],
     num_starts: int,
     num_steps: int,
 ) -> tuple[_Run, list[float]]:
@@ -339,7 +342,7 @@ def _best_start(
         if index:
             with torch.no_grad():
                 guide.last_layer.bias.uniform_(-_START_RADIUS, _START_RADIUS)
-        run = run_with(NaturalGradient(guide))
+        run = new_run()
         run.train(num_steps)
         tail = np.array(run.losses[-max(1, len(run.losses) // 5) :])
         loss = float(np.nan_to_num(np.median(tail), nan=math.inf)) if len(tail) else math.inf
@@ -353,9 +356,10 @@ def _best_start(
     assert best is not None
     _, run, guide_state, optim_state = best
     guide.load_state_dict(guide_state)
-    run.reason, run.optim = reason, NaturalGradient(guide)
-    run.optim.set_state(optim_state)
-    return run, losses
+    going_on = new_run()
+    going_on.optim.set_state(optim_state)
+    going_on.losses, going_on.seconds, going_on.reason = run.losses, run.seconds, reason
+    return going_on, losses
 
 
 def _quarters(losses: NDArray[np.float64], size: int) -> tuple[float, float]:
