@@ -147,9 +147,9 @@ def fit(
     where the model allows it (:func:`~pyro_snf.vectorization.can_vectorize`), else one after the
     other. Sites that are marked to be enumerated are summed out.
 
-    Training stops when the loss has not fallen by the tolerance, beyond doubt, over the last
-    quarter of the steps; with natural gradients, the rates decay first, in half as many steps.
-    Ctrl-C stops it too, and what there is is returned.
+    Training stops when the mean loss has not changed by the tolerance, give or take its standard
+    error, from one quarter of the steps to the last one; with natural gradients, the rates decay
+    first, in half as many steps. Ctrl-C stops it too, and what there is is returned.
 
     :param model: a Pyro model; it is called with ``args`` and ``kwargs``, as the guide is.
     :param guide: a Pyro guide, which is trained in place.
@@ -362,7 +362,7 @@ def _best_start(
     return going_on, losses
 
 
-def _quarters(losses: NDArray[np.float64], size: int) -> tuple[float, float]:
+def _fall(losses: NDArray[np.float64], size: int) -> tuple[float, float]:
     """How much the loss has fallen from the last but one to the last of so many losses each, and
     the standard error of that. Outliers count as the 1 % or 99 % quantile."""
     parts = [losses[-2 * size : -size], losses[-size:]]
@@ -375,14 +375,15 @@ def _quarters(losses: NDArray[np.float64], size: int) -> tuple[float, float]:
 
 
 def _has_converged(losses: NDArray[np.float64], tolerance: float) -> bool:
-    fall, error = _quarters(losses, len(losses) // 4)
-    return fall + error < tolerance
+    # A loss that has risen will fall again, if rates decay.
+    fall, error = _fall(losses, len(losses) // 4)
+    return abs(fall) + error < tolerance
 
 
 def _is_falling(losses: NDArray[np.float64], tolerance: float) -> bool:
     if len(losses) < 20:
         return True
-    fall, error = _quarters(losses, len(losses) // 10)
+    fall, error = _fall(losses, len(losses) // 10)
     return fall > max(_FALL * tolerance, _FALL_ERRORS * error)
 
 
