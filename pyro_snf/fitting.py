@@ -37,6 +37,9 @@ __all__ = ["Fit", "fit"]
 # For guides that NaturalGradient is not for: Pyro's usual rates, from the first step to the last.
 _ADAM_RATE, _LAST_ADAM_RATE = 1e-2, 1e-4
 
+# Particles of a step. A product of the D² weights with some more of them takes hardly more time.
+_NUM_PARTICLES, _MAX_PARTICLES, _DIMENSIONS_PER_PARTICLE = 8, 64, 32
+
 # The last quarter of the losses is compared with the one before, every so many steps.
 _FIRST_CHECK = 200
 _CHECK_EVERY = 25
@@ -123,7 +126,7 @@ def fit(
     guide: Callable[..., Any],
     *args: Any,
     num_steps: int = 2000,
-    num_particles: int = 8,
+    num_particles: int | None = None,
     optim: PyroOptim | None = None,
     num_starts: int | None = None,
     tolerance: float | None = _DEFAULT_TOLERANCE,
@@ -154,7 +157,10 @@ def fit(
     :param model: a Pyro model; it is called with ``args`` and ``kwargs``, as the guide is.
     :param guide: a Pyro guide, which is trained in place.
     :param int num_steps: the most steps.
-    :param int num_particles: draws from the guide for the gradient of a step.
+    :param num_particles: draws from the guide for the gradient of a step. None stands for 8; for
+        D/32 of them, but 64 at most, where that is more, the particles are drawn in one call, and
+        the guide is an ``AutoSelfNormalizingFlow`` of dimension D: all of them read the D² weights
+        at once.
     :param optim: an optimizer of Pyro's, or a ``NaturalGradient``.
     :param num_starts: how many locations to start from, for an ``AutoSelfNormalizingFlow``: its
         own, and others whose unconstrained numbers are uniform on (−2, 2). Each gets a twentieth of
@@ -170,7 +176,7 @@ def fit(
         row.
     """
     num_steps = as_count("num_steps", num_steps)
-    num_particles = as_count("num_particles", num_particles)
+    num_particles = None if num_particles is None else as_count("num_particles", num_particles)
     tolerance = None if tolerance is None else as_positive("tolerance", tolerance)
     check_flag("progress", progress)
     expect("optim, one of Pyro's, or None", optim is None or isinstance(optim, PyroOptim), optim)
@@ -305,7 +311,7 @@ def _make_elbo(
     guide: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    num_particles: int,
+    num_particles: int | None,
 ) -> Trace_ELBO | TraceEnum_ELBO:
     traces = single_traces(model, guide, args, kwargs)
     nesting = nesting_of(*traces)
@@ -316,7 +322,12 @@ def _make_elbo(
         if site["type"] == "sample" and not site["is_observed"]
     )
     kind: Any = TraceEnum_ELBO if is_enumerated else Trace_ELBO
-    vectorize = num_particles > 1 and can_vectorize(model, guide, args, kwargs, nesting)
+    vectorize = num_particles != 1 and can_vectorize(model, guide, args, kwargs, nesting)
+    if num_particles is None:
+        num_particles = _NUM_PARTICLES
+        if vectorize and isinstance(guide, AutoSelfNormalizingFlow):
+            by_dim = guide.last_layer.input_dim // _DIMENSIONS_PER_PARTICLE
+            num_particles = min(max(num_particles, by_dim), _MAX_PARTICLES)
     return kind(num_particles, max_plate_nesting=nesting, vectorize_particles=vectorize)
 
 
