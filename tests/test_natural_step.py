@@ -22,8 +22,8 @@ from pyro_snf.natural_step import (
 EXACT = 1e-9
 # The average of many samples is about normal: such a deviation has a probability of about 10⁻⁵.
 STANDARD_ERRORS = 4.5
-# Draws of an average: its standard error is that of one draw, over 30.
-DRAWS = 900
+# Draws of an average: its standard error is that of one draw, over 20.
+DRAWS = 400
 
 NOT_HELMERT = pytest.mark.xfail(
     strict=True, reason="BUG: _contrasts has lost its ones: it is not Helmert's matrix"

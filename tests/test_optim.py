@@ -489,7 +489,7 @@ def test_step_and_zero_grad_leave_no_gradients() -> None:
 # --- Which parameters ---------------------------------------------------------------------------
 
 
-DATA = torch.tensor([1.0, 2.5, 4.0])
+DATA = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
 
 
 def with_parameter() -> None:
