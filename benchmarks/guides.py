@@ -166,8 +166,8 @@ def fit_for_seconds(posterior: Posterior, seed: int) -> results.Row:
     return {
         "loss": loss,
         "error": error,
-        "steps": done.num_steps,
-        "ms_per_step": 1e3 * done.seconds / done.num_steps,
+        "steps": num_steps,
+        "ms_per_step": 1e3 * done.seconds / num_steps,
         "seconds": done.seconds,
         "reason": done.reason,
     }

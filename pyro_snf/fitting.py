@@ -78,7 +78,7 @@ class Fit:
     is_falling: bool
     """Whether the loss was still falling at the end."""
     seconds: float
-    """Of all steps."""
+    """Of the steps of all starts."""
     start_losses: list[float] = field(default_factory=list)
     """With several starts, the loss that each had reached when the best one was chosen."""
 
@@ -197,6 +197,7 @@ def fit(
     num_steps_of_best = num_steps - (num_starts - 1) * num_trial_steps
     expect("more steps than starts", num_steps_of_best >= num_trial_steps, num_steps)
     start_losses: list[float] = []
+    start = time.perf_counter()
     with _Progress(progress, num_steps) as bar:
 
         def backward() -> float:
@@ -222,7 +223,7 @@ def fit(
         losses=losses,
         reason=run.reason,
         is_falling=_is_falling(losses, tolerance or _DEFAULT_TOLERANCE),
-        seconds=run.seconds,
+        seconds=time.perf_counter() - start,
         start_losses=start_losses,
     )
     if result.reason == "diverged":
@@ -240,18 +241,14 @@ class _Run:
     def __init__(self, backward: Callable[[], float], optim: Any, bar: _Progress) -> None:
         self.backward, self.optim, self.bar = backward, optim, bar
         self.losses: list[float] = []
-        self.seconds = 0.0
         self.reason = "num_steps"
 
     def train(self, num_steps: int, tolerance: float | None = None) -> None:
         """Go on until there are so many losses, or a reason to stop."""
-        start = time.perf_counter()
         try:
             self._train(num_steps, tolerance)
         except KeyboardInterrupt:
             self.reason = "interrupted"
-        finally:
-            self.seconds += time.perf_counter() - start
 
     def _train(self, num_steps: int, tolerance: float | None) -> None:
         is_natural = isinstance(self.optim, NaturalGradient)
@@ -369,7 +366,7 @@ def _best_start(
     guide.load_state_dict(guide_state)
     going_on = new_run()
     going_on.optim.set_state(optim_state)
-    going_on.losses, going_on.seconds, going_on.reason = run.losses, run.seconds, reason
+    going_on.losses, going_on.reason = run.losses, reason
     return going_on, losses
 
 
