@@ -56,6 +56,7 @@ _DEFAULT_TOLERANCE = 0.005
 # Starts, and the share of the steps that each of them gets before the best one goes on: a hundred
 # of two thousand steps bring most posteriors to the Gaussian of their mode.
 _NUM_STARTS = 4
+_MIN_TRIAL = 25
 _SHARE_OF_TRIAL = 0.05
 # Of the first locations of further starts, each unconstrained number: as in Stan.
 _START_RADIUS = 2.0
@@ -166,7 +167,7 @@ def fit(
         own, and others whose unconstrained numbers are uniform on (−2, 2). Each gets a twentieth of
         the steps; the one of the lowest loss gets all of the others. A posterior with several modes
         shows in :attr:`Fit.start_losses`. None stands for four if the guide has not been called
-        yet and no ``optim`` is given, else for one.
+        yet, no ``optim`` is given, and there are 500 steps or more; else for one.
     :param tolerance: in nats; None for no stop before ``num_steps``.
     :param seed: for ``pyro.set_rng_seed``; None leaves the random number generators as they are.
     :param bool progress: whether to show a progress bar or, where there is no terminal, a line
@@ -180,20 +181,21 @@ def fit(
     tolerance = None if tolerance is None else as_positive("tolerance", tolerance)
     check_flag("progress", progress)
     expect("optim, one of Pyro's, or None", optim is None or isinstance(optim, PyroOptim), optim)
-    is_natural = isinstance(guide, AutoSelfNormalizingFlow) and NaturalGradient.is_for(guide)
+    num_trial_steps = math.ceil(_SHARE_OF_TRIAL * num_steps)
+    flow = guide if isinstance(guide, AutoSelfNormalizingFlow) else None
+    if optim is not None or flow is None or not NaturalGradient.is_for(flow):
+        flow = None  # nothing that this function trains by natural gradients
     if num_starts is None:
-        is_fresh = is_natural and getattr(guide, "transform", None) is None
-        num_starts = _NUM_STARTS if is_fresh and optim is None else 1
+        is_new = flow is not None and flow.transform is None
+        num_starts = _NUM_STARTS if is_new and num_trial_steps >= _MIN_TRIAL else 1
     num_starts = as_count("num_starts", num_starts)
-    if num_starts > 1:
-        expect("num_starts=1 for a guide that NaturalGradient is not for", is_natural, num_starts)
-        expect("no optim with several starts", optim is None, optim)
+    expected = "num_starts=1 with an optim, and for guides that NaturalGradient is not for"
+    expect(expected, flow is not None or num_starts == 1, num_starts)
     if seed is not None:
         pyro.set_rng_seed(seed)
     if isinstance(guide, nn.Module):
         guide.train()
     elbo = _make_elbo(model, guide, args, kwargs, num_particles)
-    num_trial_steps = math.ceil(_SHARE_OF_TRIAL * num_steps)
     num_steps_of_best = num_steps - (num_starts - 1) * num_trial_steps
     expect("more steps than starts", num_steps_of_best >= num_trial_steps, num_steps)
     start_losses: list[float] = []
@@ -203,21 +205,22 @@ def fit(
         def backward() -> float:
             return elbo.loss_and_grads(model, guide, *args, **kwargs)
 
-        def run_with(optim: PyroOptim) -> _Run:
-            return _Run(backward, optim, bar)
+        def new_run() -> _Run:
+            if flow is not None:
+                return _Run(backward, NaturalGradient(flow, num_steps_of_best), bar)
+            if optim is not None:
+                return _Run(backward, optim, bar)
+            decay = (_LAST_ADAM_RATE / _ADAM_RATE) ** (1 / num_steps)
+            return _Run(backward, ClippedAdam({"lr": _ADAM_RATE, "lrd": decay}), bar)
 
-        if num_starts > 1:
-            assert isinstance(guide, AutoSelfNormalizingFlow)
-            run, start_losses = _best_start(
-                lambda: run_with(NaturalGradient(guide, num_steps_of_best)),
-                guide,
-                num_starts,
-                num_trial_steps,
-            )
+        if flow is not None and num_starts > 1:
+            run, start_losses = _best_start(new_run, flow, num_starts, num_trial_steps)
         else:
-            run = run_with(_default_optim(guide, num_steps) if optim is None else optim)
+            run = new_run()
         if run.reason != "interrupted":
             run.train(num_steps_of_best, tolerance)
+    if flow is not None:
+        flow.record(None)  # now, not when the optimizer happens to be collected
     losses = np.array(run.losses)
     result = Fit(
         losses=losses,
@@ -326,13 +329,6 @@ def _make_elbo(
             by_dim = guide.last_layer.input_dim // _DIMENSIONS_PER_PARTICLE
             num_particles = min(max(num_particles, by_dim), _MAX_PARTICLES)
     return kind(num_particles, max_plate_nesting=nesting, vectorize_particles=vectorize)
-
-
-def _default_optim(guide: Callable[..., Any], num_steps: int) -> PyroOptim:
-    if isinstance(guide, AutoSelfNormalizingFlow) and NaturalGradient.is_for(guide):
-        return NaturalGradient(guide, num_steps)
-    decay = (_LAST_ADAM_RATE / _ADAM_RATE) ** (1 / num_steps)
-    return ClippedAdam({"lr": _ADAM_RATE, "lrd": decay})
 
 
 def _best_start(

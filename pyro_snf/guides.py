@@ -96,6 +96,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     In ``eval()`` mode and under ``no_grad`` densities are exact. In training they are estimates
     whose error :class:`~pyro_snf.SelfNormalizingLinear` measures.
 
+    :func:`pyro_snf.fit` trains the guide, by natural gradients; ``SVI`` does with any optimizer.
+
     The first call creates the flow. ``.to()`` and ``.double()`` may precede it (they take
     precedence over the model's device and dtype), and so may ``load_state_dict``.
 
@@ -333,10 +335,10 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         """T_n, the dense layer that ends the flow."""
         return self._flow.parts[-1]
 
-    def record(self, recording: Recording) -> None:
+    def record(self, recording: Recording | None) -> None:
         """Let :attr:`last_layer` record the gradients of samples, in the place of its own.
 
-        :param Recording recording: in which it does so for as long as its owner keeps it.
+        :param recording: in which it does so for as long as its owner keeps it; None to stop.
         """
         self._recording.set(recording)
         if self.transform is not None:
