@@ -24,7 +24,7 @@ import annealing
 import pyro
 import results
 import torch
-from posteriors import Posterior, conjugate_gaussian, svi_guide
+from posteriors import Posterior, conjugate_gaussian, evaluate
 from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 
 from pyro_snf import AutoSelfNormalizingFlow, fit
@@ -75,7 +75,7 @@ def train(posterior: Posterior, method: str, num_steps: int, num_particles: int)
     if isinstance(guide, AutoMultivariateNormal) or guide.num_layers == 1:
         divergence, error = posterior.gaussian.divergence_from(guide), 0.0
     else:
-        loss, error = svi_guide.evaluate(posterior.model, guide, NUM_SAMPLES)
+        loss, error = evaluate(posterior.model, guide, NUM_SAMPLES)
         divergence = loss - posterior.negative_log_evidence
     return {"divergence": divergence, "error": error, "seconds": seconds}
 

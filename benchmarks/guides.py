@@ -31,9 +31,10 @@ from pathlib import Path
 import pyro
 import results
 import torch
+import turns
 import zuko
 from matplotlib.figure import Figure
-from posteriors import POSTERIORS, Posterior, svi_guide
+from posteriors import POSTERIORS, Posterior, evaluate
 from pyro.distributions import TransformModule
 from pyro.distributions.transforms import block_autoregressive
 from pyro.infer.autoguide import (
@@ -162,7 +163,7 @@ def fit_for_seconds(posterior: Posterior, seed: int) -> results.Row:
     pyro.set_rng_seed(seed)
     guide = AutoSelfNormalizingFlow(model)
     done = fit(model, guide, num_steps=num_steps, progress=False)
-    loss, error = svi_guide.evaluate(model, guide, 500)
+    loss, error = evaluate(model, guide, 500)
     return {
         "loss": loss,
         "error": error,
@@ -186,20 +187,19 @@ def compare(
         for name, (make, largest) in chosen.items()
         if posterior.dim <= largest
     }
-    seconds = seconds_for(posterior.dim)
-    histories = svi_guide.train(
-        posterior.model, guides, learning_rate=rate, seconds=seconds, show_progress=False
+    lengths = turns.train(
+        posterior.model, guides, learning_rate=rate, seconds=seconds_for(posterior.dim)
     )
     rows = []
     for name, guide in guides.items():
-        loss, error = svi_guide.evaluate(posterior.model, guide, 500)
+        loss, error = evaluate(posterior.model, guide, 500)
         rows.append(
             {
                 "guide": name,
                 "loss": loss,
                 "error": error,
-                "steps": len(histories[name].losses),
-                "ms_per_step": histories[name].milliseconds_per_step,
+                "steps": lengths[name].steps,
+                "ms_per_step": 1e3 * lengths[name].seconds / lengths[name].steps,
             }
         )
     return rows

@@ -8,22 +8,18 @@ under a plate of particles, where every latent variable has the particles' dimen
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoContinuous, AutoMultivariateNormal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import svi_guide  # found through the line above
-
-__all__ = ["POSTERIORS", "Gaussian", "Posterior", "conjugate_gaussian"]
+__all__ = ["POSTERIORS", "Gaussian", "Posterior", "conjugate_gaussian", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,75 @@ class Posterior:
     """The posterior itself, if it is Gaussian."""
 
 
+@pyro.validation_enabled(False)
+@torch.no_grad()
+def evaluate(
+    model: Callable[[], object], guide: AutoContinuous, num_samples: int
+) -> tuple[float, float]:
+    """An estimate of −ELBO from fresh samples, with exact log-dets, and its standard error.
+
+    NaN for a guide that has diverged.
+    """
+    was_training = guide.training
+    guide.eval()
+    objective = Trace_ELBO()(model, guide)
+    try:
+        losses = torch.stack([objective() for _ in range(num_samples)])
+    except torch.linalg.LinAlgError:  # a matrix that is singular or not finite
+        return math.nan, math.nan
+    finally:
+        guide.train(was_training)
+    return losses.mean().item(), losses.std().item() / math.sqrt(num_samples)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Counts on D cells of the unit square, and the log-Gaussian Cox process that they are from."""
+
+    counts: Tensor
+    """Shape ``(D,)``."""
+    intensity: Tensor
+    """The true expected counts, ``exp(mean + field)``, shape ``(D,)``."""
+    mean: float
+    scale_tril: Tensor
+    """The Cholesky factor of the field's prior covariance, shape ``(D, D)``."""
+
+
+def simulate_grid(size: int) -> Grid:
+    """A draw from the prior on ``size`` × ``size`` cells, whose counts average 3 at any size."""
+    centers = (torch.arange(size) + 0.5) / size
+    positions = torch.cartesian_prod(centers, centers)
+    scale_tril = matern_cholesky(positions, length_scale=0.1)
+    mean = math.log(3.0) - 0.5  # E exp(field) = exp(½)
+    generator = torch.Generator().manual_seed(0)
+    intensity = torch.exp(mean + scale_tril @ torch.randn(size**2, generator=generator))
+    counts = torch.poisson(intensity, generator=generator)
+    return Grid(counts, intensity, mean, scale_tril)
+
+
+def matern_cholesky(positions: Tensor, *, length_scale: float) -> Tensor:
+    """The Cholesky factor of the Matérn 3/2 covariance with variance 1, shape ``(D, D)``.
+
+    :param Tensor positions: shape ``(D, d)``.
+    """
+    distance = (positions.double().unsqueeze(1) - positions.double()).norm(dim=-1)
+    scaled = math.sqrt(3) * distance / length_scale
+    covariance = (1 + scaled) * torch.exp(-scaled)
+    covariance.diagonal().add_(1e-6)  # for the factorization of fine grids
+    return torch.linalg.cholesky(covariance).to(positions.dtype)
+
+
 def cox_process(size: int) -> Posterior:
     """A log-Gaussian Cox process on ``size`` × ``size`` cells, counts of 3 a cell on average."""
-    process = svi_guide.simulate_grid(size, seed=0)
-    return Posterior(size**2, svi_guide.make_model(process))
+    grid = simulate_grid(size)
+    prior = dist.MultivariateNormal(torch.zeros_like(grid.counts), scale_tril=grid.scale_tril)
+
+    def model() -> None:
+        field = pyro.sample("field", prior)
+        intensity = torch.exp(grid.mean + field)
+        pyro.sample("counts", dist.Poisson(intensity).to_event(1), obs=grid.counts)
+
+    return Posterior(size**2, model)
 
 
 def conjugate_gaussian(dim: int = 512, condition: float = 100.0) -> Posterior:

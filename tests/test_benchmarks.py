@@ -332,7 +332,7 @@ def test_posteriordb_is_not_repeated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     posteriordb = load("posteriordb")
-    monkeypatch.setattr(posteriordb, "NUM_STEPS", (3, 4, 5))
+    monkeypatch.setattr(posteriordb, "NUM_STEPS", (4, 5, 6))
     monkeypatch.setattr(posteriordb, "NUM_DRAWS", 50)
     monkeypatch.setattr(posteriordb, "NUM_WARMUP", 2)
     write_zipped(tmp_path / "data-kidiq.json.zip", POSTERIORDB["kidscore_momhsiq"])
@@ -380,8 +380,40 @@ def test_divergence_of_gaussians(load: Callable[[str], ModuleType]) -> None:
     expected = torch.distributions.kl_divergence(guide.get_posterior(), exact).item()
     assert posterior.gaussian.divergence_from(guide) == pytest.approx(expected)
     # −ELBO − (−log evidence) is the same, up to the noise of its estimate.
-    loss, error = posteriors.svi_guide.evaluate(posterior.model, guide, 500)
+    loss, error = posteriors.evaluate(posterior.model, guide, 500)
     assert abs(loss - posterior.negative_log_evidence - expected) < 5 * error
+
+
+def test_guides_take_turns(load: Callable[[str], ModuleType]) -> None:
+    turns = load("turns")
+    posterior = load("posteriors").conjugate_gaussian(4)
+    with pyro.settings.context(module_local_params=True):
+        guides = {
+            "one": AutoNormal(posterior.model),
+            "two": AutoMultivariateNormal(posterior.model),
+        }
+        before = load("posteriors").evaluate(posterior.model, guides["one"], 200)[0]
+        lengths = turns.train(posterior.model, guides, learning_rate=0.01, seconds=0.5)
+        assert load("posteriors").evaluate(posterior.model, guides["one"], 200)[0] < before
+    for length in lengths.values():
+        assert length.steps > 10
+        assert length.seconds >= 0.5
+        assert length.seconds < 0.5 + 100 * length.seconds / length.steps  # the last step ends late
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's
+def test_a_guide_that_diverges_is_left_as_it_is(load: Callable[[str], ModuleType]) -> None:
+    turns, posteriors = load("turns"), load("posteriors")
+    posterior = posteriors.banana()
+    with pyro.settings.context(module_local_params=True):
+        guides = {
+            "one": AutoNormal(posterior.model),
+            "two": AutoMultivariateNormal(posterior.model),
+        }
+        lengths = turns.train(posterior.model, guides, learning_rate=1e200, seconds=60.0)
+        assert all(length.steps < 25 for length in lengths.values())
+        for guide in guides.values():
+            assert not math.isfinite(posteriors.evaluate(posterior.model, guide, 10)[0])
 
 
 def test_fit_as_long_as_other_guides(
@@ -394,8 +426,8 @@ def test_fit_as_long_as_other_guides(
     torch.set_default_dtype(torch.float32)
     guides = load("guides")
 
-    monkeypatch.setattr(guides, "NUM_TIMED_STEPS", 2)
-    monkeypatch.setattr(guides, "seconds_for", lambda dim: 0.05)
+    monkeypatch.setattr(guides, "NUM_TIMED_STEPS", 4)
+    monkeypatch.setattr(guides, "seconds_for", lambda dim: 0.2)
     monkeypatch.setattr(guides, "CHOICES", {"all": {"AutoNormal": (AutoNormal, math.inf)}})
     path = tmp_path / "results.jsonl"
     arguments = ["--posteriors", "banana, D = 20", "--results", str(path), "--seeds", "0"]
@@ -421,7 +453,7 @@ def test_a_conjugate_gaussian(
 
     monkeypatch.setattr(conjugate, "NUM_SAMPLES", 50)
     path = tmp_path / "results.jsonl"
-    arguments = ["--dim", "4", "--conditions", "100", "--num-steps", "2", "60"]
+    arguments = ["--dim", "4", "--conditions", "100", "--num-steps", "4", "60"]
     arguments += ["--results", str(path)]
     for _ in range(2):
         conjugate.main(["run", *arguments])
