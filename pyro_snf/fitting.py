@@ -242,6 +242,8 @@ class _Run:
         self.losses: list[float] = []
         self.seconds = 0.0
         self.reason = "num_steps"
+        #: Whether the model may raise an error at the first step, too.
+        self.may_fail_at_once = False
 
     def train(self, num_steps: int, tolerance: float | None = None) -> None:
         """Go on until there are so many losses, or a reason to stop."""
@@ -257,9 +259,8 @@ class _Run:
         is_natural = isinstance(self.optim, NaturalGradient)
         num_failures, first_check = 0, _FIRST_CHECK
         while len(self.losses) < num_steps:
-            loss = self._step(
-                may_fail=is_natural and len(self.losses) > 0 and num_failures < _MAX_FAILURES
-            )
+            has_started = self.may_fail_at_once or len(self.losses) > 0
+            loss = self._step(may_fail=is_natural and has_started)
             self.losses.append(loss)
             self.bar.update(loss)
             num_failures = 0 if math.isfinite(loss) else num_failures + 1
@@ -284,11 +285,8 @@ class _Run:
             # As in Pyro's SVI, which does not take parameters that modules own themselves.
             with poutine.trace(param_only=True) as capture:
                 loss = self.backward()
-            values = [site["value"] for site in capture.trace.nodes.values()]
-            values = [
-                getattr(value, "unconstrained", lambda value=value: value)() for value in values
-            ]
-            params = list(dict.fromkeys(values))
+            sites = capture.trace.nodes.values()
+            params = list(dict.fromkeys(_unconstrained(site["value"]) for site in sites))
             self.optim(params)
             zero_grads(params)
             return torch_item(loss)
@@ -354,6 +352,7 @@ def _best_start(
             with torch.no_grad():
                 guide.last_layer.bias.uniform_(-_START_RADIUS, _START_RADIUS)
         run = new_run()
+        run.may_fail_at_once = index > 0  # at a location that is not the user's
         run.train(num_steps)
         tail = np.array(run.losses[-max(1, len(run.losses) // 5) :])
         loss = float(np.nan_to_num(np.median(tail), nan=math.inf)) if len(tail) else math.inf
@@ -361,15 +360,16 @@ def _best_start(
         if best is None or loss < best[0]:
             state = copy.deepcopy((guide.state_dict(), run.optim.get_state()))
             best = loss, run, *state
-        reason = run.reason
-        if reason == "interrupted":
+        is_interrupted = run.reason == "interrupted"
+        if is_interrupted:
             break
     assert best is not None
     _, run, guide_state, optim_state = best
     guide.load_state_dict(guide_state)
     going_on = new_run()
     going_on.optim.set_state(optim_state)
-    going_on.losses, going_on.seconds, going_on.reason = run.losses, run.seconds, reason
+    going_on.losses, going_on.seconds = run.losses, run.seconds
+    going_on.reason = "interrupted" if is_interrupted else "num_steps"
     return going_on, losses
 
 
