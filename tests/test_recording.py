@@ -433,6 +433,57 @@ def test_balance_keeps_the_weight_and_gives_rows_of_length_1(log_det_name: str) 
 
 @pytest.mark.parametrize("log_det_name", LOG_DETS)
 @pytest.mark.parametrize("dim", [1, 6, 40])
+def test_rotate_input_is_its_formula(dim: int, log_det_name: str) -> None:
+    layer = linear(dim, log_det=log_det_name)
+    start = layer.weight.detach().clone()
+    for index in range(10):
+        change(layer, index)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    log_scale, value = layer.log_scale.detach().clone(), log_det(layer)
+    before = layer.num_refactorizations
+    layer.rotate_input(start)
+    rotated = layer.weight.detach()
+    # W Q, for an orthogonal Q: the Gaussian of x is the same.
+    assert close(rotated @ rotated.mT, weight @ weight.mT)
+    triangle = torch.linalg.solve(start, rotated)
+    assert close(triangle.tril(), triangle)
+    assert (triangle.diagonal() > 0).all()
+    assert torch.equal(layer.bias, bias)
+    assert torch.equal(layer.log_scale, log_scale)
+    assert log_det(layer) == pytest.approx(value, abs=EXACT)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
+    assert close(layer.inverse_weight @ rotated, torch.eye(dim))
+    if log_det_name == "refined":
+        assert layer.num_refactorizations == before + 1
+    layer.rotate_input(start)  # it is triangular already
+    assert close(layer.weight, rotated)
+    change(layer, 0)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
+
+
+def test_rotate_input_by_a_matrix_of_its_own_is_the_identity_there() -> None:
+    layer = linear(6)
+    weight = layer.weight.detach().clone()
+    layer.rotate_input(weight)
+    assert close(layer.weight, weight)
+
+
+def test_rotate_input_in_single_precision() -> None:
+    layer = linear(24).float()
+    start = layer.weight.detach().clone()
+    for index in range(10):
+        change(layer, index)
+    weight = layer.weight.detach().clone()
+    layer.rotate_input(start)
+    rotated = layer.weight.detach()
+    assert rotated.dtype == torch.float32
+    assert close(rotated @ rotated.mT, weight @ weight.mT, 1e-5)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=1e-5)
+    assert inverse_error(layer) < 1e-5
+
+
+@pytest.mark.parametrize("log_det_name", LOG_DETS)
+@pytest.mark.parametrize("dim", [1, 6, 40])
 def test_log_det_follows_many_changes(dim: int, log_det_name: str) -> None:
     layer = linear(dim, log_det=log_det_name)
     before = layer.num_refactorizations
