@@ -120,7 +120,8 @@ def failing(at: Callable[[int], bool], error: BaseException) -> Counting:
 @pytest.mark.parametrize("name", GUIDES)
 def test_guide(name: str) -> None:
     guide = GUIDES[name]()
-    result = quiet(gaussian, guide, num_steps=200, tolerance=None)
+    num_steps = 60 if name == "ours" else 200
+    result = quiet(gaussian, guide, num_steps=num_steps, tolerance=None)
     assert result.reason == "num_steps"
     if name != "ours learned":  # which has no value of the log-determinant
         assert result.loss == pytest.approx(-LOG_EVIDENCE, abs=LOSS)
@@ -295,7 +296,7 @@ def test_modules_that_own_their_parameters(name: str) -> None:
             model = WithParameter()
             guide = ours(model, 2) if name == "ours" else AutoNormal(model, init_scale=0.5)
             optim = None if name == "ours" else Adam({"lr": 0.05})
-            result = quiet(model, guide, num_steps=120, optim=optim, tolerance=None)
+            result = quiet(model, guide, num_steps=60, optim=optim, tolerance=None)
             assert (len(pyro.get_param_store()) == 0) == is_local
             assert abs(model.mean.item() - 1.5) > 0.05  # they have been trained
             assert abs(model.scale.item() - 0.5) > 0.05
@@ -580,7 +581,7 @@ def test_several_starts_find_the_higher_mode(num_starts: int) -> None:
 
 @pytest.mark.parametrize(
     ("num_steps", "num_starts", "num_trial_steps"),
-    [(100, 4, 5), (81, 3, 5), (80, 20, 4), (4, 4, 1)],
+    [(41, 4, 3), (40, 20, 2), (4, 4, 1)],
 )
 @quietly
 def test_trials_are_part_of_the_steps(
