@@ -151,9 +151,10 @@ def fit(
     where the model allows it (:func:`~pyro_snf.vectorization.can_vectorize`), else one after the
     other. Sites that are marked to be enumerated are summed out.
 
-    Training stops when the mean loss has not changed by the tolerance, give or take its standard
-    error, from one quarter of the steps to the last one; with natural gradients, the rates decay
-    first, in half as many steps. Ctrl-C stops it too, and what there is is returned.
+    Training stops when the guide is the posterior, but for rounding, and when the mean loss has not
+    changed by the tolerance, give or take its standard error, from one quarter of the steps to the
+    last one; with natural gradients, the rates decay first, in half as many steps. Ctrl-C stops it
+    too, and what there is is returned.
 
     :param model: a Pyro model; it is called with ``args`` and ``kwargs``, as the guide is.
     :param guide: a Pyro guide, which is trained in place.
@@ -197,7 +198,7 @@ def fit(
         guide.train()
     elbo = _make_elbo(model, guide, args, kwargs, num_particles)
     num_steps_of_best = num_steps - (num_starts - 1) * num_trial_steps
-    expect("more steps than starts", num_steps_of_best >= num_trial_steps, num_steps)
+    expect("fewer starts: each takes 5 % of the steps", num_steps_of_best > 0, num_starts)
     start_losses: list[float] = []
     start = time.perf_counter()
     with _Progress(progress, num_steps) as bar:
@@ -245,6 +246,8 @@ class _Run:
         self.backward, self.optim, self.bar = backward, optim, bar
         self.losses: list[float] = []
         self.reason = "num_steps"
+        #: Whether the model may raise an error at the first step, too.
+        self.may_fail_at_once = False
 
     def train(self, num_steps: int, tolerance: float | None = None) -> None:
         """Go on until there are so many losses, or a reason to stop."""
@@ -257,9 +260,8 @@ class _Run:
         is_natural = isinstance(self.optim, NaturalGradient)
         num_failures, first_check = 0, _FIRST_CHECK
         while len(self.losses) < num_steps:
-            loss = self._step(
-                may_fail=is_natural and len(self.losses) > 0 and num_failures < _MAX_FAILURES
-            )
+            has_started = self.may_fail_at_once or len(self.losses) > 0
+            loss = self._step(may_fail=is_natural and has_started)
             self.losses.append(loss)
             self.bar.update(loss)
             num_failures = 0 if math.isfinite(loss) else num_failures + 1
@@ -267,6 +269,9 @@ class _Run:
                 self.reason = "diverged"
                 return
             count = len(self.losses)
+            if is_natural and tolerance is not None and self.optim.is_at_posterior:
+                self.reason = "converged"
+                return
             if is_natural and not self.optim.trains_all_layers:
                 first_check = max(_FIRST_CHECK, 2 * count)
             is_decaying = is_natural and self.optim.decay < 1
@@ -284,11 +289,8 @@ class _Run:
             # As in Pyro's SVI, which does not take parameters that modules own themselves.
             with poutine.trace(param_only=True) as capture:
                 loss = self.backward()
-            values = [site["value"] for site in capture.trace.nodes.values()]
-            values = [
-                getattr(value, "unconstrained", lambda value=value: value)() for value in values
-            ]
-            params = list(dict.fromkeys(values))
+            sites = capture.trace.nodes.values()
+            params = list(dict.fromkeys(_unconstrained(site["value"]) for site in sites))
             self.optim(params)
             zero_grads(params)
             return torch_item(loss)
@@ -347,6 +349,7 @@ def _best_start(
             with torch.no_grad():
                 guide.last_layer.bias.uniform_(-_START_RADIUS, _START_RADIUS)
         run = new_run()
+        run.may_fail_at_once = index > 0  # at a location that is not the user's
         run.train(num_steps)
         tail = np.array(run.losses[-max(1, len(run.losses) // 5) :])
         loss = float(np.nan_to_num(np.median(tail), nan=math.inf)) if len(tail) else math.inf
@@ -354,15 +357,16 @@ def _best_start(
         if best is None or loss < best[0]:
             state = copy.deepcopy((guide.state_dict(), run.optim.get_state()))
             best = loss, run, *state
-        reason = run.reason
-        if reason == "interrupted":
+        is_interrupted = run.reason == "interrupted"
+        if is_interrupted:
             break
     assert best is not None
     _, run, guide_state, optim_state = best
     guide.load_state_dict(guide_state)
     going_on = new_run()
     going_on.optim.set_state(optim_state)
-    going_on.losses, going_on.reason = run.losses, reason
+    going_on.losses = run.losses
+    going_on.reason = "interrupted" if is_interrupted else "num_steps"
     return going_on, losses
 
 

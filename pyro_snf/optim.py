@@ -39,6 +39,8 @@ _CALM_MATRIX_SIGNAL = 0.25
 _CALM_LENGTH = 2.0
 _CALM_MEAN = 0.7
 _CALM_MEAN_SIGNAL = 0.3
+# A Gaussian whose y are so long has a divergence of 2e-6 nats a dimension: it is the posterior.
+_NEGLIGIBLE_LENGTH = 3e-3
 # The other layers are trained from here on at the latest, as a share of all steps.
 _LATEST_START = 0.4
 
@@ -133,6 +135,8 @@ class NaturalGradient(PyroOptim):
         self.num_dense_steps = 0
         #: Whether the layers before the dense one are trained, too.
         self.trains_all_layers = guide.num_layers == 1
+        #: Whether the latest gradients were 0 but for rounding, in every sample.
+        self.is_at_posterior = False
         self._matrix_share, self._mean_share, self._trace_share = (SignalShare() for _ in range(3))
         self._trust = 1.0
         self._num_calm = 0
@@ -199,6 +203,7 @@ class NaturalGradient(PyroOptim):
         "num_calls",
         "num_dense_steps",
         "trains_all_layers",
+        "is_at_posterior",
         "_decay_start",
         "_decay_steps",
         "_trust",
@@ -252,10 +257,12 @@ class NaturalGradient(PyroOptim):
         if self.num_dense_steps % _BALANCE_EVERY == 0:
             layer.balance(_MAX_ROW_LENGTH)
         root = math.sqrt(dim)
+        lengths, mean_length = found.y.norm(dim=-1) / root, found.mean.norm().item() / root
+        self.is_at_posterior = max(lengths.max().item(), mean_length) < _NEGLIGIBLE_LENGTH
         is_calm = (
-            found.y.norm(dim=-1).median().item() < _CALM_LENGTH * root
+            lengths.median().item() < _CALM_LENGTH
             and share < _CALM_MATRIX_SIGNAL * gaussian_share
-            and found.mean.norm().item() < _CALM_MEAN * root
+            and mean_length < _CALM_MEAN
             and self._mean_share.value < _CALM_MEAN_SIGNAL
         )
         self._num_calm = self._num_calm + 1 if is_calm else 0
@@ -315,7 +322,7 @@ class NaturalGradient(PyroOptim):
             return
         is_late = self.num_steps is not None and self.num_calls >= _LATEST_START * self.num_steps
         is_calm = self._num_calm >= _CALM_STEPS and self.num_dense_steps >= _FIRST_CALM_STEP
-        if is_late or is_calm:
+        if (is_late or is_calm) and not self.is_at_posterior:
             # The Gaussian does not depend on rotations of h, and its steps have turned h at random.
             # What precedes may: the first of LowRankAutoregressive's features move the later ones.
             self.guide.last_layer.rotate_input(self._start)

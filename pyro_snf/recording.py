@@ -71,8 +71,8 @@ class Recording:
         self._samples = []
 
     def is_finite(self) -> bool:
-        """Whether all gradients are finite."""
-        return all(bool(torch.isfinite(one.gradients).all()) for one in self._samples)
+        """Whether all gradients are finite, and their squares, of which steps are made."""
+        return all(math.isfinite(one.gradients.double().norm().item()) for one in self._samples)
 
     def state(self) -> list[tuple[Any, ...]]:
         """The samples, to be saved."""

@@ -117,7 +117,7 @@ def make(model: Any, num_layers: int = 2, **options: Any) -> Any:
 # --- The rows -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -240,7 +240,7 @@ def test_recording_that_nobody_reads_is_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("objective", ["one particle", "loop", "vectorized"])
+@pytest.mark.parametrize("objective", ["loop", "vectorized"])
 def test_gradients_before_the_layer_and_the_loss_are_the_same(
     objective: str, model_name: str, gradient: str, num_layers: int
 ) -> None:
@@ -433,6 +433,57 @@ def test_balance_keeps_the_weight_and_gives_rows_of_length_1(log_det_name: str) 
 
 @pytest.mark.parametrize("log_det_name", LOG_DETS)
 @pytest.mark.parametrize("dim", [1, 6, 40])
+def test_rotate_input_is_its_formula(dim: int, log_det_name: str) -> None:
+    layer = linear(dim, log_det=log_det_name)
+    start = layer.weight.detach().clone()
+    for index in range(10):
+        change(layer, index)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    log_scale, value = layer.log_scale.detach().clone(), log_det(layer)
+    before = layer.num_refactorizations
+    layer.rotate_input(start)
+    rotated = layer.weight.detach()
+    # W Q, for an orthogonal Q: the Gaussian of x is the same.
+    assert close(rotated @ rotated.mT, weight @ weight.mT)
+    triangle = torch.linalg.solve(start, rotated)
+    assert close(triangle.tril(), triangle)
+    assert (triangle.diagonal() > 0).all()
+    assert torch.equal(layer.bias, bias)
+    assert torch.equal(layer.log_scale, log_scale)
+    assert log_det(layer) == pytest.approx(value, abs=EXACT)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
+    assert close(layer.inverse_weight @ rotated, torch.eye(dim))
+    if log_det_name == "refined":
+        assert layer.num_refactorizations == before + 1
+    layer.rotate_input(start)  # it is triangular already
+    assert close(layer.weight, rotated)
+    change(layer, 0)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
+
+
+def test_rotate_input_by_a_matrix_of_its_own_is_the_identity_there() -> None:
+    layer = linear(6)
+    weight = layer.weight.detach().clone()
+    layer.rotate_input(weight)
+    assert close(layer.weight, weight)
+
+
+def test_rotate_input_in_single_precision() -> None:
+    layer = linear(24).float()
+    start = layer.weight.detach().clone()
+    for index in range(10):
+        change(layer, index)
+    weight = layer.weight.detach().clone()
+    layer.rotate_input(start)
+    rotated = layer.weight.detach()
+    assert rotated.dtype == torch.float32
+    assert close(rotated @ rotated.mT, weight @ weight.mT, 1e-5)
+    assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=1e-5)
+    assert inverse_error(layer) < 1e-5
+
+
+@pytest.mark.parametrize("log_det_name", LOG_DETS)
+@pytest.mark.parametrize("dim", [1, 6, 40])
 def test_log_det_follows_many_changes(dim: int, log_det_name: str) -> None:
     layer = linear(dim, log_det=log_det_name)
     before = layer.num_refactorizations
@@ -515,15 +566,7 @@ def assert_noticed(layer: SelfNormalizingLinear) -> None:
     assert value == pytest.approx(exact_log_det(layer), abs=0.02)
 
 
-UNCHECKED = pytest.mark.xfail(
-    strict=True,
-    reason="BUG: the check of every 64th change makes its step the usual one for edits",
-)
-
-
-@pytest.mark.parametrize(
-    "num_changes", [0, 1, 20, 63, *[pytest.param(count, marks=UNCHECKED) for count in (64, 100)]]
-)
+@pytest.mark.parametrize("num_changes", [0, 1, 20, 63, 64, 100])
 def test_small_edit_between_changes_is_noticed(num_changes: int) -> None:
     for seed in range(5):
         layer = linear(6, seed=seed)
@@ -554,9 +597,6 @@ def test_large_edit_between_changes_is_noticed(edit: str, num_changes: int) -> N
     assert_noticed(layer)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: what follows is taken for the state of R before it was checked"
-)
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_just_before_a_change_is_noticed(edit: str) -> None:
     layer = linear(6)
