@@ -289,18 +289,28 @@ def test_autoregressive_map_is_trained() -> None:
 
 
 def test_phase_of_the_other_layers() -> None:
-    model = easy()
-    guide = AutoSelfNormalizingFlow(model, 2, **model.start())
+    guide = AutoSelfNormalizingFlow(skewed)
     guide()
     optim = NaturalGradient(guide, 100)
     before = [parameter.clone() for parameter in guide.transform.parts[0].parameters()]
-    svi = infer.SVI(model, guide, optim, elbo())
+    svi = infer.SVI(skewed, guide, optim, elbo())
     while not optim.trains_all_layers:
         svi.step()
         assert same(before, list(guide.transform.parts[0].parameters()))
     assert optim.num_calls <= 40  # at 40 % of the steps, if it was not calm before
     svi.step()
     assert not same(before, list(guide.transform.parts[0].parameters()))
+
+
+def test_nothing_else_is_trained_at_the_posterior() -> None:
+    model = easy()
+    guide = AutoSelfNormalizingFlow(model, 2, **model.start())
+    optim = NaturalGradient(guide, 200)
+    svi = infer.SVI(model, guide, optim, elbo())
+    for _ in range(200):
+        svi.step()
+    assert optim.is_at_posterior
+    assert not optim.trains_all_layers
 
 
 @pytest.mark.parametrize("num_steps", [None, 100])
