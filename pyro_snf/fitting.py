@@ -226,7 +226,8 @@ def fit(
     result = Fit(
         losses=losses,
         reason=run.reason,
-        is_falling=_is_falling(losses, tolerance or _DEFAULT_TOLERANCE),
+        is_falling=run.reason != "converged"
+        and _is_falling(losses, tolerance or _DEFAULT_TOLERANCE),
         seconds=time.perf_counter() - start,
         start_losses=start_losses,
     )
@@ -269,7 +270,8 @@ class _Run:
                 self.reason = "diverged"
                 return
             count = len(self.losses)
-            if is_natural and tolerance is not None and self.optim.is_at_posterior:
+            is_exact = is_natural and self.optim.is_at_posterior and num_failures == 0
+            if tolerance is not None and is_exact:
                 self.reason = "converged"
                 return
             if is_natural and not self.optim.trains_all_layers:

@@ -45,6 +45,10 @@ def gaussian() -> None:
     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(OBSERVED))
 
 
+def skewed() -> None:
+    pyro.sample("rate", dist.Exponential(1.0))
+
+
 def by_hand() -> None:
     """A guide without a class."""
     loc = pyro.param("loc", torch.tensor(0.3))
@@ -323,7 +327,7 @@ def test_optimizer_of_the_user() -> None:
         guide()
         optim = make(guide)
         before = parameters_of(guide)
-        result = quiet(gaussian, guide, num_steps=20, optim=optim)
+        result = quiet(gaussian, guide, num_steps=20, optim=optim, tolerance=None)
         assert result.num_steps == 20
         assert not same(before, parameters_of(guide))
     assert optim.num_calls == 20
@@ -332,12 +336,11 @@ def test_optimizer_of_the_user() -> None:
 # --- How it stops -------------------------------------------------------------------------------
 
 
-def test_natural_gradients_converge_and_then_decay() -> None:
+def test_natural_gradients_stop_at_the_posterior() -> None:
     guide = ours()
-    result = quiet(gaussian, guide, num_steps=2000)
+    result = one_start(gaussian, guide, num_steps=2000)
     assert result.reason == "converged"
-    # The first check is at 200 steps; half as many, and at least 100, follow.
-    assert 300 <= result.num_steps <= 600
+    assert result.num_steps < 60
     assert not result.is_falling
     assert guide.last_layer.bias.item() == pytest.approx(MEAN, abs=TRAINED)
     assert guide.last_layer.weight.abs().item() == pytest.approx(SCALE, abs=TRAINED)
@@ -355,7 +358,8 @@ def test_other_optimizers_stop_when_converged() -> None:
 
 def test_no_stop_without_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "_FIRST_CHECK", 50)
-    result = one_start(gaussian, ours(), num_steps=300, tolerance=10.0)
+    # The logarithm of an exponential variable: no Gaussian, so that the gradient's noise remains.
+    result = one_start(skewed, ours(skewed), num_steps=300, tolerance=10.0)
     assert (result.num_steps, result.reason) == (150, "converged")  # 50, and 100 for the decay
     result = one_start(gaussian, ours(), num_steps=160, tolerance=None)
     assert (result.num_steps, result.reason) == (160, "num_steps")
@@ -365,14 +369,15 @@ def test_no_stop_without_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupt_returns_what_there_is(number: int) -> None:
     model = failing(lambda count: count == number, KeyboardInterrupt())
     guide = ours(model, 2)
-    result = one_start(model, guide, num_steps=100)
+    result = one_start(model, guide, num_steps=100, tolerance=None)
     assert result.reason == "interrupted"
     assert result.losses.shape == (number - 1,)
     assert np.isfinite(result.losses).all()
     assert guide.sample_posterior(3)["z"].shape == (3,)
     assert isinstance(result.plot(), Figure)
     assert f"{number - 1} steps in" in str(result)
-    assert one_start(gaussian, guide, num_steps=50).num_steps == 50  # and it goes on
+    result = one_start(gaussian, guide, num_steps=50, tolerance=None)
+    assert result.num_steps == 50  # and it goes on
 
 
 @pytest.mark.parametrize("num_starts", [1, 4])
@@ -401,13 +406,13 @@ def broken(is_bad: Callable[[int], bool]) -> Counting:
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 @pytest.mark.parametrize("name", ["ours", "AutoNormal"])
 def test_divergence(name: str) -> None:
-    model = broken(lambda number: number > 10)
+    model = broken(lambda number: number > 5)
     guide = GUIDES[name]()
     with pytest.warns(UserWarning, match="the loss was not finite in 100 steps in a row"):
         result = quiet(model, guide, num_starts=1, num_steps=200)
     assert result.reason == "diverged"
-    assert result.losses.shape == (110,)
-    assert np.isnan(result.losses[10:]).all()
+    assert result.losses.shape == (105,)
+    assert np.isnan(result.losses[5:]).all()
     assert "stopped: diverged" in str(result)
 
 
@@ -513,7 +518,7 @@ def test_progress_in_a_terminal(
 
 
 def test_figure() -> None:
-    result = one_start(gaussian, ours(), num_steps=120)
+    result = one_start(gaussian, ours(), num_steps=120, tolerance=None)
     (axes,) = result.plot().axes
     assert axes.get_xlabel() == "step"
     assert axes.get_ylabel() == "−ELBO (nats)"
@@ -604,9 +609,9 @@ def test_default_number_of_starts(case: str, num_starts: int) -> None:
     if case == "called":
         guide()
     optim = NaturalGradient(guide, 20) if case == "optim" else None
-    result = quiet(gaussian, guide, num_steps=20, optim=optim)
+    result = quiet(gaussian, guide, num_steps=500, optim=optim, tolerance=None)
     assert len(result.start_losses) == (0 if num_starts == 1 else num_starts)
-    assert result.num_steps == 20 - (num_starts - 1)
+    assert result.num_steps == 500 - 25 * (num_starts - 1)
 
 
 @quietly
