@@ -1018,7 +1018,6 @@ def test_activation_can_declare_its_log_det_to_be_continuous(conjugate: Conjugat
             )
         ],
     ],
-    ids=str,
 )
 def test_bad_activations(activation: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
