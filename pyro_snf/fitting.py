@@ -183,9 +183,9 @@ def fit(
     check_flag("progress", progress)
     expect("optim, one of Pyro's, or None", optim is None or isinstance(optim, PyroOptim), optim)
     num_trial_steps = math.ceil(_SHARE_OF_TRIAL * num_steps)
-    flow = guide if isinstance(guide, AutoSelfNormalizingFlow) else None
-    if optim is not None or flow is None or not NaturalGradient.is_for(flow):
-        flow = None  # nothing that this function trains by natural gradients
+    is_flow = isinstance(guide, AutoSelfNormalizingFlow) and NaturalGradient.is_for(guide)
+    # The guide, if natural gradients train it.
+    flow: Any = guide if is_flow and optim is None else None
     if num_starts is None:
         is_new = flow is not None and flow.transform is None
         num_starts = _NUM_STARTS if is_new and num_trial_steps >= _MIN_TRIAL else 1

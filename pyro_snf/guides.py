@@ -26,6 +26,7 @@ from pyro_snf.recording import Recording, RecordingSlot
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
+from pyro_snf.vectorization import is_subsampled
 
 __all__ = ["AutoSelfNormalizingFlow"]
 
@@ -252,7 +253,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         """Raise a ValueError for a latent variable in a subsampled plate."""
         for name, stack in self._cond_indep_stacks.items():
             for frame in stack:
-                if frame.full_size not in (None, frame.size):
+                if is_subsampled(frame):
                     raise ValueError(
                         "expected latent variables outside of subsampled plates; got "
                         f"{name!r} in plate {frame.name!r}, {frame.size} of {frame.full_size}: use "

@@ -26,6 +26,7 @@ from pyro_snf.vectorization import (
     can_vectorize,
     draw_traces,
     evaluation_mode,
+    is_subsampled,
     nesting_of,
     plate_frames,
     single_traces,
@@ -476,7 +477,7 @@ def _sum_except(symbol: str | None, terms: list[Any]) -> Any:
 def _check_all_data(*traces: Trace) -> None:
     """A ValueError if a plate is subsampled."""
     for frame in plate_frames(*traces):
-        if frame.full_size is not None and frame.size != frame.full_size:
+        if is_subsampled(frame):
             raise ValueError(
                 f"expected plates that are not subsampled, in a model and a guide called with all "
                 f"data; got {frame.size} of {frame.full_size} in {frame.name!r}"

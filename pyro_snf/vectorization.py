@@ -29,6 +29,7 @@ __all__ = [
     "can_vectorize",
     "draw_traces",
     "evaluation_mode",
+    "is_subsampled",
     "keep_random_state",
     "nesting_of",
     "plate_frames",
@@ -86,6 +87,11 @@ def plate_frames(*traces: Trace) -> Iterator[CondIndepStackFrame]:
     for trace in traces:
         for site in trace.nodes.values():
             yield from site.get("cond_indep_stack", ())
+
+
+def is_subsampled(frame: CondIndepStackFrame) -> bool:
+    """Whether a plate is for a part of its size only."""
+    return frame.full_size not in (None, frame.size)
 
 
 def can_vectorize(

@@ -33,7 +33,8 @@ cost four times as much as it, R is made exact by a *refactorization* in O(D³).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,10 +181,8 @@ class TrackedInverse(SavesAttributes):
         small.diagonal().add_(1)
         step = torch.linalg.solve(small.mT, left.double()).to(inverse_t.dtype)  # S⁻ᵀ Pᵀ
         log_abs_det_inverse = self.log_abs_det_inverse - torch.linalg.slogdet(small).logabsdet
-        self._known = _Known()
-        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
-        inverse_t.addmm_(inverse_t @ right.mT, step, alpha=-1)
-        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        with self._changing_to(log_abs_det_inverse):
+            inverse_t.addmm_(inverse_t @ right.mT, step, alpha=-1)
         self._has_followed(theta)
 
     @torch.no_grad()
@@ -195,11 +194,20 @@ class TrackedInverse(SavesAttributes):
         """
         log_factors = log_factors.to(self.inverse_t.dtype)
         log_abs_det_inverse = self.log_abs_det_inverse - log_factors.sum(dtype=torch.float64)
-        self._known = _Known()
-        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
-        self.inverse_t.mul_(torch.exp(-log_factors).unsqueeze(-1))
-        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        with self._changing_to(log_abs_det_inverse):
+            self.inverse_t.mul_(torch.exp(-log_factors).unsqueeze(-1))
         self._has_followed(theta)
+
+    @contextmanager
+    def _changing_to(self, log_abs_det_inverse: Tensor) -> Iterator[None]:
+        """A context in which R changes, and after which ``log|det R|`` is this.
+
+        An interrupt (Ctrl-C) between the two leaves a NaN, and the next use refactorizes.
+        """
+        self._known = _Known()
+        self.log_abs_det_inverse.fill_(math.nan)
+        yield
+        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
 
     def _has_followed(self, theta: Tensor) -> None:
         """R is the inverse for this θ, up to rounding, which accumulates: check now and then."""
@@ -307,10 +315,8 @@ class TrackedInverse(SavesAttributes):
     def _refactorize(self, theta: Tensor) -> None:
         factors = LUFactors(_DENSE.weight(theta))
         inverse_t = factors.gradient
-        self._known = _Known()
-        self.log_abs_det_inverse.fill_(math.nan)  # as in _update
-        self.inverse_t.copy_(inverse_t)
-        self.log_abs_det_inverse.copy_(-factors.log_abs_det)
+        with self._changing_to(-factors.log_abs_det):
+            self.inverse_t.copy_(inverse_t)
         self.num_refactorizations += 1
         self.num_updates = 0
         self._monitor.reset()
@@ -338,13 +344,9 @@ class TrackedInverse(SavesAttributes):
             return False
         step = torch.linalg.solve(middle.mT, basis - image)  # M⁻ᵀ (V − P)ᵀ
         log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
-        # R and log|det R| change together: an interrupt (Ctrl-C) between the two leaves a NaN, and
-        # the next use refactorizes.
-        self._known = _Known()
         self._monitor.reset()
-        self.log_abs_det_inverse.fill_(math.nan)
-        self.inverse_t.addmm_((basis @ self.inverse_t.mT).mT, step)
-        self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        with self._changing_to(log_abs_det_inverse):
+            self.inverse_t.addmm_((basis @ self.inverse_t.mT).mT, step)
         self.num_updates += 1
         return True
 

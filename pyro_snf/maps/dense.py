@@ -79,9 +79,12 @@ class Dense(LinearMap):
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
         """``A ← diag(e^c) A`` in place."""
-        weight = self.weight(theta) * torch.exp(log_factors).unsqueeze(-1)
-        weight.diagonal().sub_(1)
-        theta.copy_(weight / self.theta_scale(theta))
+        self.set_weight(theta, self.weight(theta) * torch.exp(log_factors).unsqueeze(-1))
+
+    def set_weight(self, theta: Tensor, weight: Tensor) -> None:
+        """``A ← weight`` in place, the inverse of :meth:`weight`."""
+        eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        theta.copy_((weight - eye) / self.theta_scale(theta))
 
     def matrix_of(self, theta: Tensor) -> Tensor:
         return theta

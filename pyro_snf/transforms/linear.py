@@ -174,8 +174,7 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         triangle = torch.linalg.qr(torch.linalg.solve(start.double(), weight).mT).R.mT
         weight = start.double() @ (triangle * triangle.diagonal().sign())
         weight *= torch.exp(-self.log_scale.double()).unsqueeze(-1)
-        weight.diagonal().sub_(1)
-        self.theta.copy_(weight * math.sqrt(self.input_dim))
+        Dense().set_weight(self.theta, weight)
         self.refactorize()
 
     @torch.no_grad()
