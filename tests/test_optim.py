@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -490,6 +490,22 @@ def local_parameters(is_local: bool) -> Iterator[None]:
         yield
 
 
+def resumed_from(
+    guide: Any,
+    num_steps: int,
+    guide_state: dict[str, Any],
+    random_state: Any,
+    restore: Callable[[NaturalGradient], object],
+) -> NaturalGradient:
+    """A new guide's optimizer, all three of them in the states that were saved."""
+    guide.load_state_dict(guide_state)
+    guide()  # creation draws numbers
+    optim = NaturalGradient(guide, num_steps)
+    restore(optim)
+    pyro.util.set_rng_state(random_state)
+    return optim
+
+
 @pytest.mark.parametrize(
     ("num_particles", "num_layers", "is_local"),
     [(1, 1, False), (1, 2, False), (3, 2, False), (8, 2, False), (64, 2, False), (8, 2, True)],
@@ -510,11 +526,9 @@ def test_resumed_run_repeats_bit_for_bit(
         expected = train(model, guide, optim, 11, num_particles)
         pyro.clear_param_store()
         other = AutoSelfNormalizingFlow(model, num_layers, **model.start())
-        other.load_state_dict(state)
-        other()  # creation draws numbers
-        resumed = NaturalGradient(other, 24)
-        resumed.load(str(tmp_path / "optim"))
-        pyro.util.set_rng_state(random_state)
+        resumed = resumed_from(
+            other, 24, state, random_state, lambda optim: optim.load(str(tmp_path / "optim"))
+        )
         assert train(model, other, resumed, 11, num_particles) == expected
     assert same(parameters_of(other), parameters_of(guide))
 
@@ -532,11 +546,9 @@ def test_run_resumed_before_all_layers_are_trained() -> None:
     assert optim.trains_all_layers
     pyro.clear_param_store()
     other = AutoSelfNormalizingFlow(model, 2, **model.start())
-    other.load_state_dict(states[0])
-    other()
-    resumed = NaturalGradient(other, 60)
-    resumed.set_state(states[1])
-    pyro.util.set_rng_state(random_state)
+    resumed = resumed_from(
+        other, 60, states[0], random_state, lambda optim: optim.set_state(states[1])
+    )
     assert train(model, other, resumed, 30) == expected
 
 
@@ -670,11 +682,9 @@ def test_run_with_parameters_of_the_model_resumed() -> None:
     pyro.clear_param_store()
     pyro.param("mean", mean)
     other = AutoSelfNormalizingFlow(with_parameter)
-    other.load_state_dict(states[0])
-    other()
-    resumed = NaturalGradient(other, 40)
-    resumed.set_state(states[1])
-    pyro.util.set_rng_state(random_state)
+    resumed = resumed_from(
+        other, 40, states[0], random_state, lambda optim: optim.set_state(states[1])
+    )
     assert train(with_parameter, other, resumed, 18) == expected
 
 
