@@ -23,6 +23,7 @@ from pyro_snf.options import as_count, as_number, check_choice, expect
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
 from pyro_snf.recording import Recording, RecordingSlot
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -371,7 +372,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         latent = super().sample_latent(*args, **kwargs)
         # A recording bounds the gradients itself.
         clips = self.clip is not None and self._recording.get() is None
-        if clips and latent.requires_grad and not torch.jit.is_tracing():
+        if clips and latent.requires_grad and not is_traced():
             latent.register_hook(self._clip_gradient)
         if self._unreached:
             log_prior = dist.Normal(self._init_loc().to(latent)[self._unreached], 1.0).log_prob(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_snf.caching import version
 from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.tracing import is_recomputing
 
 __all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
 
@@ -94,7 +95,8 @@ class ProbeStream(SavesAttributes):
 
     def next_generator(self, device: torch.device, *, stream: int = 0) -> torch.Generator:
         """The generator of the running count, which is raised by 1."""
-        self.count += 1
+        if not is_recomputing():  # with activation checkpointing: a step is to count once
+            self.count += 1
         return self.generator(self.count - 1, device, stream=stream)
 
     def generator(self, count: int, device: torch.device, *, stream: int = 0) -> torch.Generator:

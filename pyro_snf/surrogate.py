@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
 from pyro_snf.caching import version
+from pyro_snf.tracing import is_transformed
 
 __all__ = [
     "ProductGradient",
@@ -257,8 +258,7 @@ def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
         return None
     if unpack_dual(x).tangent is not None or unpack_dual(parameter).tangent is not None:
         return None
-    # There is no public way to ask; Function.apply itself asks like this.
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return None
     pending = _Pending()
     view, zero = _ShareGradient.apply(parameter, pending)

@@ -18,6 +18,7 @@ from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.maps.dense import Dense
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
+from pyro_snf.tracing import is_traced
 
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
 
@@ -86,7 +87,7 @@ class LogDetMethod(SavesAttributes, ABC):
 
         :raises torch.linalg.LinAlgError: if A is singular or not finite.
         """
-        if torch.jit.is_tracing():
+        if is_traced():
             return self.linear_map.exact_log_abs_det(theta, event_shape)
         factors = self.factors(theta, event_shape, state)
         if torch.is_grad_enabled() and theta.requires_grad:
@@ -112,7 +113,7 @@ class LogDetMethod(SavesAttributes, ABC):
         :param bool is_training: whether θ changes after every few solves, so that factors may cost
             more than they save.
         """
-        if torch.jit.is_tracing():
+        if is_traced():
             return self.linear_map.exact_solve(theta, h)
         solver = self._solver(theta, h, inverse, is_training=is_training)
         if torch.is_grad_enabled():

@@ -24,6 +24,7 @@ from pyro_snf.options import (
     is_count,
 )
 from pyro_snf.precision import at_least_float32
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
 __all__ = [
@@ -138,6 +139,8 @@ class _InverseSmoothLeakyReLU(Function):
     monotonically; a step upwards is a rounding error and ends the iteration.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y: Tensor, alpha: Tensor) -> Tensor:
         x = torch.where(y > 0, y, y / alpha)
@@ -146,7 +149,7 @@ class _InverseSmoothLeakyReLU(Function):
             step = (_smooth_leaky_relu(x, alpha) - y) / _slope(x, alpha)
             # Only downwards, and not below the lower bound; infinities stay where they are.
             smaller = torch.where(step > 0, x - step, x).clamp_min(lowest)
-            if not (smaller < x).any():
+            if not (is_traced() or (smaller < x).any()):
                 break
             x = torch.where(smaller < x, smaller, x)
         return x
@@ -307,7 +310,7 @@ def _select(values: Tensor, bins: _Bins, *, inverse: bool = False) -> _Bins:
     *event_shape, num_bins = bins.x.shape
     index = torch.zeros(values.shape, dtype=torch.long, device=values.device)
     for inner_knot in (bins.y if inverse else bins.x).detach()[..., 1:].unbind(-1):
-        index += values >= inner_knot
+        index = index + (values >= inner_knot)
     offsets = torch.arange(0, bins.x.numel(), num_bins, device=values.device)
     index = (index + offsets.view(event_shape)).flatten()
     # In one dimension, index_select has torch's fastest gather and, backward, fastest scatter.

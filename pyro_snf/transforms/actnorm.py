@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint, dependent_property
 from pyro_snf.caching import version
 from pyro_snf.options import as_count, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 
 __all__ = ["ActNorm", "actnorm"]
@@ -146,7 +147,7 @@ class ActNorm(InvertibleTransformModule):
             and torch.is_grad_enabled()
             and self.log_scale.requires_grad
             and self.bias.requires_grad
-            and not torch.jit.is_tracing()  # a trace would repeat the initialization in every call
+            and not is_traced()  # a trace would repeat the initialization in every call
         )
 
     @torch.no_grad()

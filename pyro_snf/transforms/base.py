@@ -10,8 +10,10 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.constraints import Constraint, dependent_property
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
-from pyro_snf.caching import Memo, PairCache, state_of
+from pyro_snf.caching import Memo, PairCache, can_remember, state_of
 
 __all__ = [
     "InverseTransformModule",
@@ -108,7 +110,8 @@ class InvertibleTransformModule(TransformModule):
         return [name for name in nn.Module.__dir__(self) if name != "sign"]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._cache_size == 0:
+        self._update_reparametrized()
+        if self._cache_size == 0 or not can_remember():
             return self._call(x)
         parameters = self._map_parameters()
         state = state_of(parameters)
@@ -119,7 +122,8 @@ class InvertibleTransformModule(TransformModule):
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if self._cache_size == 0:
+        self._update_reparametrized()
+        if self._cache_size == 0 or not can_remember():
             return self._inverse(y)
         parameters = self._map_parameters()
         state = state_of(parameters)
@@ -137,6 +141,15 @@ class InvertibleTransformModule(TransformModule):
     def _map_parameters(self) -> list[Tensor]:
         """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""
         return list(self.parameters())
+
+    def _update_reparametrized(self) -> None:
+        """Compute anew what torch's prune and weight_norm keep as an attribute.
+
+        They do so in hooks of ``Module.__call__``, which transforms do not pass through.
+        """
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm):
+                hook(self, ())
 
     def _inverse_is_exact(self) -> bool:
         """Whether ``_inverse`` may be taken for the inverse of ``_call``, to rounding."""

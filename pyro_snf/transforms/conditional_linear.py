@@ -16,6 +16,7 @@ from torch.nn import init
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import as_count, expect, is_count
 from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -201,7 +202,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
             _check_context(context, self.nn.input_dim, None if under_autocast else dtype)
             context = (context - self.context_mean) / self.context_scale
             is_training = self.training and torch.is_grad_enabled()
-            if is_training and not self._is_scale_checked and not torch.jit.is_tracing():
+            if is_training and not self._is_scale_checked and not is_traced():
                 self._warn_of_scale(context)
         outputs = self.nn(context)
         _check_outputs(outputs, _output_dims(self.input_dim, self.rank))
