@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import version
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_count
 from pyro_snf.tracing import is_recomputing
 
 __all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
@@ -80,7 +80,7 @@ class ProbeStream(SavesAttributes):
     :param device: of the buffer.
     """
 
-    saved_attributes = ("count",)
+    saved_attributes: ClassVar = {"count": saved_count}
 
     seed: Tensor
 
@@ -106,6 +106,6 @@ class ProbeStream(SavesAttributes):
             self._known_seed = current, int(self.seed)  # waits for a GPU, but only once
         return probe_generator(self._known_seed[1], count, device, stream=stream)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
+    def set_extra_state(self, state: Any) -> None:
         self._known_seed = None
+        super().set_extra_state(state)

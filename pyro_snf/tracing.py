@@ -67,7 +67,7 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_eagerly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The function's result, computed outside of the graph that torch.compile records.
 

@@ -33,8 +33,8 @@ class LogDetMethod(SavesAttributes, ABC):
     1. Subclass, with options that are keyword-only, and say with :attr:`training_value` what the
        value in training is.
     2. Define :meth:`training_log_abs_det`. The gradient may be that of autograd, or a surrogate.
-    3. If there is a state, make its buffers and parameters in :meth:`setup`, and name Python
-       numbers to be saved in ``saved_attributes``.
+    3. If there is a state, make its buffers and parameters in :meth:`setup`, and name plain
+       values to be saved, each with its check, in ``saved_attributes``.
 
     Optional: :attr:`inverses` and :meth:`inverse_weight`, where the method knows an approximate
     inverse; :attr:`error_estimate`, :attr:`num_refactorizations` and :meth:`refactorize`, where it

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import fixed_directions
+from pyro_snf.extra_state import saved_count, saved_number
 from pyro_snf.maps.dense import Dense
+from pyro_snf.options import expect
 
 __all__ = ["InverseError", "ResidualMonitor", "measure_error"]
 
@@ -80,6 +82,14 @@ def _check_error(inverse_t: Tensor, theta: Tensor, direction: Tensor) -> Tensor:
     residual = torch.addmv(direction - image, theta, image, alpha=-1 / root)  # (I − AR) w
     error = torch.mv(inverse_t.mT, residual)  # R(I − AR) w = (I − RA)R w
     return torch.stack([norm(residual) / root, norm(error) / norm(image)])
+
+
+def _saved_fingerprint(name: str, value: Any) -> list[float] | None:
+    """The check of Θ w, or None, as plain values."""
+    if value is None:
+        return None
+    expect(f"{name}, a list or None", isinstance(value, list), value)
+    return [saved_number(name, number) for number in value]
 
 
 class ResidualMonitor:
@@ -194,25 +204,29 @@ class ResidualMonitor:
         self.latest_error, self.steps_since_check = size, 0
 
     #: What a resumed run needs to take the same decisions.
-    _SAVED = (
-        "num_checks",
-        "num_followed",
-        "steps_until_check",
-        "steps_since_check",
-        "latest_error",
-        "fingerprint",
-        "usual_step_norm",
-    )
+    SAVED: ClassVar = {
+        "num_checks": saved_count,
+        "num_followed": saved_count,
+        "steps_until_check": saved_count,
+        "steps_since_check": saved_count,
+        "latest_error": saved_number,
+        "fingerprint": _saved_fingerprint,
+        "usual_step_norm": saved_number,
+    }
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._SAVED}
+        state = {name: getattr(self, name) for name in self.SAVED}
+        if self.fingerprint is not None:
+            state["fingerprint"] = self.fingerprint.tolist()
+        return state
 
     def load_state_dict(self, state: dict[str, Any], *, like: Tensor) -> None:
         """Go on from a state; its tensors are taken to the type and device of another one."""
         self._pending = None
-        for name in self._SAVED:
-            value = state[name]
-            setattr(self, name, value.to(like) if isinstance(value, Tensor) else value)
+        for name, value in state.items():
+            setattr(self, name, value)
+        if self.fingerprint is not None:
+            self.fingerprint = like.new_tensor(self.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # it belongs to a device

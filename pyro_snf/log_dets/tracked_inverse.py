@@ -36,13 +36,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import TensorState, version
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number, saved_record
 from pyro_snf.log_dets.residual_monitor import InverseError, ResidualMonitor, measure_error
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.maps.dense import Dense, LUFactors
@@ -103,7 +103,13 @@ class TrackedInverse(SavesAttributes):
     :param seed: of the probes; see :class:`~pyro_snf.probes.ProbeStream`.
     """
 
-    saved_attributes = ("num_refactorizations", "num_updates", "error_estimate")
+    saved_attributes: ClassVar = {
+        "num_refactorizations": saved_count,
+        "num_updates": saved_count,
+        "error_estimate": saved_number,
+        "rounding": saved_record(dict.fromkeys(InverseError._fields, saved_number)),
+        "monitor": saved_record(ResidualMonitor.SAVED),
+    }
 
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
@@ -360,18 +366,27 @@ class TrackedInverse(SavesAttributes):
         residual, numbers = measure_error(self.inverse_t, theta, probes)
         return residual, InverseError(*numbers.tolist())
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {
-            **super().get_extra_state(),
-            "rounding": tuple(self._rounding),
-            "monitor": self._monitor.state_dict(),
-        }
+    @property
+    def rounding(self) -> dict[str, float]:
+        """The error that the latest refactorization left, as plain values."""
+        return self._rounding._asdict()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
-        self._rounding = InverseError(*state["rounding"])
+    @rounding.setter
+    def rounding(self, value: dict[str, float]) -> None:
+        self._rounding = InverseError(**value)
+
+    @property
+    def monitor(self) -> dict[str, Any]:
+        """The state of the monitor, as plain values."""
+        return self._monitor.state_dict()
+
+    @monitor.setter
+    def monitor(self, value: dict[str, Any]) -> None:
+        self._monitor.load_state_dict(value, like=self.inverse_t)
+
+    def set_extra_state(self, state: Any) -> None:
         self._forget()
-        self._monitor.load_state_dict(state["monitor"], like=self.inverse_t)
+        super().set_extra_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not rely on R and Θ having been copied together.
