@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, singledispatch
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "TensorMemo",
     "TensorState",
     "can_remember",
+    "fingerprint_of",
     "fixed_directions",
     "state_of",
     "version",
@@ -57,11 +58,13 @@ def fixed_directions(
         return torch.tensor(rows, dtype=dtype, device=device).unbind()
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
+@singledispatch
+def fingerprint_of(tensor: Tensor) -> Tensor:
     """A copy of a vector; of a matrix, a fixed combination of its columns. O(numel).
 
     The combination gives every column another weight, so that permuted rows or columns show too.
-    It does not show changes below the rounding of a row sum.
+    It does not show changes below the rounding of a row sum. A tensor whose parts lie on several
+    devices registers a function of its own.
     """
     tensor = tensor.detach()
     if tensor.dim() < 2:
@@ -100,7 +103,7 @@ class TensorState:
         # A trace records operations on tensors, and would record the comparison's outcome as a
         # constant. Within one trace no parameter is written to.
         #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
-        self.fingerprint = None if is_traced() else _fingerprint(tensor)
+        self.fingerprint = None if is_traced() else fingerprint_of(tensor)
 
     def __eq__(self, other: object) -> bool:
         """Whether the tensor was the same at both moments. NaNs never are."""
@@ -178,7 +181,7 @@ def _contents(tensor: Tensor) -> Tensor:
 
     A copy; within a graph, which keeps the tensors of all layers in memory, a fingerprint.
     """
-    return tensor.detach().clone() if tensor.grad_fn is None else _fingerprint(tensor)
+    return tensor.detach().clone() if tensor.grad_fn is None else fingerprint_of(tensor)
 
 
 class _Pair(NamedTuple):

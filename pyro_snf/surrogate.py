@@ -203,7 +203,9 @@ class _ShareGradient(Function):
         ctx.dtype = parameter.dtype
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return parameter.view_as(parameter), parameter.new_zeros((), dtype=dtype)
+        # Not parameter.new_zeros, which is sharded if the parameter is.
+        zero = torch.zeros((), dtype=dtype, device=parameter.device)
+        return parameter.view_as(parameter), zero
 
     @staticmethod
     def backward(

@@ -66,6 +66,7 @@ class LogDetMethod(SavesAttributes, ABC):
         :param Tensor theta: the layer's parameter θ = 0, for its shape, device and dtype.
         """
         self.linear_map = linear_map
+        self._factors.clear()
 
     @abstractmethod
     def training_log_abs_det(

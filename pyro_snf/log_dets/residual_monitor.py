@@ -47,40 +47,48 @@ class InverseError(NamedTuple):
         return inverse if inverse > gradient or math.isnan(inverse) else gradient
 
 
-def measure_error(inverse_t: Tensor, theta: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+def measure_error(
+    inverse_t: Tensor, theta: Tensor, probes: Tensor, matrix_map: Dense = _DENSE
+) -> tuple[Tensor, Tensor]:
     """The error of R along some random directions g, and along their images R g.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor probes: the directions as rows, shape ``(k, D)``.
+    :param Dense matrix_map: how to multiply with the matrices.
     :return: the residuals ``(I − RA) g`` as rows, k for the directions and then half as many, at
         least one, for the images; and the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     count = len(probes)
-    images = probes[: (count + 1) // 2] @ inverse_t  # (R g)ᵀ
+    halved = probes[: (count + 1) // 2]
+    images = matrix_map.apply_weight(inverse_t, halved, transposed=True)  # (R g)ᵀ
     # Scaled like the directions, for an update uses the residuals of both.
     images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
     probes = torch.cat([probes, images])
-    residual = probes - _DENSE.multiply(theta, probes) @ inverse_t
+    products = matrix_map.multiply(theta, probes)
+    residual = probes - matrix_map.apply_weight(inverse_t, products, transposed=True)
     found = torch.linalg.vector_norm(residual, dim=-1)
     norm = torch.linalg.vector_norm
     numbers = [norm(found[:count]) / norm(probes[:count]), norm(found[count:]) / norm(images)]
     return residual, torch.stack(numbers)
 
 
-def _check_error(inverse_t: Tensor, theta: Tensor, direction: Tensor) -> Tensor:
+def _check_error(
+    inverse_t: Tensor, theta: Tensor, direction: Tensor, matrix_map: Dense = _DENSE
+) -> Tensor:
     """The error of R along one random direction w, by three matrix-vector products.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor direction: w, shape ``(D,)``, of norm ``√D``.
+    :param Dense matrix_map: how to multiply with the matrices.
     :return: the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     root = math.sqrt(len(direction))
     norm = torch.linalg.vector_norm
-    image = torch.mv(inverse_t.mT, direction)  # R w
-    residual = torch.addmv(direction - image, theta, image, alpha=-1 / root)  # (I − AR) w
-    error = torch.mv(inverse_t.mT, residual)  # R(I − AR) w = (I − RA)R w
+    image = matrix_map.apply_weight(inverse_t, direction, transposed=True)  # R w
+    residual = direction - image - matrix_map.apply_weight(theta, image / root)  # (I − AR) w
+    error = matrix_map.apply_weight(inverse_t, residual, transposed=True)  # (I − RA)R w
     return torch.stack([norm(residual) / root, norm(error) / norm(image)])
 
 
@@ -101,9 +109,12 @@ class ResidualMonitor:
 
     On a GPU, a check is read when the next one is made, so that the device is not waited for: the
     estimate lags by one check, whatever the device's speed.
+
+    :param Dense matrix_map: how to multiply with the matrices.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, matrix_map: Dense = _DENSE) -> None:
+        self.matrix_map = matrix_map
         self.num_checks = 0
         self.num_followed = 0
         self.steps_until_check = 0
@@ -170,7 +181,7 @@ class ResidualMonitor:
         directions = fixed_directions(
             _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
         )
-        numbers = self._read(_check_error(inverse_t, theta, directions[number]))
+        numbers = self._read(_check_error(inverse_t, theta, directions[number], self.matrix_map))
         if numbers is None:
             return None
         error = InverseError(*numbers)

@@ -45,14 +45,12 @@ from pyro_snf.caching import TensorState, version
 from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number, saved_record
 from pyro_snf.log_dets.residual_monitor import InverseError, ResidualMonitor, measure_error
 from pyro_snf.maps.base import LinearMap
-from pyro_snf.maps.dense import Dense, LUFactors
+from pyro_snf.maps.dense import Dense
 from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.probes import ProbeStream
 from pyro_snf.surrogate import Surrogate
 
 __all__ = ["TrackedInverse"]
-
-_DENSE = Dense()
 
 # An error below this share of its limit needs no correction even after an external change. One
 # check could miss a direction in which A is singular; a larger share would tolerate that.
@@ -125,6 +123,8 @@ class TrackedInverse(SavesAttributes):
     ) -> None:
         super().__init__()
         self.linear_map = linear_map
+        # A's own map, or that of the matrix which A consists of copies of.
+        self.matrix_map = linear_map if isinstance(linear_map, Dense) else Dense()
         dim, device = len(theta), theta.device
         self.num_probes = min(num_probes, dim)
         self.tolerance = tolerance
@@ -140,8 +140,8 @@ class TrackedInverse(SavesAttributes):
         # A refactorization costs as much as so many updates, which are about nine thin products.
         refactorization_cost = 3 + dim / (12 * self.num_probes)
         self._max_updates = round(_UPDATE_BUDGET * refactorization_cost)
-        eye = torch.eye(dim, device=device, dtype=theta.dtype)
-        self.register_buffer("inverse_t", at_least_float32(eye))
+        identity = self.matrix_map.identity(self._matrix_of(theta))
+        self.register_buffer("inverse_t", at_least_float32(identity))
         self.register_buffer(
             "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
         )
@@ -150,7 +150,7 @@ class TrackedInverse(SavesAttributes):
     def _forget(self) -> None:
         """Drop what is known of R's error: the next use checks."""
         self._known = _Known()
-        self._monitor = ResidualMonitor()
+        self._monitor = ResidualMonitor(self.matrix_map)
 
     def update(self, theta: Tensor, event_shape: torch.Size, state: TensorState) -> Surrogate:
         """Bring R up to date with A, once for every change of it.
@@ -188,7 +188,8 @@ class TrackedInverse(SavesAttributes):
         step = torch.linalg.solve(small.mT, left.double()).to(inverse_t.dtype)  # S⁻ᵀ Pᵀ
         log_abs_det_inverse = self.log_abs_det_inverse - torch.linalg.slogdet(small).logabsdet
         with self._changing_to(log_abs_det_inverse):
-            inverse_t.addmm_(inverse_t @ right.mT, step, alpha=-1)
+            product = self.matrix_map.apply_weight(inverse_t, right)  # (Rᵀ Q)ᵀ
+            self.matrix_map.add_product(inverse_t, product, step, alpha=-1)
         self._has_followed(theta)
 
     @torch.no_grad()
@@ -257,12 +258,23 @@ class TrackedInverse(SavesAttributes):
             raise
         known = self._known  # another one, if R has changed
         if known.offset is None:
-            trace = inverse_t.diagonal().sum(dtype=torch.float64)
+            trace = self.matrix_map.trace(inverse_t)
             offset = trace - len(inverse_t) - self.log_abs_det_inverse
             known.offset = offset.to(inverse_t.dtype)
-        known.value = _add_trace(known.offset, inverse_t, current)
+        known.value = self._add_trace(known.offset, current)
         known.state, known.version = state, version(inverse_t)
         return known.value
+
+    def _add_trace(self, offset: Tensor, theta: Tensor) -> Tensor:
+        """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, ``tr(R A)``.
+
+        The identity's share is summed apart: next to D ones, a running sum in float32 over D²
+        products with Θ would lose the small ones.
+
+        :param Tensor offset: shape ``()``.
+        """
+        product = self.matrix_map.inner(self.inverse_t, theta)
+        return torch.add(offset, product, alpha=self.matrix_map.theta_scale(theta))
 
     def _limits(self) -> InverseError:
         """The error up to which R is not corrected."""
@@ -319,7 +331,7 @@ class TrackedInverse(SavesAttributes):
 
     @torch.no_grad()
     def _refactorize(self, theta: Tensor) -> None:
-        factors = LUFactors(_DENSE.weight(theta))
+        factors = self.matrix_map.factorize(theta, theta.shape[:1])
         inverse_t = factors.gradient
         with self._changing_to(-factors.log_abs_det):
             self.inverse_t.copy_(inverse_t)
@@ -341,9 +353,13 @@ class TrackedInverse(SavesAttributes):
         :param Tensor residual: ``(EG)ᵀ``, as measured.
         """
         # Rows instead of columns from here on: residual = Uᵀ, basis = Vᵀ, image = Pᵀ.
-        turned = residual - _DENSE.multiply_transposed(theta, residual @ self.inverse_t.mT)
+        matrix_map, inverse_t = self.matrix_map, self.inverse_t
+        turned = residual - matrix_map.multiply_transposed(
+            theta, matrix_map.apply_weight(inverse_t, residual)
+        )
         basis = torch.linalg.qr(turned.mT).Q.mT
-        image = _DENSE.multiply(theta, basis) @ self.inverse_t
+        products = matrix_map.multiply(theta, basis)
+        image = matrix_map.apply_weight(inverse_t, products, transposed=True)
         middle = basis @ image.mT  # M
         log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
         if not log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP:
@@ -352,7 +368,7 @@ class TrackedInverse(SavesAttributes):
         log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
         self._monitor.reset()
         with self._changing_to(log_abs_det_inverse):
-            self.inverse_t.addmm_((basis @ self.inverse_t.mT).mT, step)
+            matrix_map.add_product(inverse_t, matrix_map.apply_weight(inverse_t, basis), step)
         self.num_updates += 1
         return True
 
@@ -363,7 +379,7 @@ class TrackedInverse(SavesAttributes):
         dim = len(self.inverse_t)
         shape = (min(num_probes, dim), dim)
         probes = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        residual, numbers = measure_error(self.inverse_t, theta, probes)
+        residual, numbers = measure_error(self.inverse_t, theta, probes, self.matrix_map)
         return residual, InverseError(*numbers.tolist())
 
     @property
@@ -403,15 +419,3 @@ class TrackedInverse(SavesAttributes):
             return keep_float32(fn)(tensor)
 
         return super()._apply(keep_precision, recurse)
-
-
-def _add_trace(offset: Tensor, inverse_t: Tensor, theta: Tensor) -> Tensor:
-    """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, that is ``tr(R A)``.
-
-    The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
-    with Θ would lose the small ones.
-
-    :param Tensor offset: shape ``()``.
-    """
-    product = torch.dot(inverse_t.view(-1), theta.reshape(-1))
-    return torch.add(offset, product, alpha=_DENSE.theta_scale(theta))

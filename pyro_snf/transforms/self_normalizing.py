@@ -153,7 +153,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     ) -> None:
         super().__init__()
         check_flag("bias", bias)
-        init_scale = as_positive("init_scale", init_scale)
+        self.init_scale = as_positive("init_scale", init_scale)
         check_dtype(dtype)
         methods = {"refined": Refined, "learned": Learned, "exact": Exact}
         method: LogDetMethod = as_method(log_det, methods, LogDetMethod)
@@ -165,7 +165,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         count = theta_shape[0]
         self.theta = nn.Parameter(torch.zeros(theta_shape, **factory))
-        self.log_scale = nn.Parameter(torch.full((count,), math.log(init_scale), **factory))
+        self.log_scale = nn.Parameter(torch.full((count,), math.log(self.init_scale), **factory))
         if bias:
             self.bias = nn.Parameter(torch.zeros(count, **factory))
         else:
