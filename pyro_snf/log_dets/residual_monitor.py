@@ -107,8 +107,9 @@ class ResidualMonitor:
     an unusually long step. The step's length is that of the fingerprint ``Θ w``, which is computed
     at every step anyway.
 
-    On a GPU, a check is read when the next one is made, so that the device is not waited for: the
-    estimate lags by one check, whatever the device's speed.
+    On a GPU, a check is made at every step and read at the next one, so that the device is not
+    waited for: what is known lags by one step, whatever the device's speed. It is waited for after
+    a refactorization, and where Θ has been written to another number of times than is usual.
 
     :param Dense matrix_map: how to multiply with the matrices.
     """
@@ -128,6 +129,9 @@ class ResidualMonitor:
         self.usual_step_norm = 0.0
         #: Whether Θ has probably been changed by something else than an optimizer's step.
         self.is_external_change = False
+        # Autograd's counter of writes to Θ at the latest step, and how many a step usually makes.
+        self._version: int | None = None
+        self._usual_writes: int | None = None
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def reset(self) -> None:
@@ -136,15 +140,22 @@ class ResidualMonitor:
         self.latest_error = 0.0
         self._pending = None
 
-    def observe(self, fingerprint: Tensor) -> bool:
+    def observe(self, fingerprint: Tensor, version: int = 0) -> bool:
         """Whether Θ has moved since the latest call.
 
         :param Tensor fingerprint: ``Θ w``, shape ``(D,)``.
+        :param int version: autograd's counter of writes to Θ.
         """
         previous, self.fingerprint = self.fingerprint, fingerprint
+        writes = 0 if self._version is None else version - self._version
+        is_unusual = self._usual_writes is not None and writes not in (0, self._usual_writes)
+        if writes != 0:
+            self._usual_writes = writes
+        self._version = version
         self.is_external_change = previous is None
-        if previous is None or fingerprint.is_cuda:  # which would have to be waited for
+        if previous is None or fingerprint.is_cuda:  # whose step would have to be waited for
             self.step_norm = math.inf
+            self.is_external_change |= is_unusual
             return True
         self.step_norm = torch.linalg.vector_norm(fingerprint - previous).item()
         self.is_external_change = self.step_norm > _EXTERNAL_STEP * self.usual_step_norm > 0
@@ -168,8 +179,8 @@ class ResidualMonitor:
             return False
         return True
 
-    def check(self, inverse_t: Tensor, theta: Tensor, limits: InverseError) -> InverseError | None:
-        """An estimate of the error; None on a GPU, while there is no earlier check to read.
+    def check(self, inverse_t: Tensor, theta: Tensor, limits: InverseError) -> InverseError:
+        """An estimate of the error; on a GPU of the error in the step before.
 
         :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
         :param Tensor theta: Θ, shape ``(D, D)``.
@@ -181,28 +192,32 @@ class ResidualMonitor:
         directions = fixed_directions(
             _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
         )
-        numbers = self._read(_check_error(inverse_t, theta, directions[number], self.matrix_map))
-        if numbers is None:
-            return None
-        error = InverseError(*numbers)
+        numbers = _check_error(inverse_t, theta, directions[number], self.matrix_map)
+        error = InverseError(*self._read(numbers))
         self.plan_next_check(error, limits)
         return error
 
-    def _read(self, numbers: Tensor) -> list[float] | None:
-        """The numbers; on a GPU those of the check before, if there was one."""
-        if not numbers.is_cuda or self.is_external_change:
-            self._pending = None
+    def look(self, inverse_t: Tensor, theta: Tensor) -> InverseError:
+        """An estimate of the error now, which changes nothing."""
+        directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
+        numbers = _check_error(inverse_t, theta, directions[0], self.matrix_map)
+        return InverseError(*numbers.tolist())
+
+    def _read(self, numbers: Tensor) -> list[float]:
+        """The numbers; on a GPU those of the check before, which have arrived by now."""
+        if not numbers.is_cuda:
             return numbers.tolist()
-        previous = self._pending
+        # Copied to the host beside the device's other work.
         copied = torch.empty(2, dtype=numbers.dtype, pin_memory=True)
         copied.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
+        previous = None if self.is_external_change else self._pending
         self._pending = copied, event
-        if previous is None:
-            return None
-        previous[1].synchronize()
-        return previous[0].tolist()
+        copied, event = previous or self._pending
+        if not event.query():
+            event.synchronize()
+        return copied.tolist()
 
     def plan_next_check(self, error: InverseError, limits: InverseError) -> None:
         """Wait half as many steps as the error needs to grow to 1.25 times the limits."""
