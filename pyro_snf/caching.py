@@ -36,9 +36,9 @@ _MAX_VALUES = 4
 
 
 def version(tensor: Tensor) -> int:
-    """Autograd's counter of writes in place; inference tensors have none."""
+    """Autograd's counter of writes in place; −1 where there is none, as for inference tensors."""
     # The name is private, but is the one that torch's own documentation of autograd gives.
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=16)

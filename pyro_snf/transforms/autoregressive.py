@@ -136,7 +136,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
         return torch.cat(parts, dim=-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo: Any = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         log_scale = self._shift_and_log_scale(x)[1] if memo is None else memo.handle
         return at_least_float32(log_scale).sum(-1)
 

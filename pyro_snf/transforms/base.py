@@ -138,6 +138,10 @@ class InvertibleTransformModule(TransformModule):
         """``T(x)``, and what :meth:`log_abs_det_jacobian` may want of its computation."""
         return self._call(x), None
 
+    def _memo_of(self, x: Tensor, y: Tensor) -> Any:
+        """The by-product of the computation ``y = T(x)``, or None."""
+        return self._pair.memo_of(x, y, self._map_parameters()) if can_remember() else None
+
     def _map_parameters(self) -> list[Tensor]:
         """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""
         return list(self.parameters())

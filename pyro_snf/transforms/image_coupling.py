@@ -126,7 +126,7 @@ class ImageCoupling(InvertibleTransformModule):
         return torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-3)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo: Any = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         log_scale = self._split(x)[3] if memo is None else memo.handle
         return at_least_float32(log_scale).sum((-3, -2, -1))
 

@@ -152,7 +152,7 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
 
     def recorded_call(self, x: Tensor, y: Tensor) -> RecordedCall | None:
         """The record of the call ``y = T(x)``, if there is one."""
-        memo = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         return memo if isinstance(memo, RecordedCall) else None
 
     @torch.no_grad()

@@ -181,8 +181,9 @@ class _Partition:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """The pieces of the whole, of shapes ``(*batch_shape, *shape)``."""
-        known = [piece for pair in self._pairs if (piece := pair.x_of(whole, (), ())) is not None]
-        if len(known) == len(self._pairs):
+        found = [pair.x_of(whole, (), ()) for pair in self._pairs]
+        known = [piece for piece in found if piece is not None]
+        if len(known) == len(found):
             return known
         batch_shape = whole.shape[: whole.dim() - len(self.shape)]
         flat = whole.reshape(*batch_shape, self.shape.numel())

@@ -82,7 +82,7 @@ class SelfNormalizingTransform(InvertibleTransformModule):
         """
         if not torch.compiler.is_dynamo_compiling():
             return False
-        return self._is_in_training_mode(*self.parameters())
+        return self._is_in_training_mode(*self._map_parameters())
 
     def _is_training(self, *parameters: Tensor) -> bool:
         """Whether the log-determinant is that of training, not the exact one.
