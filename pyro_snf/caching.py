@@ -31,6 +31,9 @@ __all__ = [
 
 Value = TypeVar("Value")
 
+# Integers of as many bytes.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # Values of one state that a cache keeps, such as the factors for images of several sizes.
 _MAX_VALUES = 4
 
@@ -176,12 +179,15 @@ class TensorMemo(NamedTuple):
     handle: Tensor
 
 
-def _contents(tensor: Tensor) -> Tensor:
+def _contents(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """What to compare a tensor with later, to see whether it has been written to.
 
-    A copy; within a graph, which keeps the tensors of all layers in memory, a fingerprint.
+    A fingerprint, and the sum of all entries, their bits taken for integers. The sum shows the
+    smallest change of an entry; the fingerprint shows entries that have changed places.
     """
-    return tensor.detach().clone() if tensor.grad_fn is None else fingerprint_of(tensor)
+    tensor = tensor.detach()
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    return fingerprint_of(tensor), bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32))
 
 
 class _Pair(NamedTuple):
@@ -189,7 +195,7 @@ class _Pair(NamedTuple):
 
     x: Tensor
     y: Tensor
-    contents: tuple[Tensor, Tensor] | None
+    contents: tuple[Tensor, ...] | None
     conditions: list[object]
     parameters: list[Tensor]
     state: ParameterState
@@ -220,7 +226,7 @@ class _Pair(NamedTuple):
     def _has_contents(self) -> bool:
         if self.contents is None or self.waits_for_device():
             return True
-        return all(map(torch.equal, map(_contents, (self.x, self.y)), self.contents))
+        return all(map(torch.equal, (*_contents(self.x), *_contents(self.y)), self.contents))
 
 
 def _conditions_of(x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> list[object]:
@@ -274,7 +280,7 @@ class PairCache:
             return
         has_graph = computed.grad_fn is not None
         is_known = is_traced() or (x.is_cuda and has_graph)  # see _Pair.waits_for_device
-        contents = None if is_known else (_contents(x), _contents(y))
+        contents = None if is_known else (*_contents(x), *_contents(y))
         conditions = _conditions_of(x, y, parameters)
         self._pair = _Pair(x, y, contents, conditions, list(parameters), state, has_graph, memo)
         if has_graph and not is_traced():
