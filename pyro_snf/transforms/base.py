@@ -12,6 +12,7 @@ from torch.distributions import ComposeTransform, Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import Memo, PairCache, state_of
+from pyro_snf.options import check_cache_size, expect
 
 __all__ = [
     "InverseTransformModule",
@@ -41,6 +42,8 @@ def check_input(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{transform}: expected a floating-point tensor; got {got}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{transform}: expected a dense tensor; got layout {x.layout}")
     fits = x.shape[max(x.dim() - len(event_shape), 0) :] == torch.Size(event_shape)
     if not fits or x.numel() == 0:
         expected = ", ".join(["...", *map(str, event_shape)])
@@ -96,6 +99,7 @@ class InvertibleTransformModule(TransformModule):
     has_continuous_log_det: bool = False
 
     def __init__(self, cache_size: int = 1) -> None:
+        check_cache_size(cache_size)
         super().__init__(cache_size=cache_size)
         self._pair = PairCache()
 
@@ -154,8 +158,7 @@ class InvertibleTransformModule(TransformModule):
         """This transform with another cache size; it shares parameters, buffers and children."""
         if cache_size == self._cache_size:
             return self
-        if cache_size not in (0, 1):
-            raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
+        check_cache_size(cache_size)
         other = self.copy_with_own_cache()
         other._cache_size = cache_size
         return other
@@ -257,6 +260,7 @@ class InverseTransformModule(TransformModule):
     _evaluator: Any
 
     def __init__(self, transform: Transform) -> None:
+        expect("transform, a transform", isinstance(transform, Transform), transform)
         super().__init__(cache_size=transform._cache_size)
         self.transform = transform
         # What evaluates it; not registered as a second child.
