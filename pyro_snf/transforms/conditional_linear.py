@@ -14,7 +14,7 @@ from torch.distributions import Transform, constraints
 from torch.nn import init
 
 from pyro_snf.maps.base import scale_and_shift
-from pyro_snf.options import as_count, expect, is_count
+from pyro_snf.options import are_counts, as_count, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
@@ -127,10 +127,10 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     ) -> None:
         super().__init__()
         input_dim, rank = _checked_sizes(input_dim, rank)
-        if not callable(nn):
-            raise ValueError(f"expected nn, a network that maps contexts to tensors; got {nn!r}")
+        expect("nn, a network that maps contexts to tensors", callable(nn), nn)
         if "bias" in kwargs:
-            raise ValueError(f"expected no bias: b(c) is there; got bias={kwargs['bias']!r}")
+            got = shown(kwargs["bias"])
+            raise ValueError(f"expected no bias: b(c) is there; got bias={got}")
         self.input_dim = input_dim
         self.rank = rank
         self.nn = nn
@@ -423,11 +423,8 @@ def conditional_self_normalizing_linear(
     input_dim, rank = _checked_sizes(input_dim, rank)
     context_dim = as_count("context_dim", context_dim)
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    fits = isinstance(widths, Sequence) and all(map(is_count, widths))
-    if not fits or not widths:  # a DenseNN has at least one hidden layer
-        raise ValueError(
-            f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
-        )
+    fits = are_counts(widths) and len(widths) > 0  # a DenseNN has at least one hidden layer
+    expect("hidden_dims, a non-empty list of integers >= 1", fits, hidden_dims)
     network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
     last: Any = network.layers[-1]
     init.zeros_(last.weight)
