@@ -12,7 +12,7 @@ from torch.distributions import ComposeTransform, Transform
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import Memo, PairCache, state_of
-from pyro_snf.options import check_cache_size, expect
+from pyro_snf.options import check_cache_size, expect, is_dense
 
 __all__ = [
     "InverseTransformModule",
@@ -42,8 +42,9 @@ def check_input(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{transform}: expected a floating-point tensor; got {got}")
-    if x.layout is not torch.strided:
-        raise ValueError(f"{transform}: expected a dense tensor; got layout {x.layout}")
+    if not is_dense(x):
+        layout = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{transform}: expected a dense tensor; got {layout}")
     fits = x.shape[max(x.dim() - len(event_shape), 0) :] == torch.Size(event_shape)
     if not fits or x.numel() == 0:
         expected = ", ".join(["...", *map(str, event_shape)])
@@ -67,7 +68,7 @@ def check_image(
     :param num_channels: C; None if any will do.
     :param dtype: as for :func:`check_input`.
     """
-    if not isinstance(x, Tensor):
+    if not is_dense(x):
         check_input(transform, x, ())  # raises
     if x.dim() < 3 or num_channels not in (None, x.shape[-3]):
         channels = "C" if num_channels is None else num_channels
