@@ -24,7 +24,7 @@ from pyro_snf.free_form.methods import PairLearned
 from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
-from pyro_snf.options import are_counts, as_list, expect, shown
+from pyro_snf.options import are_counts, as_list, expect, has_values, shown
 from pyro_snf.transforms.pair import SelfNormalizingPair
 from pyro_snf.transforms.self_normalizing import (
     AffineSelfNormalizingTransform,
@@ -194,6 +194,7 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     layer = getattr(transform, "transform", transform)  # T.inv holds T
     if not isinstance(layer, SelfNormalizingPair):
         raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {shown(transform)}")
+    expect("x, a dense tensor of numbers", has_values(x), x)
     rows, context = layer.rows_of(x)
     rows, context = rows.detach().double(), tuple(one.detach().double() for one in context)
     networks = (layer.forward_net, layer.inverse_net)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "as_seed",
     "check_cache_size",
     "check_choice",
+    "check_context",
     "check_device",
     "check_dtype",
     "check_factory",
@@ -32,6 +33,7 @@ __all__ = [
     "expect",
     "has_values",
     "is_count",
+    "is_dense",
     "shown",
 ]
 
@@ -55,9 +57,14 @@ def expect(expected: str, fits: bool, got: object) -> None:
         raise ValueError(f"expected {expected}; got {shown(got)}")
 
 
-def has_values(value: object) -> bool:
-    """Whether a value is a dense tensor that has numbers: not a sparse one, nor one on "meta"."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense tensor: not a sparse or a nested one."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def has_values(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a dense tensor that has numbers, which one on "meta" has not."""
+    return is_dense(value) and not value.is_meta
 
 
 def shown(value: object) -> str:
@@ -174,6 +181,15 @@ def check_device(device: object) -> None:
             torch.device(device)
             fits = True
     expect("device, a torch.device, the name of one, or None", fits, device)
+
+
+def check_context(context: Any) -> None:
+    """Raise a ValueError unless ``context`` is a dense, floating-point tensor."""
+    if not is_dense(context) or not context.is_floating_point():
+        got = f"{context.dtype}" if isinstance(context, Tensor) else type(context).__name__
+        if isinstance(context, Tensor) and not is_dense(context):
+            got += ", nested" if context.is_nested else f", {context.layout}"
+        raise ValueError(f"expected a floating-point context; got {got}")
 
 
 def check_factory(expected: str, value: object) -> None:

@@ -14,7 +14,7 @@ from torch.distributions import Transform, constraints
 from torch.nn import init
 
 from pyro_snf.maps.base import scale_and_shift
-from pyro_snf.options import are_counts, as_count, expect, is_count, shown
+from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
@@ -138,6 +138,8 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         self.linear = SelfNormalizingLinear(input_dim, bias=False, **kwargs)
         self._is_scale_checked = False
         if isinstance(nn, DenseNN):
+            found, dims = list(nn.param_dims), _output_dims(input_dim, rank)
+            expect(f"nn, a DenseNN with param_dims={dims}", found == dims, found)
             # A DenseNN sees (c − context_mean) / context_scale.
             self.register_buffer("context_mean", self.linear.theta.new_zeros(nn.input_dim))
             self.register_buffer("context_scale", self.linear.theta.new_ones(nn.input_dim))
@@ -369,9 +371,7 @@ def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) ->
 
     :param dtype: the type to expect; None if any will do.
     """
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        got = context.dtype if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"expected a floating-point context; got {got}")
+    check_context(context)
     if context.shape[-1:] != (context_dim,) or context.numel() == 0:
         raise ValueError(
             f"expected a non-empty context of shape (..., {context_dim}); "
