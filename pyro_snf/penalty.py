@@ -58,7 +58,9 @@ class GECO(nn.Module):
         decay: float = 0.9,
     ) -> None:
         super().__init__()
-        self.tolerance = as_positive("tolerance", tolerance)
+        # Its square is to be a finite number of float32.
+        expected = "tolerance > 0 and < 1e18"
+        self.tolerance = as_number(expected, tolerance, lambda number: 0 < number < 1e18)
         self.rate = as_positive("rate", rate)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
         log_weight = math.log(as_positive("weight", weight))

@@ -49,7 +49,7 @@ def as_bytes(text: str) -> Tensor:
 
 
 @pytest.mark.parametrize("error", [0.1, 5e-324, math.inf, -math.inf, math.nan, 1e308, 3])
-@pytest.mark.parametrize("count", [0, 7, 2**62, 10**300])
+@pytest.mark.parametrize("count", [0, 7, 2**63 - 1])
 def test_values_are_saved_exactly(count: int, error: float) -> None:
     saved, loaded = Saved(), Saved()
     saved.count, saved.error, saved.name = count, error, "Θ\n"

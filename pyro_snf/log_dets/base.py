@@ -17,6 +17,7 @@ from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.maps.dense import Dense
+from pyro_snf.options import shown
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
 from pyro_snf.tracing import is_traced
 
@@ -239,7 +240,7 @@ def as_method(value: object, methods: Mapping[str, Any], base: type) -> Any:
         return own_copy(value)
     names = ", ".join(map(repr, methods))
     classes = ", ".join(f"{method.__name__}(…)" for method in methods.values())
-    raise ValueError(f"expected log_det to be {names}, or an object, {classes}; got {value!r}")
+    raise ValueError(f"expected log_det to be {names}, or an object, {classes}; got {shown(value)}")
 
 
 def own_copy(value: Any) -> Any:

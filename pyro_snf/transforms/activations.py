@@ -18,6 +18,7 @@ from pyro_snf.options import (
     as_event_shape,
     as_number,
     as_positive,
+    check_device,
     check_dtype,
     check_flag,
     expect,
@@ -85,6 +86,7 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         super().__init__()
         alpha = as_number("alpha in (0, 1)", alpha, lambda number: 0 < number < 1)
         check_flag("learnable", learnable)
+        check_device(device)
         check_dtype(dtype)
         logit = torch.tensor(math.log(alpha) - math.log1p(-alpha), device=device, dtype=dtype)
         if learnable:
@@ -238,6 +240,7 @@ class RationalQuadraticSpline(InvertibleTransformModule):
         self.event_shape = as_event_shape(event_shape)
         fits = is_count(num_bins, 2) and num_bins <= 1000
         expect("num_bins, an integer from 2 to 1000", fits, num_bins)
+        check_device(device)
         check_dtype(dtype)
         self.num_bins = int(num_bins)
         self.bound = as_positive("bound", bound)

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
-from pyro_snf.options import as_count, check_dtype, expect, is_count
+from pyro_snf.options import as_count, check_device, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
@@ -81,6 +81,7 @@ class ActNorm(InvertibleTransformModule):
         super().__init__()
         self.num_channels = as_count("num_channels", num_channels)
         expect("event_dim 1 or 3", is_count(event_dim) and event_dim in (1, 3), event_dim)
+        check_device(device)
         check_dtype(dtype)
         self._event_dim = int(event_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

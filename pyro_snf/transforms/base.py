@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyro_snf.caching import Memo, PairCache, can_remember, state_of
+from pyro_snf.options import check_cache_size, expect, is_dense
 
 __all__ = [
     "InverseTransformModule",
@@ -43,6 +44,9 @@ def check_input(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{transform}: expected a floating-point tensor; got {got}")
+    if not is_dense(x):
+        layout = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{transform}: expected a dense tensor; got {layout}")
     fits = x.shape[max(x.dim() - len(event_shape), 0) :] == torch.Size(event_shape)
     if not fits or x.numel() == 0:
         expected = ", ".join(["...", *map(str, event_shape)])
@@ -66,7 +70,7 @@ def check_image(
     :param num_channels: C; None if any will do.
     :param dtype: as for :func:`check_input`.
     """
-    if not isinstance(x, Tensor):
+    if not is_dense(x):
         check_input(transform, x, ())  # raises
     if x.dim() < 3 or num_channels not in (None, x.shape[-3]):
         channels = "C" if num_channels is None else num_channels
@@ -98,6 +102,7 @@ class InvertibleTransformModule(TransformModule):
     has_continuous_log_det: bool = False
 
     def __init__(self, cache_size: int = 1) -> None:
+        check_cache_size(cache_size)
         super().__init__(cache_size=cache_size)
         self._pair = PairCache()
 
@@ -171,8 +176,7 @@ class InvertibleTransformModule(TransformModule):
         """This transform with another cache size; it shares parameters, buffers and children."""
         if cache_size == self._cache_size:
             return self
-        if cache_size not in (0, 1):
-            raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
+        check_cache_size(cache_size)
         other = self.copy_with_own_cache()
         other._cache_size = cache_size
         return other
@@ -274,6 +278,7 @@ class InverseTransformModule(TransformModule):
     _evaluator: Any
 
     def __init__(self, transform: Transform) -> None:
+        expect("transform, a transform", isinstance(transform, Transform), transform)
         super().__init__(cache_size=transform._cache_size)
         self.transform = transform
         # What evaluates it; not registered as a second child.

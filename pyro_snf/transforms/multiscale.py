@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_snf.caching import PairCache
-from pyro_snf.options import as_image_shape
+from pyro_snf.options import as_image_shape, as_list, expect
 from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 
@@ -60,7 +60,7 @@ class MultiScale(InvertibleTransformModule):
     def __init__(self, levels: Sequence[Transform], event_shape: Sequence[int]) -> None:
         super().__init__()
         self.event_shape = as_image_shape(event_shape)
-        self.levels = nn.ModuleList(_as_module(level) for level in levels)
+        self.levels = nn.ModuleList(map(_as_module, as_list("levels, in a list", levels)))
         if len(self.levels) == 0:
             raise ValueError("expected at least one level; got none")
         #: The shapes of the parts of a latent, in their order.
@@ -218,8 +218,8 @@ class _Partition:
 
 def _as_module(level: Transform) -> nn.Module:
     """The level as a module with a safe cache."""
-    if not isinstance(level, Transform) or not level.bijective:
-        raise ValueError(f"expected levels, bijective transforms; got {level!r}")
+    fits = isinstance(level, Transform) and level.bijective
+    expect("levels, bijective transforms", fits, level)
     if isinstance(level, InvertibleTransformModule | InverseTransformModule | Compose):
         return level
     return Compose([level])

@@ -24,7 +24,15 @@ from pyro_snf.free_form.reconstruction import Reconstruction
 from pyro_snf.free_form.solve import Convergence, implicit_inverse, invert
 from pyro_snf.log_dets.base import as_method, own_copy
 from pyro_snf.networks import ResidualMLP
-from pyro_snf.options import as_count, as_event_shape, as_number, check_choice, expect
+from pyro_snf.options import (
+    as_count,
+    as_event_shape,
+    as_number,
+    check_choice,
+    check_context,
+    expect,
+    is_dense,
+)
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
 from pyro_snf.tracing import is_traced, without_saved_tensor_hooks
@@ -355,11 +363,13 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """
         event_shape = self.event_shape
         if event_shape is None:
-            if isinstance(x, Tensor) and x.dim() < self._event_dim:
+            if not is_dense(x):
+                check_input(self, x, ())  # raises
+            if x.dim() < self._event_dim:
                 raise ValueError(
                     f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
                 )
-            event_shape = x.shape[x.dim() - self._event_dim :] if isinstance(x, Tensor) else ()
+            event_shape = x.shape[x.dim() - self._event_dim :]
         check_input(self, x, event_shape, self._dtype())
         shape = self.forward_shape(x.shape)
         batch = shape[: len(shape) - self._event_dim]
@@ -480,9 +490,7 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
         :param Tensor context: c, of shape ``(*batch, *context_event)``. Inputs of the transform
             have shape ``(..., *event)``, and ``...`` broadcasts with ``batch``.
         """
-        if not isinstance(context, Tensor) or not context.is_floating_point():
-            got = context.dtype if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(f"expected a floating-point context; got {got}")
+        check_context(context)
         if context.dim() < self.context_dim or context.numel() == 0:
             raise ValueError(
                 f"expected a non-empty context of at least {self.context_dim} dimensions; "

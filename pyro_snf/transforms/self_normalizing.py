@@ -13,7 +13,7 @@ from pyro_snf.caching import TensorState
 from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
 from pyro_snf.log_dets.base import as_method
 from pyro_snf.maps.base import LinearMap
-from pyro_snf.options import as_positive, check_choice, check_dtype, check_flag
+from pyro_snf.options import as_positive, check_choice, check_device, check_dtype, check_flag
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
 from pyro_snf.tracing import is_traced, run_eagerly
@@ -154,6 +154,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         super().__init__()
         check_flag("bias", bias)
         self.init_scale = as_positive("init_scale", init_scale)
+        check_device(device)
         check_dtype(dtype)
         methods = {"refined": Refined, "learned": Learned, "exact": Exact}
         method: LogDetMethod = as_method(log_det, methods, LogDetMethod)
