@@ -2,8 +2,8 @@
 
 A GPU executes operations some time after the host has asked for them. Where the host needs a number
 (to decide something, or to factorize a small matrix, which a CPU does faster), it waits until all
-operations are done, and the GPU is idle until the host asks for more. So a computation collects what
-it has to know, and reads it at once.
+operations are done, and the GPU is idle until the host asks for more. So a computation collects
+what it has to know, and reads it at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ def read(*tensors: Tensor) -> list[Tensor]:
 
 
 def send(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the CPU, on the device and in the dtype of another one. Nothing is waited for."""
+    """A tensor on the device and in the dtype of another one. A GPU is not waited for.
+
+    :param Tensor tensor: on the CPU, or on that device.
+    """
     tensor = tensor.to(like.dtype)
-    if not like.is_cuda:
+    if tensor.is_cuda or not like.is_cuda:
         return tensor.to(like.device)
     return tensor.pin_memory().to(like.device, non_blocking=True)

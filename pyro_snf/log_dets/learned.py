@@ -21,7 +21,7 @@ from pyro_snf.caching import TensorState
 from pyro_snf.log_dets.base import LogDetMethod
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_number, check_choice
-from pyro_snf.penalty import PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
+from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32, check_finite, without_autocast
 from pyro_snf.surrogate import Solver, attach_penalty, with_gradient
 
@@ -115,6 +115,8 @@ class Learned(LogDetMethod):
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         super().setup(linear_map, theta)
         self.steps = StepCounter()
+        if isinstance(self.reconstruction_weight, GECO):
+            self.reconstruction_weight.to(theta.device)
         #: The parameter of R, as θ is of A.
         self.theta = nn.Parameter(theta.new_zeros(linear_map.inverse_shape(theta.shape)))
 
