@@ -69,7 +69,8 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor) -> SimulatedTensor:
-        values = values.detach()
+        # Below autograd nobody heeds the marks of lazy conjugates and negatives.
+        values = values.detach().resolve_conj().resolve_neg()
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,

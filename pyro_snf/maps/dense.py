@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.precision import at_least_float32, check_finite
 from pyro_snf.surrogate import implicit_solve
+from pyro_snf.transfer import read
 
 __all__ = ["Dense", "LUFactors"]
 
@@ -98,32 +99,40 @@ class LUFactors(Factors):
 
     @cached_property
     @torch.no_grad()
-    def _unchecked_factors(self) -> tuple[Tensor, Tensor]:
-        matrix = at_least_float32(self.weight)
-        check_finite(matrix)
-        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        if info != 0:
+    def _unchecked_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """LU, its pivots, and the number of a pivot that is zero, or 0."""
+        return torch.linalg.lu_factor_ex(at_least_float32(self.weight))
+
+    def _checked(self, number: Tensor) -> float:
+        """A number that was computed from the factors, if they exist. A GPU is waited for once."""
+        matrix, info = at_least_float32(self.weight), self._unchecked_factors[2]
+        is_finite, pivot, value = (
+            one.item() for one in read(torch.isfinite(matrix).all(), info, number)
+        )
+        if not is_finite:
+            check_finite(matrix)  # raises
+        if pivot != 0:
             raise torch.linalg.LinAlgError(
-                f"the weight is singular: pivot {int(info)} of its LU factorization is zero"
+                f"the weight is singular: pivot {int(pivot)} of its LU factorization is zero"
             )
-        return lu, pivots
+        return value
 
     @cached_property
     @torch.no_grad()
     def condition(self) -> float:
         """``‖A‖ ‖A⁻¹‖₂``, the latter from below, by inverse iteration on ``AᵀA``: O(D²)."""
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         vector = torch.ones_like(lu[:, :1])
         vector[1::2] = -1 / 2  # which is no eigenvector of a common matrix
         for _ in range(_CONDITION_STEPS):
             vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm(), adjoint=True)
             vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm())
-        return (_norm_bound(self.weight.to(lu.dtype)) * vector.norm()).item()
+        return self._checked(_norm_bound(self.weight.to(lu.dtype)) * vector.norm())
 
     @cached_property
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         if not self.condition * torch.finfo(lu.dtype).eps < 1:
             raise torch.linalg.LinAlgError(
                 f"the weight is singular in {lu.dtype}: its condition number is about "
@@ -141,12 +150,12 @@ class LUFactors(Factors):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """``A⁻ᵀ``, shape ``(D, D)``, contiguous."""
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
         inverse_t = torch.linalg.lu_solve(lu, pivots, eye, adjoint=True).contiguous()
         # With the inverse, a bound of the condition number is cheaper than the estimate.
         norm = torch.linalg.matrix_norm
-        bound = norm(self.weight.to(lu.dtype)) * norm(inverse_t)
+        bound = self._checked(norm(self.weight.to(lu.dtype)) * norm(inverse_t))
         if bound * torch.finfo(lu.dtype).eps < 1:
             self.__dict__["_factors"] = lu, pivots
         else:
