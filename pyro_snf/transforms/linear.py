@@ -195,12 +195,19 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
 
         :param float limit: the factor.
         """
-        weight = self.log_det.linear_map.weight(self.theta)
-        log_lengths = weight.norm(dim=-1).log()
+        log_lengths = self._log_row_lengths()
         if log_lengths.abs().max() <= math.log(limit):
             return
         self.log_scale.add_(log_lengths)
         self.log_det.scale_output(self.theta, -log_lengths)
+
+    @torch.no_grad()
+    def row_imbalance(self) -> Tensor:
+        """The largest factor by which the length of a row of A differs from 1, shape ``()``."""
+        return self._log_row_lengths().abs().max().exp()
+
+    def _log_row_lengths(self) -> Tensor:
+        return self.log_det.linear_map.weight(self.theta).norm(dim=-1).log()
 
     def _pull(self, gradient: Tensor) -> Tensor:
         """``Wᵀ g`` for rows g."""
