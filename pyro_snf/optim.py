@@ -275,8 +275,8 @@ class NaturalGradient(PyroOptim):
         layer.log_scale.add_(growth)
         layer.shift_input(mean.to(h.dtype))
         self.num_dense_steps += 1
-        if looks_at_rows and imbalance > _MAX_ROW_LENGTH:
-            layer.balance(_MAX_ROW_LENGTH)
+        if looks_at_rows:
+            layer.balance(_MAX_ROW_LENGTH, imbalance.item())
         root = math.sqrt(dim)
         self.is_at_posterior = max(longest_y, mean_length) / root < _NEGLIGIBLE_LENGTH
         is_calm = (

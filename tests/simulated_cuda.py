@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.cpp_extension import include_paths
 
 #: Set in the environment of a process whose ``tests/conftest.py`` is to call :func:`install`.
@@ -121,7 +121,7 @@ class _SimulatedGenerator(_Generator):
 class _EitherGenerator(_Generator):
     """``torch.Generator``, of either device."""
 
-    def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
         is_simulated = torch.device(device).type == "cuda"
         return _SimulatedGenerator() if is_simulated else _Generator.__new__(_Generator, device)
 
@@ -182,69 +182,85 @@ def _wait(operation: str) -> None:
     warnings.warn_explicit(message, UserWarning, name, line)
 
 
-def _is_simulated(value: object) -> bool:
-    return isinstance(value, SimulatedTensor)
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and those in lists and tuples."""
+    for one in values:
+        if type(one) in (list, tuple):
+            yield from _flat(one)
+        else:
+            yield one
+
+
+def _map(fn: Callable[[Any], Any], value: Any) -> Any:
+    """A function of a value, or of those in lists and tuples."""
+    if type(value) in (list, tuple):
+        return type(value)(_map(fn, one) for one in value)
+    return fn(value)
 
 
 def _values(value: Any) -> Any:
     return value.values if isinstance(value, SimulatedTensor) else value
 
 
+def _simulated(value: Any) -> Any:
+    return SimulatedTensor(value) if isinstance(value, Tensor) else value
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Execute an operation of torch on the values."""
+    parts = [*_flat(args), *_flat(kwargs.values())]
+    own = [one for one in parts if isinstance(one, SimulatedTensor)]
+    device = kwargs.get("device")
+    on_device = bool(own) if device is None else device.type == "cuda"
+    for one in parts:
+        if isinstance(one, _Generator) and (one._cdata in _simulated_generators) != on_device:
+            raise RuntimeError(f"{func}: the generator is not one of the tensor's device")
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    if not own and not on_device:
+        return func(*args, **kwargs)
+
     name = func._schema.name
-    tensors = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
-    own = [one for one in tensors if _is_simulated(one)]
-    others = [one for one in tensors if not _is_simulated(one)]
+    others = [one for one in parts if type(one) is not SimulatedTensor and isinstance(one, Tensor)]
     if own and name in _WAITING:
         _wait(name)
+    if name == "aten::copy_" and own and others:
+        return _copy(*args, **kwargs)
     if own and name in _INDEXING:
         _check_indices(args[1])
-    elif name == "aten::copy_" and own and others:
-        return _copy(*args, **kwargs)
-    elif own and any(one.dim() > 0 for one in others) and name not in ("aten::set_",):
-        found = [f"{one.device.type} {tuple(one.shape)}" for one in tensors]
+    elif own and any(one.dim() > 0 for one in others):
+        found = [f"{one.device.type} {tuple(one.shape)}" for one in [*own, *others]]
         raise RuntimeError(f"expected all tensors on one device; {name} got {', '.join(found)}")
-
-    on_device = bool(own)
-    kwargs = dict(kwargs)
-    if kwargs.get("device") is not None:
-        on_device = torch.device(kwargs["device"]).type == "cuda"
-        kwargs["device"] = torch.device("cpu")
-    if kwargs.get("pin_memory"):
-        kwargs["pin_memory"] = False
-    if name == "aten::_to_copy" and on_device != bool(own) and tensors[0].numel() > 0:
+    if device is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if name == "aten::_to_copy" and on_device != bool(own) and args[0].numel() > 0:
         return _copy_to_other_device(func, args, kwargs, on_device)
-    _check_generators(args, kwargs, name, on_device)
 
-    result = func(*tree_map(_values, args), **tree_map(_values, kwargs))
+    own_args = [_map(_values, one) for one in args]
+    result = func(*own_args, **{key: _map(_values, one) for key, one in kwargs.items()})
     if not on_device:
         return result
-    wrapped = tree_map(lambda one: SimulatedTensor(one) if isinstance(one, Tensor) else one, result)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if own else wrapped
+    wrapped = _map(_simulated, result)
+    has_aliases = any(one.alias_info is not None for one in func._schema.returns)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if has_aliases else wrapped
 
 
 def _check_indices(indices: Any) -> None:
-    for index in tree_iter(indices):
-        if isinstance(index, Tensor) and index.dtype == torch.bool and _is_simulated(index):
-            _wait("a Boolean index")
-        elif isinstance(index, Tensor) and not _is_simulated(index) and index.dim() > 0:
+    for index in _flat([indices]):
+        if isinstance(index, SimulatedTensor):
+            if index.dtype == torch.bool:
+                _wait("a Boolean index")
+        elif isinstance(index, Tensor) and index.dim() > 0:
             _wait("an index on the CPU")
-
-
-def _check_generators(args: Any, kwargs: Any, name: str, on_device: bool) -> None:
-    for one in tree_iter((args, kwargs)):
-        if isinstance(one, _Generator) and (one._cdata in _simulated_generators) != on_device:
-            raise RuntimeError(f"{name}: the generator is not one of the tensor's device")
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """``target.copy_(source)`` from one device to the other."""
-    if source.numel() == 0 or (not _is_simulated(source) and source.dim() == 0):
+    if source.numel() == 0 or (not isinstance(source, SimulatedTensor) and source.dim() == 0):
         pass  # such a number is an argument of the kernel that writes it
     elif not non_blocking:
         _wait("copy_")
-    elif not _is_simulated(target) and copies_are_late:
+    elif not isinstance(target, SimulatedTensor) and copies_are_late:
         _postpone(target, source)
         return target
     _values(target).copy_(_values(source))
@@ -256,9 +272,9 @@ def _copy_to_other_device(
 ) -> Tensor:
     if not kwargs.pop("non_blocking", False):
         _wait("_to_copy")
-        result = func(*tree_map(_values, args), **kwargs)
+        result = func(*map(_values, args), **kwargs)
     else:
-        result = func(*tree_map(_values, args), **kwargs)
+        result = func(*map(_values, args), **kwargs)
         if not on_device and copies_are_late:
             _postpone(result, SimulatedTensor(result.clone()))
     return SimulatedTensor(result) if on_device else result

@@ -169,8 +169,8 @@ class PairLearned(PairMethod):
         self.probes = ProbeStream(self.seed, device=device)
         self.steps = StepCounter()
         self.error_estimate = math.nan
-        # The Krylov steps of the latest gradients: a GPU is waited for after so many.
-        self._recent_steps = deque([1], maxlen=_NUM_RECENT)
+        # The Krylov steps of the latest gradients: a GPU is waited for after the most of them.
+        self._recent_steps = deque([self.krylov_steps], maxlen=_NUM_RECENT)
 
     def training_log_abs_det(
         self,
