@@ -26,6 +26,7 @@ copied there at once: a GPU is waited for once.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,14 @@ from torch import Tensor
 
 from pyro_snf.transfer import read, send
 
-__all__ = ["KrylovSpace", "bidiagonalize", "krylov", "log_quadrature", "quadrature_of"]
+__all__ = [
+    "KrylovSpace",
+    "bidiagonalize",
+    "krylov",
+    "log_quadrature",
+    "quadrature_of",
+    "recent_steps",
+]
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -107,6 +115,14 @@ def _first_entry_of_log(matrices: Tensor) -> Tensor:
     times = ((nodes + 1) / 2).view(-1, 1, 1, 1)
     columns = torch.linalg.solve_ex(eye + times * (matrices - eye), eye[:, :1]).result
     return weights / 2 @ ((matrices - eye)[:, :1] @ columns).flatten(1)
+
+
+def recent_steps(first: int) -> deque[int]:
+    """The numbers of steps of the latest eight solves: the most of them is expected of the next.
+
+    :param int first: what to expect of the first one.
+    """
+    return deque([first], maxlen=8)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_snf import AutoSelfNormalizingFlow, Exact, PairRefined
+from pyro_snf.importance import psis
 from pyro_snf.krylov import krylov
 from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
 from pyro_snf.log_dets.tracked_inverse import TrackedInverse
@@ -211,6 +212,18 @@ def test_made_and_trained_where_the_device_is_the_default(name: str) -> None:
         loss = descend(transform, density_loss, data)
     assert all(one.is_cuda for one in tensors_of(transform))
     assert_equal([loss], trained(name, "cpu").losses[:1], tolerance_of(transform))
+
+
+def test_guide_and_its_check_where_the_device_is_the_default() -> None:
+    with default_device():
+        model = Normal(3, "cuda")
+        guide = AutoSelfNormalizingFlow(model)
+        svi = pyro.infer.SVI(model, guide, NaturalGradient(guide, 100), pyro.infer.Trace_ELBO(8))
+        for _ in range(3):
+            svi.step()
+        guide.quantiles([0.1, 0.9])
+        found = psis(model, guide, num_samples=50)
+    assert found.log_weights.is_cuda
 
 
 @pytest.mark.parametrize("name", CONDITIONAL_CASES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,15 +15,13 @@ from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.log_det import ValueEstimate, exact_slogdet, probe_gradient
 from pyro_snf.free_form.network_pair import NetworkPair
+from pyro_snf.krylov import recent_steps
 from pyro_snf.options import as_count, as_number, as_seed, check_choice, expect
 from pyro_snf.penalty import StepCounter
 from pyro_snf.probes import PROBES, ProbeStream, draw_probes
 from pyro_snf.surrogate import with_surrogate
 
 __all__ = ["PairExact", "PairLearned", "PairMethod", "PairRefined"]
-
-# Gradients whose Krylov steps tell how many to expect for the next one.
-_NUM_RECENT = 8
 
 # The stream of the value's probes; that of the gradient's is 0.
 _VALUE = 1
@@ -169,8 +166,7 @@ class PairLearned(PairMethod):
         self.probes = ProbeStream(self.seed, device=device)
         self.steps = StepCounter()
         self.error_estimate = math.nan
-        # The Krylov steps of the latest gradients: a GPU is waited for after the most of them.
-        self._recent_steps = deque([self.krylov_steps], maxlen=_NUM_RECENT)
+        self._recent_steps = recent_steps(self.krylov_steps)
 
     def training_log_abs_det(
         self,

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes
-from pyro_snf.krylov import KrylovSpace, krylov
+from pyro_snf.krylov import KrylovSpace, krylov, recent_steps
 from pyro_snf.maps.base import ControlVariate, LinearMap
 from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.probes import ProbeStream, draw_probes
@@ -114,9 +114,8 @@ class KrylovLogDet(SavesAttributes):
     def _forget(self) -> None:
         """Drop what follows from the saved state."""
         self._anchor: _Anchor | None = None
-        # Whether θ has moved since P was made, and the most Krylov steps that a solve has taken.
-        self._has_moved = False
-        self._num_steps = 1
+        self._has_moved = False  # whether θ has, since P was made
+        self._recent_steps = recent_steps(1)
         self._latest: StateCache[tuple[Tensor, Tensor]] = StateCache()
         self._inverse_weights: StateCache[Tensor] = StateCache()
 
@@ -196,8 +195,7 @@ class KrylovLogDet(SavesAttributes):
     ) -> tuple[KrylovSpace, Tensor] | None:
         """The solutions of ``J u = v``, and ``P⁻¹ v``; None where J has moved too far from P.
 
-        On a GPU all that is to be known is read at once, after as many steps as it has taken before
-        with this P.
+        On a GPU all that is to be known is read at once.
         """
         linear_map, factors = self.linear_map, anchor.control_variate.factors
         start = factors.solve(probes)
@@ -212,12 +210,12 @@ class KrylovLogDet(SavesAttributes):
             preconditioned=start,
             tolerance=self.tolerance,
             max_steps=self.krylov_steps,
-            expected_steps=self._num_steps,
+            expected_steps=max(self._recent_steps),
             beside=drift,
         )
         if not space.beside <= _MAX_DRIFT:
             return None
-        self._num_steps = max(self._num_steps, space.num_steps)
+        self._recent_steps.append(space.num_steps)
         return space, start
 
     def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
@@ -233,7 +231,7 @@ class KrylovLogDet(SavesAttributes):
         anchor = self._anchor_of(theta, event_shape)
         self.theta.copy_(theta)
         self.event_shape = tuple(event_shape)
-        self._anchor, self._has_moved, self._num_steps = anchor, False, 1
+        self._anchor, self._has_moved = anchor, False
         self.num_refactorizations += 1
         return anchor
 
