@@ -225,7 +225,8 @@ class TrackedInverse(SavesAttributes):
         log_factors = log_factors.to(self.inverse_t.dtype)
         log_abs_det_inverse = self.log_abs_det_inverse - log_factors.sum(dtype=torch.float64)
         with self._changing_to(log_abs_det_inverse):
-            self.inverse_t.mul_(torch.exp(-log_factors).unsqueeze(-1))
+            factors = torch.exp(-log_factors)
+            self.inverse_t.copy_(self.matrix_map.scale_rows(self.inverse_t, factors))
         self._has_followed(theta)
 
     @contextmanager
