@@ -86,10 +86,8 @@ def _start_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tenso
 
 def _replicate(state: dict[str, Any], group: dist.ProcessGroup) -> None:
     """Give all ranks what the first has, apart from DTensors."""
-    source = dist.get_global_rank(group, 0)
-    for value in state.values():
-        if isinstance(value, Tensor) and not isinstance(value, DTensor):
-            dist.broadcast(value, source, group=group)
-    others = [{name: value for name, value in state.items() if not isinstance(value, Tensor)}]
-    dist.broadcast_object_list(others, source, group=group)
-    state.update(others[0])
+    # Through the CPU: extra state lies there, and each rank has a device of its own.
+    plain = [{name: one.cpu() for name, one in state.items() if not isinstance(one, DTensor)}]
+    dist.broadcast_object_list(plain, dist.get_global_rank(group, 0), group=group)
+    for name, value in plain[0].items():
+        state[name] = value.to(state[name].device)

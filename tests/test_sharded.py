@@ -1,0 +1,362 @@
+"""A sharded layer is the layer that it was, and no rank has a D × D matrix.
+
+All that two and four processes do is in :func:`measure`, which reports numbers and errors; the
+tests look at these. The processes compare with a plain layer of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.distributed
+import torch.distributed.checkpoint
+import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_snf import Refined, SelfNormalizingLinear
+from pyro_snf.distributed import shard
+from pyro_snf.maps import sharded_inverse
+from pyro_snf.maps.dense import Dense
+
+DIM = 24
+BATCH = 6
+# Float64: sums in another order, over some steps of Adam.
+ROUNDING = 1e-9
+# Float32, over twenty steps.
+ROUNDING_32 = 1e-5
+
+Make = Callable[[], SelfNormalizingLinear]
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that a process makes, and what collectives give it, in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.received = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # it computes with its shards, which come by here
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            # DTensor derives shapes from tensors on "meta", which have no memory.
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().device.type != "meta":
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.largest = max(self.largest, stored)
+        if func._schema.name in ("c10d::allgather_", "c10d::allreduce_", "c10d::broadcast_"):
+            self.received += sum(one.numel() for one in tree_leaves(args[0]))
+        return result
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return (whole(one) - whole(other)).abs().max().item()
+
+
+def batches(count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, DIM, generator=generator, dtype=dtype)
+    for _ in range(count):
+        noise = torch.randn(BATCH, DIM + 4, generator=generator, dtype=dtype)
+        yield noise[:, :DIM] + noise[:, DIM:] @ mixing
+
+
+def loss_of(layer: SelfNormalizingLinear, x: Tensor) -> Tensor:
+    base = dist.Normal(x.new_zeros(DIM), x.new_ones(DIM)).to_event(1)
+    return -dist.TransformedDistribution(base, [layer.inv]).log_prob(x).mean()
+
+
+def train(
+    layer: SelfNormalizingLinear, learning_rate: float, num_steps: int = 20
+) -> SelfNormalizingLinear:
+    optimizer = torch.optim.Adam(layer.parameters(), lr=learning_rate)
+    for x in batches(num_steps, layer.log_scale.dtype):
+        optimizer.zero_grad()
+        loss_of(layer, x).backward()
+        optimizer.step()
+    return layer
+
+
+def trained_alike(mesh: DeviceMesh, dtype: torch.dtype, learning_rate: float) -> dict[str, Any]:
+    """Train a plain layer and a sharded one."""
+    method = Refined(seed=0)
+    plain = train(SelfNormalizingLinear(DIM, log_det=method, dtype=dtype), learning_rate)
+    sharded = SelfNormalizingLinear(DIM, log_det=method, device="meta", dtype=dtype)
+    train(shard(sharded, mesh), learning_rate)
+    x = next(batches(1, dtype))
+    found = {
+        name: difference(getattr(sharded, name), getattr(plain, name))
+        for name in ("theta", "log_scale", "bias", "weight", "inverse_weight")
+    }
+    for mode in (True, False):
+        plain.train(mode), sharded.train(mode)
+        values = [one.log_abs_det_jacobian(x, x) for one in (sharded, plain)]
+        found[f"log_det, {mode=}"] = difference(*values)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        for one, y in zip((sharded, plain), inputs, strict=True):
+            one.zero_grad()
+            (one.inv(y).pow(3).sum() + one.log_abs_det_jacobian(y, y).sum()).backward()
+        found[f"T.inv, gradient in y, {mode=}"] = difference(inputs[0].grad, inputs[1].grad)
+        found[f"T.inv, gradient in theta, {mode=}"] = difference(
+            sharded.theta.grad, plain.theta.grad
+        )
+    corrections = [
+        (one.num_refactorizations, one.log_det.estimator.num_updates) for one in (sharded, plain)
+    ]
+    return {"differences": found, "corrections": corrections}
+
+
+def inverses(mesh: DeviceMesh) -> dict[str, float]:
+    """The errors of sharded inverses of some matrices, by panels of at most five columns."""
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randn(DIM, DIM, generator=generator, dtype=torch.float64)
+    no_pivot_on_diagonal = torch.eye(DIM, dtype=torch.float64).roll(1, 0) + 1e-3 * random
+    rank, size = mesh.get_local_rank(), DIM // mesh.size()
+    sharded_inverse._PANEL_WIDTH = 5
+    found = {}
+    for name, matrix in {"random": random, "rolled": no_pivot_on_diagonal}.items():
+        rows = slice(rank * size, (rank + 1) * size)
+        result, log_abs_det = sharded_inverse.inverse_transposed(matrix[rows], mesh.get_group())
+        error = difference(result, torch.linalg.inv(matrix).mT[rows])
+        found[name] = error + difference(log_abs_det, torch.linalg.slogdet(matrix).logabsdet)
+    return found
+
+
+def errors(mesh: DeviceMesh) -> dict[str, str]:
+    def with_weight(weight: Tensor) -> SelfNormalizingLinear:
+        layer = SelfNormalizingLinear(DIM, dtype=torch.float64)
+        Dense().set_weight(layer.theta.data, weight)
+        return shard(layer.eval(), mesh)
+
+    def second_derivative() -> None:
+        layer = shard(SelfNormalizingLinear(DIM, device="meta").eval(), mesh)
+        x = torch.ones(1, DIM)
+        value = layer.log_abs_det_jacobian(x, x).sum()
+        torch.autograd.grad(value, layer.theta, create_graph=True)
+
+    x = torch.ones(1, DIM, dtype=torch.float64)
+    singular = torch.eye(DIM, dtype=torch.float64)
+    singular[3] = 0
+    not_finite = torch.full((DIM, DIM), torch.nan, dtype=torch.float64)
+    sharded = shard(SelfNormalizingLinear(DIM, device="meta"), mesh)
+    attempts: dict[str, Callable[[], object]] = {
+        "size": lambda: shard(SelfNormalizingLinear(DIM + 1), mesh),
+        "learned": lambda: shard(SelfNormalizingLinear(DIM, log_det="learned"), mesh),
+        "twice": lambda: shard(sharded, mesh),
+        "singular": lambda: with_weight(singular).log_abs_det_jacobian(x, x),
+        "not finite": lambda: with_weight(not_finite).log_abs_det_jacobian(x, x),
+        "second derivative": second_derivative,
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def everything(mesh: DeviceMesh, folder: str) -> dict[str, int]:
+    """What a rank allocates and receives in all that a layer does."""
+    with Allocations() as allocations:
+        layer = shard(
+            SelfNormalizingLinear(DIM, log_det=Refined(num_probes=1), device="meta"), mesh
+        )
+        train(layer, 1e-1)
+        corrections = layer.num_refactorizations + layer.log_det.estimator.num_updates
+        layer.refactorize()
+        x = next(batches(1, torch.float32))[:2]
+        layer.inv(x)
+        layer.eval()
+        layer.log_abs_det_jacobian(x, x).sum().backward()
+        layer.inv(layer(x).clone())
+        torch.distributed.checkpoint.save(layer.state_dict(), checkpoint_id=folder)
+        layer.train()
+        loss_of(layer, x)
+        received = allocations.received
+        loss_of(layer, x.clone()).backward()
+    return {
+        "corrections": corrections,
+        "largest": allocations.largest,
+        "received": allocations.received - received,
+    }
+
+
+def first_of_all(mesh: DeviceMesh) -> dict[str, Any]:
+    """Shard layers that differ from rank to rank: that of the first is what all have then."""
+    torch.manual_seed(mesh.get_local_rank())
+    layer = train(SelfNormalizingLinear(DIM, dtype=torch.float64), 0.1, mesh.get_local_rank() + 3)
+    first = [copy.deepcopy(layer.state_dict())]
+    torch.distributed.broadcast_object_list(first)
+    shard(layer, mesh)
+    state = layer.state_dict()
+    return {
+        "differences": {name: difference(state[name], value) for name, value in first[0].items()},
+        "copy": difference(copy.deepcopy(layer).theta, layer.theta),
+    }
+
+
+def resumed(mesh: DeviceMesh, folder: str) -> dict[str, float]:
+    """Load what two processes have saved."""
+    dtype, path = torch.float64, f"{folder}/trained"
+    train(layer := shard(SelfNormalizingLinear(DIM, device="meta", dtype=dtype), mesh), 0.1)
+    if mesh.size() == 2:
+        torch.distributed.checkpoint.save(layer.state_dict(), checkpoint_id=path)
+    new = shard(SelfNormalizingLinear(DIM, device="meta", dtype=dtype), mesh)
+    state = new.state_dict()
+    torch.distributed.checkpoint.load(state, checkpoint_id=path)
+    new.load_state_dict(state)
+    x = next(batches(1, dtype))
+    return {
+        "T": difference(new(x), layer(x)),
+        "log_det": difference(new.log_abs_det_jacobian(x, x), layer.log_abs_det_jacobian(x, x)),
+        "inverse": difference(new.inverse_weight, layer.inverse_weight),
+    }
+
+
+def data_and_tensor(mesh: DeviceMesh) -> float:
+    """Train with the batch over one dimension of the mesh, and the layer over the other."""
+    halves = mesh["data"]
+    layer = SelfNormalizingLinear(DIM, log_det=Refined(seed=0), device="meta", dtype=torch.float64)
+    shard(layer, mesh["tensor"])
+    plain = SelfNormalizingLinear(DIM, log_det=Refined(seed=0), dtype=torch.float64)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for x in batches(20, torch.float64):
+        optimizer.zero_grad()
+        loss_of(layer, x.chunk(halves.size())[halves.get_local_rank()]).backward()
+        for parameter in layer.parameters():
+            gradient = parameter.grad
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            torch.distributed.all_reduce(local, group=halves.get_group())
+            local /= halves.size()
+        optimizer.step()
+    return difference(layer.theta, train(plain, 0.1).theta)
+
+
+def measure(rank: int, num_ranks: int, folder: str) -> None:
+    """All that one process does. What it has found is in a file afterwards."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store-{num_ranks}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=num_ranks)
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    found: dict[str, Any] = {
+        "float64": trained_alike(mesh, torch.float64, 0.1),
+        "float32": trained_alike(mesh, torch.float32, 1e-3),
+        "inverses": inverses(mesh),
+        "errors": errors(mesh),
+        "everything": everything(mesh, f"{folder}/everything-{num_ranks}"),
+        "first": first_of_all(mesh),
+        "resumed": resumed(mesh, folder),
+    }
+    if num_ranks == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        found["grid"] = data_and_tensor(grid)
+    torch.save(found, f"{folder}/{num_ranks}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each process has found, by the number of processes."""
+    folder = str(tmp_path_factory.mktemp("sharded"))
+    # The processes are forked from one that has imported what they need, and has no threads.
+    multiprocessing.set_forkserver_preload([__name__])
+    for num_ranks in (2, 4):
+        torch.multiprocessing.start_processes(
+            measure, (num_ranks, folder), nprocs=num_ranks, start_method="forkserver"
+        )
+    return {
+        num_ranks: [torch.load(f"{folder}/{num_ranks}-{rank}.pt") for rank in range(num_ranks)]
+        for num_ranks in (2, 4)
+    }
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest, found: dict[int, Any]) -> list[dict[str, Any]]:
+    """What each of two or four processes has found."""
+    return found[request.param]
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float64", ROUNDING), ("float32", ROUNDING_32)])
+def test_trains_as_one_process_does(
+    ranks: list[dict[str, Any]], dtype: str, rounding: float
+) -> None:
+    for rank in ranks:
+        for name, value in rank[dtype]["differences"].items():
+            assert value < rounding, name
+        sharded, plain = rank[dtype]["corrections"]
+        assert sharded == plain
+
+
+def test_training_corrects_the_inverse(ranks: list[dict[str, Any]]) -> None:
+    num_refactorizations, num_updates = ranks[0]["float64"]["corrections"][0]
+    assert num_refactorizations > 0
+    assert num_updates > 0
+
+
+def test_inverse(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, error in rank["inverses"].items():
+            assert error < ROUNDING, name
+
+
+def test_no_rank_has_a_whole_matrix(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["everything"]["corrections"] > 0
+        assert rank["everything"]["largest"] == DIM**2 // len(ranks)
+
+
+def test_a_step_communicates_the_batch_once(ranks: list[dict[str, Any]]) -> None:
+    # The products T(x), two fingerprints of Θ, and the sum of ⟨Rᵀ, A⟩.
+    for rank in ranks:
+        assert rank["everything"]["received"] == 2 * DIM + 2 * DIM + 1
+
+
+def test_first_rank_is_distributed(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert max(rank["first"]["differences"].values()) == 0
+        assert rank["first"]["copy"] == 0
+
+
+def test_checkpoint_of_two_ranks_on_others(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, value in rank["resumed"].items():
+            assert value < ROUNDING, name
+
+
+def test_data_and_tensor_parallel(found: dict[int, list[dict[str, Any]]]) -> None:
+    for rank in found[4]:
+        assert rank["grid"] < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("size", "ValueError: expected input_dim, a multiple of the . ranks; got 25"),
+        ("learned", "ValueError: expected a SelfNormalizingLinear with log_det 'refined' or"),
+        ("twice", "ValueError: expected a layer that is not sharded"),
+        ("singular", "LinAlgError: .*singular"),
+        ("not finite", "LinAlgError: .*NaN or infinite"),
+        ("second derivative", "RuntimeError: a sharded log-determinant has no second derivative"),
+    ],
+)
+def test_errors(ranks: list[dict[str, Any]], name: str, message: str) -> None:
+    for rank in ranks:
+        assert re.match(message, rank["errors"][name])
