@@ -59,8 +59,13 @@ class Allocations(TorchDispatchMode):
             return NotImplemented  # it computes with its shards, which come by here
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            # DTensor derives shapes from tensors on "meta", which have no memory.
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().device.type != "meta":
+            # DTensor derives shapes from tensors on "meta", which have no memory; and a checkpoint
+            # has bytes in tensors.
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_floating_point()
+                and tensor.untyped_storage().device.type != "meta"
+            ):
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.largest = max(self.largest, stored)
         if func._schema.name in COLLECTIVES:

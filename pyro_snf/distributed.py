@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
@@ -55,33 +55,36 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
     expect(f"a layer on {' or '.join(devices)}", theta.device.type in devices, theta.device)
 
     if theta.is_meta:
-        start = _start_of(layer, mesh)
-        method.setup(ShardedDense(), start["theta"])
-        state = {**layer.state_dict(), **start}
+        for name, start in _starts_of(layer, mesh).items():
+            parameter = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(start, requires_grad=parameter.requires_grad))
+        method.setup(ShardedDense(), layer.theta.detach())
+        _replicate(state := dict(method.named_buffers()), mesh.get_group())
+        method.load_state_dict(state, strict=False)  # the seed of probes
     else:
         state = {
             name: distribute_tensor(value, mesh, [Shard(0)])
-            if isinstance(value, Tensor) and value.shape == theta.shape
+            if value.shape == theta.shape
             else value
             for name, value in layer.state_dict().items()
         }
         method.setup(ShardedDense(), state["theta"])
-    _replicate(state, mesh.get_group())
-    layer.load_state_dict(state, assign=True)
+        _replicate(state, mesh.get_group())
+        layer.load_state_dict(state, assign=True)
     layer.clear_cache()
     return layer
 
 
-def _start_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
+def _starts_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
     """What the parameters of a new layer start from."""
     theta, device = layer.theta, mesh.device_type
-    start: dict[str, Tensor] = {
+    starts: dict[str, Tensor] = {
         "theta": zeros(theta.shape, dtype=theta.dtype, device_mesh=mesh, placements=[Shard(0)]),
         "log_scale": torch.full_like(layer.log_scale, math.log(layer.init_scale), device=device),
     }
     if layer.bias is not None:
-        start["bias"] = torch.zeros_like(layer.bias, device=device)
-    return start
+        starts["bias"] = torch.zeros_like(layer.bias, device=device)
+    return starts
 
 
 def _replicate(state: dict[str, Any], group: dist.ProcessGroup) -> None:

