@@ -131,6 +131,7 @@ class TrackedInverse(SavesAttributes):
     }
 
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
+    fingerprint: Tensor
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
 
     def __init__(
@@ -168,6 +169,11 @@ class TrackedInverse(SavesAttributes):
         self.register_buffer(
             "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
         )
+        # Θ w at the latest step, up to date when it is saved; NaN if there was none. A buffer, not
+        # a plain value: in a checkpoint that is loaded in place, the latter may not vary in length.
+        dtype = self.inverse_t.dtype
+        unknown = torch.full((dim,), math.nan, device=device, dtype=dtype)
+        self.register_buffer("fingerprint", unknown)
         self._forget()
 
     def _forget(self) -> None:
@@ -491,12 +497,19 @@ class TrackedInverse(SavesAttributes):
 
     @monitor.setter
     def monitor(self, value: dict[str, Any]) -> None:
-        self._monitor.load_state_dict(value, like=self.inverse_t)
+        self._monitor.load_state_dict(value)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        latest = self._monitor.fingerprint
+        self.fingerprint.fill_(math.nan) if latest is None else self.fingerprint.copy_(latest)
+        super()._save_to_state_dict(*args)
 
     def set_extra_state(self, state: Any) -> None:
         self._forget()
         self._is_loaded = True
         super().set_extra_state(state)
+        loaded = self.fingerprint  # torch loads buffers first
+        self._monitor.fingerprint = None if loaded.isnan().any() else loaded.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not rely on R and Θ having been copied together.
