@@ -47,20 +47,24 @@ class InverseError(NamedTuple):
 
 
 def measure_error(
-    inverse_t: Tensor, theta: Tensor, probes: Tensor, matrix_map: Dense = _DENSE
+    inverse_t: Tensor,
+    theta: Tensor,
+    probes: Tensor,
+    sources: Tensor,
+    matrix_map: Dense = _DENSE,
 ) -> tuple[Tensor, Tensor]:
-    """The error of R along some random directions g, and along their images R g.
+    """The error of R along some random directions g, and along the images R g of others.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor probes: the directions as rows, shape ``(k, D)``.
+    :param Tensor sources: the others as rows, shape ``(h, D)``.
     :param Dense matrix_map: how to multiply with the matrices.
-    :return: the residuals ``(I − RA) g`` as rows, k for the directions and then half as many, at
-        least one, for the images; and the two numbers of :class:`InverseError`, shape ``(2,)``.
+    :return: the residuals ``(I − RA) g`` as rows, k for the directions and then h for the images;
+        and the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     count = len(probes)
-    halved = probes[: (count + 1) // 2]
-    images = matrix_map.apply_weight(inverse_t, halved, transposed=True)  # (R g)ᵀ
+    images = matrix_map.apply_weight(inverse_t, sources, transposed=True)  # (R g)ᵀ
     # Scaled like the directions, for an update uses the residuals of both.
     images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
     probes = torch.cat([probes, images])

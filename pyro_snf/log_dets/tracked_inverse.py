@@ -5,9 +5,9 @@ only monitored, by a few matrix-vector products (:mod:`pyro_snf.log_dets.residua
 it exceeds the tolerance, it is measured with k random probes and removed where they found it. With
 vectors as columns, as on paper:
 
-1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of some. The
-   ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the error of the inverse; that of the
-   latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
+1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of k/2 more.
+   The ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the error of the inverse; that of
+   the latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
 2. *Subspace iteration.* ``V = orth(EᵀU) = orth(EᵀE G)``: one iteration turns the probes towards the
    largest right singular vectors of E. Few directions dominate an optimizer's step, and so the
    error that it leaves in R: these probes remove most of it, random ones a share k/D.
@@ -477,9 +477,14 @@ class TrackedInverse(SavesAttributes):
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = self.probes.next_generator(device)
         dim = len(self.inverse_t)
-        shape = (min(num_probes, dim), dim)
-        probes = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return measure_error(self.inverse_t, theta, probes, self.matrix_map)
+        count = min(num_probes, dim)
+        # Images of directions of their own: where R is near the identity, those of the probes would
+        # be the probes again, and an update would fill their places with rounding errors.
+        probes, sources = (
+            torch.randn(rows, dim, generator=generator, device=device, dtype=dtype)
+            for rows in (count, (count + 1) // 2)
+        )
+        return measure_error(self.inverse_t, theta, probes, sources, self.matrix_map)
 
     @property
     def rounding(self) -> dict[str, float]:
