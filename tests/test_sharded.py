@@ -185,7 +185,7 @@ def everything(mesh: DeviceMesh, folder: str) -> dict[str, int]:
         method = Refined(num_probes=1)
         layer = SelfNormalizingLinear(LARGE_DIM, log_det=method, device="meta")
         shard(layer, mesh)
-        train(layer, 1e-1)
+        train(layer, 0.1, num_steps=6)
         corrections = layer.num_refactorizations + layer.log_det.estimator.num_updates
         layer.refactorize()
         x = next(batches(1, torch.float32, LARGE_DIM))[:2]
@@ -222,7 +222,8 @@ def first_of_all(mesh: DeviceMesh) -> dict[str, Any]:
 def resumed(mesh: DeviceMesh, folder: str) -> dict[str, float]:
     """Load what two processes have saved."""
     dtype, path = torch.float64, f"{folder}/trained"
-    train(layer := shard(SelfNormalizingLinear(DIM, device="meta", dtype=dtype), mesh), 0.1)
+    layer = SelfNormalizingLinear(DIM, log_det=Refined(seed=0), device="meta", dtype=dtype)
+    train(shard(layer, mesh), 0.02, num_steps=6)
     if mesh.size() == 2:
         torch.distributed.checkpoint.save(layer.state_dict(), checkpoint_id=path)
     new = shard(SelfNormalizingLinear(DIM, device="meta", dtype=dtype), mesh)
@@ -264,14 +265,15 @@ def measure(rank: int, num_ranks: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (num_ranks,))
     found: dict[str, Any] = {
         "float64": trained_alike(mesh, torch.float64, 0.05),
-        "float32": trained_alike(mesh, torch.float32, 0.02),
         "inverses": inverses(mesh),
         "errors": errors(mesh),
         "everything": everything(mesh, f"{folder}/everything-{num_ranks}"),
         "first": first_of_all(mesh),
         "resumed": resumed(mesh, folder),
     }
-    if num_ranks == 4:
+    if num_ranks == 2:
+        found["float32"] = trained_alike(mesh, torch.float32, 0.02)
+    else:
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         found["grid"] = data_and_tensor(grid)
     torch.save(found, f"{folder}/{num_ranks}-{rank}.pt")
@@ -300,22 +302,23 @@ def ranks(request: pytest.FixtureRequest, found: dict[int, Any]) -> list[dict[st
     return found[request.param]
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [("float64", ROUNDING), ("float32", ROUNDING_32)])
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype", "rounding"),
+    [(2, "float64", ROUNDING), (4, "float64", ROUNDING), (2, "float32", ROUNDING_32)],
+)
 def test_trains_as_one_process_does(
-    ranks: list[dict[str, Any]], dtype: str, rounding: float
+    found: dict[int, list[dict[str, Any]]], num_ranks: int, dtype: str, rounding: float
 ) -> None:
-    for rank in ranks:
+    for rank in found[num_ranks]:
         for name, value in rank[dtype]["differences"].items():
             assert value < rounding, name
         sharded, plain = rank[dtype]["corrections"]
         assert sharded == plain
+        assert max(sharded) > 0
 
 
-def test_training_corrects_the_inverse(ranks: list[dict[str, Any]]) -> None:
-    num_refactorizations, num_updates = ranks[0]["float64"]["corrections"][0]
-    assert num_refactorizations > 0
-    assert num_updates > 0
-    assert max(ranks[0]["float32"]["corrections"][0]) > 0
+def test_training_updates_and_refactorizes(ranks: list[dict[str, Any]]) -> None:
+    assert min(ranks[0]["float64"]["corrections"][0]) > 0
 
 
 def test_inverse(ranks: list[dict[str, Any]]) -> None:
