@@ -25,23 +25,30 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
 
     Θ, its gradient, its optimizer state and the tracked inverse R become DTensors with D/P rows on
     each of P ranks. No rank makes a D × D matrix from here on, neither in a training step nor in a
-    refactorization nor in ``eval()``. What the layer computes stays the same, up to rounding, and
-    so do its methods. The rest of a flow is replicated: **all ranks call it with the same inputs**,
-    as they do if they draw batches and samples from equal seeds.
+    refactorization nor in ``eval()``. What the layer computes stays the same, up to rounding. The
+    rest of a flow is replicated: **all ranks call it with the same inputs**, as they do if they
+    draw batches and samples from equal seeds. A refactorization, and a log-determinant in
+    ``eval()``, take O(D³/P) operations and ``3D²/P`` numbers of memory on each rank.
 
-    A layer that no device could hold is made on the device "meta", with ``device="meta"``, and
-    starts on the mesh as it would have started elsewhere. Of any other layer, that of the mesh's
-    first rank is distributed. Make optimizers afterwards, for Θ is another parameter then.
+    A layer that no device could hold is made with ``device="meta"``, without memory, and starts on
+    the mesh as it would have started elsewhere. Of any other layer, that of the mesh's first rank is
+    distributed. Make optimizers afterwards, for Θ is another parameter then.
 
-    >>> layer = SelfNormalizingLinear(4096, device="meta")
-    >>> mesh = init_device_mesh("cpu", (2,))  # doctest: +SKIP
-    >>> shard(layer, mesh)  # doctest: +SKIP
+    >>> torch.distributed.init_process_group(  # of one process; torchrun starts more
+    ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    ... )
+    >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    >>> layer = shard(SelfNormalizingLinear(4096, device="meta"), mesh)
+    >>> layer.theta.placements
+    (Shard(dim=0),)
+    >>> torch.distributed.destroy_process_group()
 
     :param SelfNormalizingLinear layer: with ``log_det="refined"`` or ``"exact"``.
     :param DeviceMesh mesh: of one dimension. Of a mesh with more, pass one of its dimensions,
         ``mesh["tensor"]``; the layer is replicated over the others.
     :return: the layer.
     :raises ValueError: for other layers, and unless D is a multiple of the number of ranks.
+    :raises RuntimeError: where a log-determinant is differentiated twice.
     """
     method: Any = getattr(layer, "log_det", None)
     fits = isinstance(layer, SelfNormalizingLinear) and isinstance(method, Refined | Exact)
