@@ -31,8 +31,8 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
     ``eval()``, take O(D³/P) operations and ``3D²/P`` numbers of memory on each rank.
 
     A layer that no device could hold is made with ``device="meta"``, without memory, and starts on
-    the mesh as it would have started elsewhere. Of any other layer, that of the mesh's first rank is
-    distributed. Make optimizers afterwards, for Θ is another parameter then.
+    the mesh as it would have started elsewhere. Of any other layer, that of the mesh's first rank
+    is distributed. Make optimizers afterwards, for Θ is another parameter then.
 
     >>> torch.distributed.init_process_group(  # of one process; torchrun starts more
     ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -129,6 +129,27 @@ def trained_alike(mesh: DeviceMesh, dtype: torch.dtype, learning_rate: float) ->
     return {"differences": found, "corrections": corrections}
 
 
+def guided_alike(mesh: DeviceMesh, log_det: str | Refined) -> dict[str, float]:
+    """Compare a guide of two plain layers with one of two sharded ones: density and gradients."""
+    torch.manual_seed(0)
+    plain = [SelfNormalizingLinear(DIM, log_det=log_det, dtype=torch.float64) for _ in range(2)]
+    for layer in plain:
+        torch.nn.init.normal_(layer.theta)
+    sharded = [shard(copy.deepcopy(layer), mesh) for layer in plain]
+    base = dist.Normal(torch.zeros(DIM, dtype=torch.float64), 1.0).to_event(1)
+    densities = []
+    for layers in (plain, sharded):
+        torch.manual_seed(1)
+        guide = dist.TransformedDistribution(base, layers)
+        x = guide.rsample((BATCH,))
+        densities.append(guide.log_prob(x))
+        (densities[-1] + x.square().sum(-1)).mean().backward()
+    found = {"density": difference(*densities)}
+    for index, (one, other) in enumerate(zip(plain, sharded, strict=True)):
+        found[f"gradient of layer {index}"] = difference(one.theta.grad, other.theta.grad)
+    return found
+
+
 def inverses(mesh: DeviceMesh) -> dict[str, float]:
     """The errors of sharded inverses of some matrices, by panels of at most five columns."""
     generator = torch.Generator().manual_seed(1)
@@ -265,6 +286,8 @@ def measure(rank: int, num_ranks: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (num_ranks,))
     found: dict[str, Any] = {
         "float64": trained_alike(mesh, torch.float64, 0.05),
+        "refined guide": guided_alike(mesh, Refined(seed=0)),
+        "exact guide": guided_alike(mesh, "exact"),
         "inverses": inverses(mesh),
         "errors": errors(mesh),
         "everything": everything(mesh, f"{folder}/everything-{num_ranks}"),
@@ -315,6 +338,13 @@ def test_trains_as_one_process_does(
         sharded, plain = rank[dtype]["corrections"]
         assert sharded == plain
         assert max(sharded) > 0
+
+
+@pytest.mark.parametrize("guide", ["refined guide", "exact guide"])
+def test_guide_has_the_same_gradients(ranks: list[dict[str, Any]], guide: str) -> None:
+    for rank in ranks:
+        for name, value in rank[guide].items():
+            assert value < ROUNDING, name
 
 
 def test_training_updates_and_refactorizes(ranks: list[dict[str, Any]]) -> None:
