@@ -7,9 +7,12 @@ tests look at these. The processes compare with a plain layer of their own.
 from __future__ import annotations
 
 import copy
+import importlib
 import multiprocessing
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,13 +24,15 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyro_snf import Refined, SelfNormalizingLinear
 from pyro_snf.distributed import shard
 from pyro_snf.maps import sharded_inverse
 from pyro_snf.maps.dense import Dense
+
+# On the path of the processes that are forked, too.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+Allocations = importlib.import_module("sharded").Allocations
 
 DIM = 24
 # Large enough that a thin matrix, of a batch or of sixteen fixed directions, is smaller than a
@@ -38,36 +43,6 @@ BATCH = 6
 ROUNDING = 1e-9
 # Float32, over twenty steps.
 ROUNDING_32 = 1e-5
-
-Make = Callable[[], SelfNormalizingLinear]
-
-
-class Allocations(TorchDispatchMode):
-    """The largest tensor that a process makes, and what collectives give it, in numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.received = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if any(issubclass(one, DTensor) for one in types):
-            return NotImplemented  # it computes with its shards, which come by here
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            # DTensor derives shapes from tensors on "meta", which have no memory; and a checkpoint
-            # has bytes in tensors.
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.is_floating_point()
-                and tensor.untyped_storage().device.type != "meta"
-            ):
-                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.largest = max(self.largest, stored)
-        if func._schema.name in ("c10d::allgather_", "c10d::allreduce_", "c10d::broadcast_"):
-            self.received += sum(one.numel() for one in tree_leaves(args[0]))
-        return result
 
 
 def whole(tensor: Tensor) -> Tensor:
