@@ -95,12 +95,11 @@ class Dense(LinearMap):
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
         """``A ← diag(e^c) A`` in place."""
-        self.set_weight(theta, self.weight(theta) * torch.exp(log_factors).unsqueeze(-1))
+        self.set_weight(theta, self.scale_rows(self.weight(theta), log_factors.exp()))
 
     def set_weight(self, theta: Tensor, weight: Tensor) -> None:
         """``A ← weight`` in place, the inverse of :meth:`weight`."""
-        eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        theta.copy_((weight - eye) / self.theta_scale(theta))
+        theta.copy_((weight - self.identity(weight)) / self.theta_scale(theta))
 
     def matrix_of(self, theta: Tensor) -> Tensor:
         return theta

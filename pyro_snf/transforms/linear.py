@@ -128,7 +128,8 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         A constant to autograd.
         """
         inverse = self.log_det.inverse_weight(self.theta, self.event_shape)
-        return inverse * torch.exp(-self.log_scale).to(inverse.dtype)
+        factors = torch.exp(-self.log_scale).to(inverse.dtype)
+        return self.log_det.linear_map.scale_rows(inverse.mT, factors).mT
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
         recording = self.recording.get()
