@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_snf.caching import StateCache
+from pyro_snf.distributed import mean_over_processes
 from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.options import as_number, as_positive
 from pyro_snf.precision import keep_float32
@@ -25,9 +26,10 @@ class GECO(nn.Module):
         \lambda \leftarrow \lambda \exp\bigl(\eta\,
             \operatorname{clip}(\log(\sqrt{\bar e} / \tau), -1, 1)\bigr)
 
-    where e is the mean squared error per element of the current batch. λ rises while the averaged
-    error is above the tolerance, and falls while it is below. λ and ē are buffers, saved with the
-    module. Errors that are not finite are ignored.
+    where e is the mean squared error per element of the current batch, in more than one process of
+    the batches of all of them. λ rises while the averaged error is above the tolerance, and falls
+    while it is below. λ and ē are buffers, saved with the module. Errors that are not finite are
+    ignored.
 
     Pass it as the ``reconstruction_weight`` of a method. Each layer takes a copy, which makes one
     step for every change of the layer's parameters.
@@ -82,9 +84,10 @@ class GECO(nn.Module):
     def update(self, mean_square_error: Tensor) -> bool:
         """One step of the controller.
 
-        :param Tensor mean_square_error: e, shape ``()``.
+        :param Tensor mean_square_error: e of this process's batch, shape ``()``.
         :return: whether a step was taken, that is, whether e is finite.
         """
+        mean_square_error = mean_over_processes(mean_square_error)
         if not torch.isfinite(mean_square_error):
             return False
         self.mean_square_error.lerp_(mean_square_error.to(self.mean_square_error), 1 - self.decay)

@@ -97,7 +97,7 @@ class Reconstruction(nn.Module):
         :param device: of the networks.
         """
         self._default_weight = default_weight
-        self.probes = ProbeStream(self.seed, device=device)
+        self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
 
     @property

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
+from pyro_snf.distributed import column_moments
 from pyro_snf.options import as_count, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
@@ -39,6 +40,8 @@ class ActNorm(InvertibleTransformModule):
       data pass through the inverses of its layers, use ``ActNorm(...).inv``.
     - In a guide, where there are no data, ``layer.initialized.fill_(True)`` keeps the identity.
     - :meth:`initialize` does the same explicitly, for instance with a larger batch, or again.
+    - In more than one process, the first batch is that of all of them together
+      (:mod:`pyro_snf.distributed`).
 
     >>> layer = ActNorm(2, event_dim=1)
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))
@@ -116,23 +119,22 @@ class ActNorm(InvertibleTransformModule):
     def initialize(self, x: Tensor) -> None:
         """Set s and b so that every channel of T(x) has mean 0 and standard deviation 1.
 
+        All processes have to call it, each with its own part of the batch.
+
         :param Tensor x: a batch, with at least two different values in each channel.
         :raises ValueError: if it is not finite, or a channel has equal values.
         """
         self._check(x)
-        channels = at_least_float32(x).movedim(-self._event_dim, 0).reshape(self.num_channels, -1)
-        variance, mean = torch.var_mean(channels, 1, correction=0)
-        deviation = variance.sqrt()
+        channels = x.movedim(-self._event_dim, -1).reshape(-1, self.num_channels)
+        mean, deviation, is_constant = column_moments(channels)
         if not torch.isfinite(mean + deviation).all():
             raise ValueError(
                 f"{self}: expected a first batch of finite mean and variance; got NaN or infinity"
             )
-        # The mean of equal values is rounded, so their computed deviation need not be 0.
-        is_flat = (deviation == 0) | (channels.amax(1) == channels.amin(1))
-        if is_flat.any():
+        if is_constant.any():
             raise ValueError(
                 f"{self}: expected a first batch in which every channel has different values; got "
-                f"equal ones in channels {is_flat.nonzero().flatten().tolist()} of a tensor of "
+                f"equal ones in channels {is_constant.nonzero().flatten().tolist()} of a tensor of "
                 f"shape {tuple(x.shape)}"
             )
         self.log_scale.copy_(-deviation.log())
