@@ -11,6 +11,7 @@ With no process group, or a group of one process, the functions do nothing.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "ColumnMoments",
     "column_moments",
     "gather",
+    "is_dtensor",
     "mean_over_processes",
     "num_processes",
     "process_rank",
@@ -87,15 +89,20 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     return gather(tensor).mean(0)
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a ``DTensor``, such as the shards that ``fully_shard`` makes."""
+    # The module takes long to import. Where there is a DTensor, it has been.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 class ColumnMoments(NamedTuple):
     """Of the columns of a sample."""
 
     mean: Tensor
     """Shape ``(C,)``."""
     deviation: Tensor
-    """The standard deviation, shape ``(C,)``."""
-    is_constant: Tensor
-    """Whether a column has equal values, shape ``(C,)``."""
+    """The standard deviation, shape ``(C,)``; exactly 0 for a column of equal values."""
 
 
 @torch.no_grad()
@@ -106,19 +113,18 @@ def column_moments(columns: Tensor) -> ColumnMoments:
 
         μ = Σᵢ wᵢ μᵢ,      σ² = Σᵢ wᵢ (σᵢ² + (μᵢ − μ)²),      wᵢ = nᵢ / Σⱼ nⱼ,
 
-    in which no large numbers cancel, as they do in E[x²] − μ².
+    in which no large numbers cancel, as they do in E[x²] − μ². All means are relative to the first
+    row of all: those of rows far from zero would be rounded by more than they differ.
 
     :param Tensor columns: the rows of this process, shape ``(N, C)``; N may differ.
     """
     columns = at_least_float32(columns)
-    variance, mean = torch.var_mean(columns, 0, correction=0)
-    count = torch.full_like(mean, len(columns))
-    own = torch.stack([count, mean, variance, columns.amin(0), columns.amax(0)])
-    counts, means, variances, smallest, largest = gather(own).unbind(1)
+    origin = gather(columns[0])[0]
+    variance, mean = torch.var_mean(columns - origin, 0, correction=0)
+    counts, means, variances = gather(
+        torch.stack([torch.full_like(mean, len(columns)), mean, variance])
+    ).unbind(1)
     weights = counts / counts.sum(0)
-    # Relative to the first mean, so that the moments of a single part stay as they are.
-    mean = means[0] + (weights * (means - means[0])).sum(0)
+    mean = (weights * means).sum(0)
     deviation = (weights * (variances + (means - mean).square())).sum(0).sqrt()
-    # The mean of equal values is rounded, so their computed deviation need not be 0.
-    is_constant = (deviation == 0) | (largest.amax(0) == smallest.amin(0))
-    return ColumnMoments(mean, deviation, is_constant)
+    return ColumnMoments(origin + mean, deviation)

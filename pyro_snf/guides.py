@@ -18,6 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
+from pyro_snf.distributed import gather
 from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.options import as_count, as_number, check_choice, expect
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
@@ -391,7 +392,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         assert self.clip is not None
         length = at_least_float32(gradient).norm(dim=-1, keepdim=True)
         is_usable = torch.isfinite(length) & (length > 0)
-        log_length = torch.where(is_usable, length.log(), math.nan)
+        # Of the samples of all processes, so that the average is the same in each.
+        log_length = gather(torch.where(is_usable, length.log(), math.nan))
         average, count = self.log_gradient_length, self.num_gradients
         typical = torch.where(count == 0, log_length.nanmean(), average)
         # An extreme gradient changes the average no more than one at the limit.

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
-from pyro_snf.distributed import column_moments
+from pyro_snf.distributed import column_moments, is_dtensor
 from pyro_snf.options import as_count, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
@@ -41,7 +41,7 @@ class ActNorm(InvertibleTransformModule):
     - In a guide, where there are no data, ``layer.initialized.fill_(True)`` keeps the identity.
     - :meth:`initialize` does the same explicitly, for instance with a larger batch, or again.
     - In more than one process, the first batch is that of all of them together
-      (:mod:`pyro_snf.distributed`).
+      (:mod:`pyro_snf.distributed`). It has to pass before ``fully_shard``.
 
     >>> layer = ActNorm(2, event_dim=1)
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))
@@ -85,6 +85,7 @@ class ActNorm(InvertibleTransformModule):
         expect("event_dim 1 or 3", is_count(event_dim) and event_dim in (1, 3), event_dim)
         check_dtype(dtype)
         self._event_dim = int(event_dim)
+        self._is_sharded = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.log_scale = nn.Parameter(torch.zeros(self.num_channels, **factory))  # s
         self.bias = nn.Parameter(torch.zeros(self.num_channels, **factory))  # b
@@ -95,6 +96,11 @@ class ActNorm(InvertibleTransformModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, event_dim={self._event_dim}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_dtensor(value):
+            self._is_sharded = True
+        super().__setattr__(name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._is_training() and self._is_new():
@@ -123,14 +129,23 @@ class ActNorm(InvertibleTransformModule):
 
         :param Tensor x: a batch, with at least two different values in each channel.
         :raises ValueError: if it is not finite, or a channel has equal values.
+        :raises RuntimeError: if the parameters have been sharded.
         """
+        if self._is_sharded:
+            # In a forward pass fully_shard puts copies of the parameters in their place, and what
+            # is written to these is lost.
+            raise RuntimeError(
+                f"expected {self} to be initialized before its parameters are sharded: pass a "
+                "first batch through the flow, in train() mode, before fully_shard"
+            )
         self._check(x)
         channels = x.movedim(-self._event_dim, -1).reshape(-1, self.num_channels)
-        mean, deviation, is_constant = column_moments(channels)
+        mean, deviation = column_moments(channels)
         if not torch.isfinite(mean + deviation).all():
             raise ValueError(
                 f"{self}: expected a first batch of finite mean and variance; got NaN or infinity"
             )
+        is_constant = deviation == 0
         if is_constant.any():
             raise ValueError(
                 f"{self}: expected a first batch in which every channel has different values; got "

@@ -166,11 +166,11 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
                 "which has to standardize its contexts itself"
             )
         _check_context(contexts, self.nn.input_dim, self.linear.theta.dtype)
-        mean, deviation, is_constant = column_moments(contexts.reshape(-1, self.nn.input_dim))
+        mean, deviation = column_moments(contexts.reshape(-1, self.nn.input_dim))
         if not torch.isfinite(mean + deviation).all():
             raise ValueError("expected contexts of finite mean and variance; got NaN or infinity")
         self.context_mean.copy_(mean)
-        self.context_scale.copy_(deviation.masked_fill(is_constant, 1.0))
+        self.context_scale.copy_(deviation.masked_fill(deviation == 0, 1.0))
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
