@@ -22,6 +22,7 @@ from pyro_snf.precision import at_least_float32
 
 __all__ = [
     "ColumnMoments",
+    "check_one_process",
     "column_moments",
     "gather",
     "is_dtensor",
@@ -46,6 +47,9 @@ def set_data_group(group: Any) -> None:
        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor"))
        pyro_snf.distributed.set_data_group(mesh["data"].get_group())
 
+    Processes that train models of their own are groups of one:
+    ``set_data_group(torch.distributed.new_subgroups(1)[0])``.
+
     :param group: a process group of ``torch.distributed``, this process being in it; None for the
         default group, as at first.
     """
@@ -63,6 +67,20 @@ def num_processes() -> int:
 def process_rank() -> int:
     """The rank of this process in the data group; 0 where ``torch.distributed`` is not in use."""
     return 0 if num_processes() == 1 else torch_distributed.get_rank(_data_group)
+
+
+def check_one_process(name: str) -> None:
+    """Raise a RuntimeError if there are several processes.
+
+    :param str name: of what is for one, for the error.
+    """
+    count = num_processes()
+    if count > 1:
+        raise RuntimeError(
+            f"expected one process for {name}; got {count}: wrap Trace_ELBO()(model, guide) in "
+            "DistributedDataParallel; or, if each process is to train a guide of its own, call "
+            "pyro_snf.distributed.set_data_group(torch.distributed.new_subgroups(1)[0])"
+        )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_snf.distributed import check_one_process
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.log_dets import Learned
 from pyro_snf.natural_step import Moments, SignalShare, moments, relative_step, secant_step
@@ -109,6 +110,7 @@ class NaturalGradient(PyroOptim):
     :param float lr: Adam's learning rate, for everything but the dense layer.
     :raises TypeError: for any other guide.
     :raises ValueError: for options outside these ranges; for a guide with ``log_det="learned"``.
+    :raises RuntimeError: in several processes.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class NaturalGradient(PyroOptim):
                 f"{type(guide).__name__}"
             )
         expect("a guide with another log_det than 'learned'", self.is_for(guide), guide)
+        check_one_process("NaturalGradient")
         super().__init__(torch.optim.Adam, {"lr": as_positive("lr", lr)})
         self.guide = guide
         self.lr = float(lr)

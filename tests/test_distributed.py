@@ -5,7 +5,14 @@ The two processes are started once, do all jobs of :data:`JOBS`, and send back w
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +46,7 @@ from pyro_snf import (
     flows,
 )
 from pyro_snf.distributed import column_moments
+from pyro_snf.optim import NaturalGradient
 
 NUM_PROCESSES = 2
 NUM_STEPS, NUM_ROWS = 8, 6
@@ -247,6 +255,15 @@ def errors_of_fully_shard(rank: int) -> str:
     return error_of(lambda: module(torch.randn(5, 3)))
 
 
+def errors_of_natural_gradients(rank: int) -> list[str]:
+    rows = data_of_regression()
+    guide = AutoSelfNormalizingFlow(regression)
+    return [
+        error_of(lambda: pyro_snf.fit(regression, guide, *rows, progress=False)),
+        error_of(lambda: NaturalGradient(guide)),
+    ]
+
+
 def groups_of_one(rank: int) -> tuple[Any, ...]:
     group, _ = torch_distributed.new_subgroups(1)
     pyro_snf.distributed.set_data_group(group)
@@ -306,6 +323,7 @@ JOBS: dict[str, Callable[[int], Any]] = {
             moments,
             errors_in_one_process,
             errors_of_fully_shard,
+            errors_of_natural_gradients,
             groups_of_one,
         )
     },
@@ -394,6 +412,12 @@ def test_first_batch_after_fully_shard_is_an_error(results: Any) -> None:
         assert "RuntimeError: expected ActNorm(3, event_dim=1) to be initialized before" in message
 
 
+def test_natural_gradients_are_for_one_process(results: Any) -> None:
+    for messages in results["errors_of_natural_gradients"]:
+        for name, message in zip(["fit", "NaturalGradient"], messages, strict=True):
+            assert f"RuntimeError: expected one process for {name}; got 2: wrap" in message
+
+
 def test_data_group(results: Any) -> None:
     assert results["groups_of_one"] == [(1, 0, -1.0, 0), (1, 0, -11.0, 1)]
 
@@ -411,3 +435,34 @@ def test_one_process_is_as_without() -> None:
     assert (pyro_snf.distributed.num_processes(), pyro_snf.distributed.process_rank()) == (1, 0)
     x = torch.randn(3)
     assert torch.equal(pyro_snf.distributed.mean_over_processes(x), x)
+
+
+# --- The example --------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes that it started in /proc")
+def test_example_goes_on_after_a_process_has_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--num-steps", "250", "--output-dir", str(tmp_path)]
+    with subprocess.Popen([*TORCHRUN, "--max-restarts=1", EXAMPLE, *options]) as launcher:
+        while not (tmp_path / "checkpoint.pt").exists():
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert launcher.wait() == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (tmp_path / "loss.png").exists()
+    # The same in this process, without an interruption.
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**address, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    torch.set_default_dtype(torch.float32)
+    with pyro.settings.context():
+        (row,) = [importlib.import_module("distributed").main(options)]
+    assert result["table"] == [row]
