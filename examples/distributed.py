@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pyro_snf import AutoSelfNormalizingFlow, flows, images, plotting
-from pyro_snf.distributed import mean_over_processes
+from pyro_snf.processes import mean_over_processes
 
 #: Images in a batch of all processes, particles of the guide in each, steps between checkpoints.
 BATCH_SIZE, NUM_PARTICLES, SAVE_EVERY = 128, 4, 100

@@ -23,11 +23,11 @@ from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from pyro_snf.distributed import check_one_process
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.optim import NaturalGradient
 from pyro_snf.options import as_count, as_positive, check_flag, expect
 from pyro_snf.plotting import plot_curves
+from pyro_snf.processes import check_one_process
 from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
 
 if TYPE_CHECKING:

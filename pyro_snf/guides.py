@@ -18,11 +18,11 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
-from pyro_snf.distributed import gather
 from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.options import as_count, as_number, check_choice, expect
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
+from pyro_snf.processes import gather
 from pyro_snf.recording import Recording, RecordingSlot
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose

@@ -11,11 +11,11 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_snf.distributed import check_one_process
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.log_dets import Learned
 from pyro_snf.natural_step import Moments, SignalShare, moments, relative_step, secant_step
 from pyro_snf.options import as_count, as_positive, expect
+from pyro_snf.processes import check_one_process
 from pyro_snf.recording import Recording
 
 __all__ = ["NaturalGradient"]

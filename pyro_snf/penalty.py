@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_snf.caching import StateCache
-from pyro_snf.distributed import mean_over_processes
 from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.options import as_number, as_positive
 from pyro_snf.precision import keep_float32
+from pyro_snf.processes import mean_over_processes
 
 __all__ = ["GECO", "PenaltyWeight", "StepCounter", "as_penalty_weight", "penalty_factor"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_snf.caching import version
-from pyro_snf.distributed import process_rank
 from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.processes import process_rank
 
 __all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
 

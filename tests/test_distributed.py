@@ -45,8 +45,8 @@ from pyro_snf import (
     conditional_self_normalizing_linear,
     flows,
 )
-from pyro_snf.distributed import column_moments
 from pyro_snf.optim import NaturalGradient
+from pyro_snf.processes import column_moments
 
 NUM_PROCESSES = 2
 NUM_STEPS, NUM_ROWS = 8, 6
@@ -266,14 +266,14 @@ def errors_of_natural_gradients(rank: int) -> list[str]:
 
 def groups_of_one(rank: int) -> tuple[Any, ...]:
     group, _ = torch_distributed.new_subgroups(1)
-    pyro_snf.distributed.set_data_group(group)
+    pyro_snf.processes.set_data_group(group)
     try:
-        size = pyro_snf.distributed.num_processes(), pyro_snf.distributed.process_rank()
+        size = pyro_snf.processes.num_processes(), pyro_snf.processes.process_rank()
         layer = ActNorm(1, event_dim=1)
         layer(torch.tensor([[0.0], [2.0]]) + 10 * rank)
     finally:
-        pyro_snf.distributed.set_data_group(None)
-    return *size, layer.bias.item(), pyro_snf.distributed.process_rank()
+        pyro_snf.processes.set_data_group(None)
+    return *size, layer.bias.item(), pyro_snf.processes.process_rank()
 
 
 def data_of_regression() -> tuple[Tensor, Tensor]:
@@ -438,9 +438,9 @@ def test_svi(results: Any, wrapper: str) -> None:
 
 
 def test_one_process_is_as_without() -> None:
-    assert (pyro_snf.distributed.num_processes(), pyro_snf.distributed.process_rank()) == (1, 0)
+    assert (pyro_snf.processes.num_processes(), pyro_snf.processes.process_rank()) == (1, 0)
     x = torch.randn(3)
-    assert torch.equal(pyro_snf.distributed.mean_over_processes(x), x)
+    assert torch.equal(pyro_snf.processes.mean_over_processes(x), x)
 
 
 # --- The example --------------------------------------------------------------------------------

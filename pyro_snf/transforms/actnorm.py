@@ -11,9 +11,9 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
-from pyro_snf.distributed import column_moments, is_dtensor
 from pyro_snf.options import as_count, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
+from pyro_snf.processes import column_moments, is_dtensor
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 
 __all__ = ["ActNorm", "actnorm"]
@@ -41,7 +41,7 @@ class ActNorm(InvertibleTransformModule):
     - In a guide, where there are no data, ``layer.initialized.fill_(True)`` keeps the identity.
     - :meth:`initialize` does the same explicitly, for instance with a larger batch, or again.
     - In more than one process, the first batch is that of all of them together
-      (:mod:`pyro_snf.distributed`). It has to pass before ``fully_shard``.
+      (:mod:`pyro_snf.processes`). It has to pass before ``fully_shard``.
 
     >>> layer = ActNorm(2, event_dim=1)
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.nn import init
 
-from pyro_snf.distributed import column_moments
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import as_count, expect, is_count
 from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.processes import column_moments
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -154,7 +154,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         To be called once, before training, with the training contexts or some of them. Both are
         buffers, which nothing else changes: they are in the ``state_dict``, but not in Pyro's
         parameter store. In more than one process, all have to call it, each with its own sample;
-        the mean and the deviation are those of all samples (:mod:`pyro_snf.distributed`).
+        the mean and the deviation are those of all samples (:mod:`pyro_snf.processes`).
 
         :param Tensor contexts: shape ``(..., context_dim)``, of a ``DenseNN``. A column of equal
             values is divided by 1.

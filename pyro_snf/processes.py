@@ -45,7 +45,7 @@ def set_data_group(group: Any) -> None:
     .. code-block:: python
 
        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor"))
-       pyro_snf.distributed.set_data_group(mesh["data"].get_group())
+       pyro_snf.processes.set_data_group(mesh["data"].get_group())
 
     Processes that train models of their own are groups of one:
     ``set_data_group(torch.distributed.new_subgroups(1)[0])``.
@@ -79,7 +79,7 @@ def check_one_process(name: str) -> None:
         raise RuntimeError(
             f"expected one process for {name}; got {count}: wrap Trace_ELBO()(model, guide) in "
             "DistributedDataParallel; or, if each process is to train a guide of its own, call "
-            "pyro_snf.distributed.set_data_group(torch.distributed.new_subgroups(1)[0])"
+            "pyro_snf.processes.set_data_group(torch.distributed.new_subgroups(1)[0])"
         )
 
 
