@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, singledispatch
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.tracing import has_saved_tensor_hooks, is_traced, is_transformed
 
 __all__ = [
     "Memo",
@@ -21,6 +22,8 @@ __all__ = [
     "StateCache",
     "TensorMemo",
     "TensorState",
+    "can_remember",
+    "fingerprint_of",
     "fixed_directions",
     "state_of",
     "version",
@@ -28,14 +31,17 @@ __all__ = [
 
 Value = TypeVar("Value")
 
+# Integers of as many bytes.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # Values of one state that a cache keeps, such as the factors for images of several sizes.
 _MAX_VALUES = 4
 
 
 def version(tensor: Tensor) -> int:
-    """Autograd's counter of writes in place; inference tensors have none."""
+    """Autograd's counter of writes in place; −1 where there is none, as for inference tensors."""
     # The name is private, but is the one that torch's own documentation of autograd gives.
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=16)
@@ -55,11 +61,13 @@ def fixed_directions(
         return torch.tensor(rows, dtype=dtype, device=device).unbind()
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
+@singledispatch
+def fingerprint_of(tensor: Tensor) -> Tensor:
     """A copy of a vector; of a matrix, a fixed combination of its columns. O(numel).
 
     The combination gives every column another weight, so that permuted rows or columns show too.
-    It does not show changes below the rounding of a row sum.
+    It does not show changes below the rounding of a row sum. A tensor whose parts lie on several
+    devices registers a function of its own.
     """
     tensor = tensor.detach()
     if tensor.dim() < 2:
@@ -71,6 +79,16 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     (direction,) = fixed_directions(1, tensor.shape[-1], tensor.dtype, tensor.device)
     with without_autocast(tensor.device):
         return torch.mv(tensor, direction)
+
+
+def can_remember() -> bool:
+    """Whether a value may be kept for later here, and looked up.
+
+    Not in a program that torch.compile records, nor in the functional transforms of torch.func,
+    whose tensors do not outlive them. And not under hooks on saved tensors: activation
+    checkpointing evaluates a layer twice, and both times the same tensors have to be saved.
+    """
+    return not (torch.compiler.is_compiling() or is_transformed() or has_saved_tensor_hooks())
 
 
 class TensorState:
@@ -85,10 +103,10 @@ class TensorState:
 
     def __init__(self, tensor: Tensor) -> None:
         self.version = version(tensor)
-        # A trace (torch.jit) records operations on tensors, and would record the comparison's
-        # outcome as a constant. Within one trace no parameter is written to.
+        # A trace records operations on tensors, and would record the comparison's outcome as a
+        # constant. Within one trace no parameter is written to.
         #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
-        self.fingerprint = None if torch.jit.is_tracing() else _fingerprint(tensor)
+        self.fingerprint = None if is_traced() else fingerprint_of(tensor)
 
     def __eq__(self, other: object) -> bool:
         """Whether the tensor was the same at both moments. NaNs never are."""
@@ -127,8 +145,9 @@ class StateCache(Generic[Value]):
         self.clear()
 
     def clear(self) -> None:
-        self._state: object = None
-        self._values: dict[Hashable, Value] = {}
+        # One attribute, which every method reads once, and a dictionary that is not written to:
+        # other threads may replace it.
+        self._entry: tuple[object, dict[Hashable, Value]] = None, {}
 
     def get(self, state: object, compute: Callable[[], Value], key: Hashable = None) -> Value:
         """The cached value of a key if the state is what it was, else ``compute()``, cached.
@@ -136,16 +155,10 @@ class StateCache(Generic[Value]):
         :param state: of the tensors, from :class:`TensorState` or :func:`state_of`.
         :param key: distinguishes values of the same state; the latest four are kept.
         """
-        if self._state != state:
-            self._values = {}
-            self._state = state
-        if key in self._values:
-            value = self._values.pop(key)
-        else:
-            value = compute()
-            if len(self._values) >= _MAX_VALUES:
-                del self._values[next(iter(self._values))]  # the one not used for longest
-        self._values[key] = value
+        known, values = self._entry
+        others = [] if known != state else [one for one in values.items() if one[0] != key]
+        value = values[key] if known == state and key in values else compute()
+        self._entry = state, dict([*others[-(_MAX_VALUES - 1) :], (key, value)])
         return value
 
     def __reduce__(self) -> tuple[type[StateCache[Value]], tuple[()]]:
@@ -166,11 +179,23 @@ class TensorMemo(NamedTuple):
     handle: Tensor
 
 
+def _contents(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """What to compare a tensor with later, to see whether it has been written to.
+
+    A fingerprint, and the sum of all entries, their bits taken for integers. The sum shows the
+    smallest change of an entry; the fingerprint shows entries that have changed places.
+    """
+    tensor = tensor.detach()
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    return fingerprint_of(tensor), bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32))
+
+
 class _Pair(NamedTuple):
     """A pair, and what it depends on."""
 
     x: Tensor
     y: Tensor
+    contents: tuple[Tensor, ...] | None
     conditions: list[object]
     parameters: list[Tensor]
     state: ParameterState
@@ -180,16 +205,28 @@ class _Pair(NamedTuple):
     def is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
         if not self.is_under_conditions(parameters):
             return False
-        if self.x.is_cuda and self.has_graph:
-            # Comparing contents would wait for the device. In training it is not necessary: the
-            # backward pass, after which parameters are written to, drops the pair.
+        if self.waits_for_device():
             return [one.version for one in state] == [one.version for one in self.state]
         return state == self.state
 
     def is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether neither the tensors nor the modes have changed."""
         if _conditions_of(self.x, self.y, parameters) != self.conditions:
             return False
-        return all(map(operator.is_, parameters, self.parameters))
+        return all(map(operator.is_, parameters, self.parameters)) and self._has_contents()
+
+    def waits_for_device(self) -> bool:
+        """Whether it would take long to compare contents.
+
+        In training on a GPU it is not done: the backward pass, after which parameters are written
+        to, drops the pair.
+        """
+        return self.x.is_cuda and self.has_graph
+
+    def _has_contents(self) -> bool:
+        if self.contents is None or self.waits_for_device():
+            return True
+        return all(map(torch.equal, (*_contents(self.x), *_contents(self.y)), self.contents))
 
 
 def _conditions_of(x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> list[object]:
@@ -208,8 +245,9 @@ def _conditions_of(x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> list[o
 class PairCache:
     """The last pair ``(x, y = T(x))``, for as long as it is valid.
 
-    A pair is dropped when a parameter changes or is replaced, when ``x`` or ``y`` is written to in
-    place, and when the graph between them would now be a different one: gradients are recorded and
+    A pair is dropped when a parameter changes or is replaced, when the contents of ``x`` or ``y``
+    change (autograd's counter does not see writes to the memory that a tensor shares with a NumPy
+    array), and when the graph between them would now be a different one: gradients are recorded and
     were not (a pair from under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a
     gradient and did not; and the other way round; likewise with autocast and inference mode. It is
     also dropped when a backward pass frees its graph. Copies and pickles of a cache are empty.
@@ -238,10 +276,14 @@ class PairCache:
         :param Tensor computed: the one of the two that was computed from the other.
         :param memo: a by-product of the computation.
         """
+        if not can_remember():
+            return
         has_graph = computed.grad_fn is not None
+        is_known = is_traced() or (x.is_cuda and has_graph)  # see _Pair.waits_for_device
+        contents = None if is_known else (*_contents(x), *_contents(y))
         conditions = _conditions_of(x, y, parameters)
-        self._pair = _Pair(x, y, conditions, list(parameters), state, has_graph, memo)
-        if has_graph and not torch.jit.is_tracing():
+        self._pair = _Pair(x, y, contents, conditions, list(parameters), state, has_graph, memo)
+        if has_graph and not is_traced():
             self.drop_at_backward(computed)
             handle = None if memo is None else memo.handle
             if handle is not None and handle.requires_grad:
@@ -256,14 +298,16 @@ class PairCache:
     def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
         pair = self._pair
-        is_found = pair is not None and pair.x is x and pair.is_valid(parameters, state)
-        return pair.y if pair is not None and is_found else None
+        if pair is None or pair.x is not x or not can_remember():
+            return None
+        return pair.y if pair.is_valid(parameters, state) else None
 
     def x_of(self, y: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``x`` that belongs to this very tensor ``y``, or None."""
         pair = self._pair
-        is_found = pair is not None and pair.y is y and pair.is_valid(parameters, state)
-        return pair.x if pair is not None and is_found else None
+        if pair is None or pair.y is not y or not can_remember():
+            return None
+        return pair.x if pair.is_valid(parameters, state) else None
 
     def memo_of(self, x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> Memo | None:
         """The by-product of the computation of this very pair, or None.
@@ -271,7 +315,7 @@ class PairCache:
         It belongs to the pair even if parameters have been written to since then.
         """
         pair = self._pair
-        if pair is None or pair.x is not x or pair.y is not y:
+        if pair is None or pair.x is not x or pair.y is not y or not can_remember():
             return None
         return pair.memo if pair.is_under_conditions(parameters) else None
 
@@ -286,6 +330,8 @@ class PairCache:
         """
         pair = self._pair
         if pair is None or pair.x is not x or pair.y is not y or not pair.has_graph:
+            return None, None
+        if not can_remember():
             return None, None
         for state, parameter in zip(pair.state, parameters, strict=True):
             if state.version != version(parameter):

@@ -24,6 +24,7 @@ from pyro_snf.free_form.methods import PairLearned
 from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
+from pyro_snf.options import are_counts, as_list, expect, has_values, shown
 from pyro_snf.transforms.pair import SelfNormalizingPair
 from pyro_snf.transforms.self_normalizing import (
     AffineSelfNormalizingTransform,
@@ -69,7 +70,7 @@ def _layer(transform: Transform) -> AffineSelfNormalizingTransform:
     if not isinstance(inner, AffineSelfNormalizingTransform):
         raise ValueError(
             f"expected a dense or convolutional self-normalizing layer or its inverse; "
-            f"got {transform!r}"
+            f"got {shown(transform)}"
         )
     return inner
 
@@ -77,6 +78,9 @@ def _layer(transform: Transform) -> AffineSelfNormalizingTransform:
 def _event_shape(
     layer: AffineSelfNormalizingTransform, image_size: tuple[int, int] | None
 ) -> torch.Size:
+    if image_size is not None:
+        fits = are_counts(image_size) and len(image_size) == 2
+        expect("image_size (H, W), integers >= 1, or None", fits, image_size)
     if image_size is not None and layer.log_det.linear_map.event_dim == 3:
         return torch.Size([len(layer.theta), *image_size])
     if layer.event_shape is None:
@@ -189,7 +193,8 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     """
     layer = getattr(transform, "transform", transform)  # T.inv holds T
     if not isinstance(layer, SelfNormalizingPair):
-        raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {transform!r}")
+        raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {shown(transform)}")
+    expect("x, a dense tensor of numbers", has_values(x), x)
     rows, context = layer.rows_of(x)
     rows, context = rows.detach().double(), tuple(one.detach().double() for one in context)
     networks = (layer.forward_net, layer.inverse_net)
@@ -327,7 +332,8 @@ def report(flow: Any) -> Report:
     """
     rows = tuple(_row(name, layer) for name, layer in _named_layers(flow))
     if not rows:
-        raise ValueError(f"expected a flow with self-normalizing layers; found none in {flow!r}")
+        expected = "expected a flow with self-normalizing layers"
+        raise ValueError(f"{expected}; found none in {shown(flow)}")
     return Report(rows)
 
 
@@ -339,8 +345,9 @@ def _named_layers(flow: Any, prefix: str = "") -> Iterator[tuple[str, SelfNormal
     elif isinstance(flow, TransformedDistribution):
         yield from _named_layers(flow.transforms, prefix)
     elif isinstance(flow, Iterable) and not isinstance(flow, Tensor):
-        for index, part in enumerate(flow):
-            yield from _named_layers(part, f"{prefix}.{index}" if prefix else str(index))
+        for index, part in enumerate(as_list("a flow, or flows in a list", flow)):
+            if isinstance(part, nn.Module) or not isinstance(part, Iterable):  # no list in a list
+                yield from _named_layers(part, f"{prefix}.{index}" if prefix else str(index))
     else:  # transforms that are not modules: torch's compositions and inverses of compositions
         for attribute in ("parts", "inv"):
             inner = getattr(flow, attribute, None)

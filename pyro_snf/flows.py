@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_snf.options import as_count, as_event_shape, as_image_shape, expect
+from pyro_snf.options import as_count, as_event_shape, as_image_shape, check_factory, expect
 from pyro_snf.transforms.activations import (
     RationalQuadraticSpline,
     SmoothLeakyReLU,
@@ -223,8 +223,9 @@ class _Flatten(ReshapeTransform):
 
 
 def _check_activation(activation: object) -> None:
-    fits = callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)
-    expect(f"activation to be one of {ACTIVATIONS}, or a function", fits, activation)
+    expected = f"activation to be one of {ACTIVATIONS}, or a function"
+    if not (isinstance(activation, str) and activation in ACTIVATIONS):
+        check_factory(expected, activation)
 
 
 def _make_activation(
@@ -236,6 +237,7 @@ def _make_activation(
 ) -> Transform:
     if callable(activation):
         made = activation(event_shape)
+        expect("activation(event_shape), a transform", isinstance(made, Transform), made)
         return made.to(device, dtype) if isinstance(made, nn.Module) else made
     if activation == "spline":
         return RationalQuadraticSpline(event_shape, device=device, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -19,11 +20,20 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 
 from pyro_snf.log_dets import LogDetMethod
-from pyro_snf.options import as_count, as_number, check_choice, expect
+from pyro_snf.options import (
+    as_count,
+    as_number,
+    check_choice,
+    check_factory,
+    expect,
+    has_values,
+    shown,
+)
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
 from pyro_snf.processes import gather
 from pyro_snf.recording import Recording, RecordingSlot
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -150,7 +160,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         inverse: str | None = None,
     ) -> None:
         num_layers = as_count("num_layers", num_layers)
-        expect("activation, a factory of transforms", callable(activation), activation)
+        check_factory("activation, a function or a class that makes transforms", activation)
+        expect("init_loc_fn, a function of a site", callable(init_loc_fn), init_loc_fn)
         if gradient is not None:
             check_choice("gradient, if not None,", gradient, GRADIENTS)
         if clip is not None:
@@ -159,7 +170,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         with torch.random.fork_rng(devices=[]):  # a layer that only checks the options
             layer = SelfNormalizingLinear(1, init_scale=init_scale, **options)
         if gradient == "path" and list(layer.log_det.parameters()):
-            raise ValueError(f"expected gradient='total' with log_det={log_det!r}; got 'path'")
+            raise ValueError(f"expected gradient='total' with log_det={shown(log_det)}; got 'path'")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.num_layers = num_layers
         self.activation = activation
@@ -372,7 +383,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         latent = super().sample_latent(*args, **kwargs)
         # A recording bounds the gradients itself.
         clips = self.clip is not None and self._recording.get() is None
-        if clips and latent.requires_grad and not torch.jit.is_tracing():
+        if clips and latent.requires_grad and not is_traced():
             latent.register_hook(self._clip_gradient)
         if self._unreached:
             log_prior = dist.Normal(self._init_loc().to(latent)[self._unreached], 1.0).log_prob(
@@ -441,9 +452,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         transform, base = self.get_transform(*args, **kwargs), self.get_base_dist()
         dtype = self.last_layer.bias.dtype
         bias = at_least_float32(self.last_layer.bias)  # torch's quantile takes no half precision
-        levels = torch.as_tensor(quantiles, dtype=bias.dtype, device=bias.device)
-        if levels.dim() > 1 or not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"expected quantiles in [0, 1], a number or a list; got {quantiles!r}")
+        levels = _as_levels(quantiles).to(bias)
         if self.num_layers == 1:
             deviation = at_least_float32(self.last_layer.weight).norm(dim=-1)
             latents = dist.Normal(bias, deviation).icdf(levels.unsqueeze(-1))
@@ -511,6 +520,21 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         other._model = self._model
         return other
+
+
+def _as_levels(quantiles: Any) -> Tensor:
+    """The levels of quantiles in float64, shape ``()`` or ``(n,)``.
+
+    :raises ValueError: unless they are numbers in [0, 1].
+    """
+    levels, fits = torch.tensor(0.0), False
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # for torch to say
+        levels = torch.as_tensor(quantiles)
+        is_real = levels.dtype is not torch.bool and not levels.is_complex()
+        fits = has_values(levels) and is_real and levels.dim() <= 1 and levels.numel() > 0
+        fits = fits and bool(((levels >= 0) & (levels <= 1)).all())
+    expect("quantiles in [0, 1], a number or a list", fits, quantiles)
+    return levels
 
 
 def _check_activation(activation: Any, dim: int) -> None:

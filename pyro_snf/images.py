@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
-from pyro_snf.options import as_count, as_number
+from pyro_snf.options import as_count, as_number, expect, has_values
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
@@ -165,7 +165,9 @@ def dequantize(
     :raises ValueError: for pixels that are not integers from 0 to L − 1.
     """
     num_levels = as_count("num_levels", num_levels, 2)
-    if not isinstance(pixels, Tensor) or pixels.is_complex() or pixels.dtype == torch.bool:
+    fits = generator is None or isinstance(generator, torch.Generator)
+    expect("generator, a torch.Generator or None", fits, generator)
+    if not has_values(pixels) or pixels.is_complex() or pixels.dtype == torch.bool:
         raise ValueError(f"expected a tensor of integers; got {_kind(pixels)}")
     if pixels.dtype != torch.uint8 or num_levels < 256:  # uint8 has no other values
         is_level = (pixels >= 0) & (pixels < num_levels) & (pixels == pixels.floor())
@@ -189,7 +191,7 @@ def quantize(x: Tensor, *, num_levels: int = 256) -> Tensor:
     :raises ValueError: for NaNs, and for other tensors.
     """
     num_levels = as_count("num_levels", num_levels, 2)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not has_values(x) or not x.is_floating_point():
         raise ValueError(f"expected a floating-point tensor; got {_kind(x)}")
     if x.isnan().any():
         raise ValueError("expected pixels; got NaN")
@@ -202,12 +204,18 @@ def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
 
     :param Tensor log_prob: ``log p`` in nats, of any shape, for a density of pixels from 0 to 256.
     :param event_shape: of an image, such as ``(C, H, W)``.
-    :raises ValueError: for sizes that are not positive integers.
+    :raises ValueError: for sizes that are not positive integers, and for other log-densities.
     """
+    if not isinstance(log_prob, Tensor) or not log_prob.is_floating_point():
+        raise ValueError(f"expected log_prob, a floating-point tensor; got {_kind(log_prob)}")
+    fits = isinstance(event_shape, Sequence) and not isinstance(event_shape, str | bytes)
+    expect("event_shape, a list of sizes", fits and len(event_shape) > 0, event_shape)
     dim = math.prod(as_count("sizes of event_shape", size) for size in event_shape)
     return -log_prob / (dim * math.log(2))
 
 
-def _kind(value: object) -> object:
-    """The dtype of a tensor, the name of the type of anything else."""
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+def _kind(value: object) -> str:
+    """What a tensor is of, or the name of the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}, {value.layout}, on {value.device}"
+    return type(value).__name__

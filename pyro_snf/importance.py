@@ -389,7 +389,7 @@ def _draw(
     """Raw log-weights of S draws, and the draws of the model's latent sites."""
     if vectorize and isinstance(poutine.unwrap(guide), GuideMessenger):
         # Pyro would run the model in its place.
-        raise ValueError(f"expected vectorize=False for a guide that is a messenger; got {guide!r}")
+        expect("vectorize=False for a guide that is a messenger", False, guide)
     singles = single_traces(model, guide, args, kwargs)
     _check_all_data(*singles)
     nodes: dict[str, Any] = singles[0].nodes

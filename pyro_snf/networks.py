@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import init
 
-from pyro_snf.options import as_count, check_dtype, expect, is_count
+from pyro_snf.options import are_counts, as_count, check_device, check_dtype, check_factory, expect
 
 __all__ = ["ResidualMLP"]
 
@@ -50,19 +50,24 @@ class ResidualMLP(nn.Module):
         super().__init__()
         input_dim = as_count("input_dim", input_dim)
         context_dim = as_count("context_dim", context_dim, 0)
+        check_factory("activation, a function or a class that makes modules", activation)
+        check_device(device)
         check_dtype(dtype)
-        is_list = isinstance(hidden_dims, Sequence) and not isinstance(hidden_dims, str)
-        expect(
-            "hidden_dims, a non-empty list of integers >= 1",
-            is_list and len(hidden_dims) > 0 and all(map(is_count, hidden_dims)),
-            hidden_dims,
-        )
+        fits = are_counts(hidden_dims) and len(hidden_dims) > 0
+        expect("hidden_dims, a non-empty list of integers >= 1", fits, hidden_dims)
+
+        def make_activation() -> nn.Module:
+            made = activation()
+            expect("activation() to be a module", isinstance(made, nn.Module), made)
+            return made
+
         self.blocks = nn.ModuleList()
         for _ in range(as_count("num_blocks", num_blocks)):
             layers: list[nn.Module] = []
             width = input_dim + context_dim
             for hidden_dim in map(int, hidden_dims):
-                layers += [nn.Linear(width, hidden_dim, device=device, dtype=dtype), activation()]
+                linear = nn.Linear(width, hidden_dim, device=device, dtype=dtype)
+                layers += [linear, make_activation()]
                 width = hidden_dim
             last = nn.Linear(width, input_dim, device=device, dtype=dtype)
             init.zeros_(last.weight)

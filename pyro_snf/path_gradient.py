@@ -48,6 +48,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform
 
 from pyro_snf.recording import RecordedCall
 from pyro_snf.surrogate import first_order_only
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import SafelyCachedTransform
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
@@ -189,7 +190,7 @@ class PathGradientDistribution(dist.TransformedDistribution):
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if not value.requires_grad or torch.jit.is_tracing():
+        if not value.requires_grad or is_traced():
             return super().log_prob(value)
         if self._validate_args:
             self._validate_sample(value)

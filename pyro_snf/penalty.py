@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pyro_snf.caching import StateCache
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_count
 from pyro_snf.options import as_number, as_positive
 from pyro_snf.precision import keep_float32
 from pyro_snf.processes import mean_over_processes
@@ -60,7 +60,9 @@ class GECO(nn.Module):
         decay: float = 0.9,
     ) -> None:
         super().__init__()
-        self.tolerance = as_positive("tolerance", tolerance)
+        # Its square is to be a finite number of float32.
+        expected = "tolerance > 0 and < 1e18"
+        self.tolerance = as_number(expected, tolerance, lambda number: 0 < number < 1e18)
         self.rate = as_positive("rate", rate)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
         log_weight = math.log(as_positive("weight", weight))
@@ -144,7 +146,7 @@ class StepCounter(SavesAttributes):
     Copies know the count, and count the first use as a new step.
     """
 
-    saved_attributes = ("num_states",)
+    saved_attributes: ClassVar = {"num_states": saved_count}
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +167,6 @@ class StepCounter(SavesAttributes):
         self.num_states += 1
         return self.num_states
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
+    def set_extra_state(self, state: Any) -> None:
         self._latest.clear()
+        super().set_extra_state(state)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import version
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_count
 from pyro_snf.processes import process_rank
+from pyro_snf.tracing import is_recomputing
 
 __all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
 
@@ -86,7 +87,7 @@ class ProbeStream(SavesAttributes):
         whose result is a state of the layer have to be the same.
     """
 
-    saved_attributes = ("count",)
+    saved_attributes: ClassVar = {"count": saved_count}
 
     seed: Tensor
 
@@ -108,7 +109,8 @@ class ProbeStream(SavesAttributes):
 
     def next_generator(self, device: torch.device, *, stream: int = 0) -> torch.Generator:
         """The generator of the running count, which is raised by 1."""
-        self.count += 1
+        if not is_recomputing():  # with activation checkpointing: a step is to count once
+            self.count += 1
         return self.generator(self.count - 1, device, stream=stream)
 
     def generator(self, count: int, device: torch.device, *, stream: int = 0) -> torch.Generator:
@@ -119,6 +121,6 @@ class ProbeStream(SavesAttributes):
         rank = process_rank() if self.differs_by_process else 0
         return probe_generator(self._known_seed[1], count, device, stream=stream, rank=rank)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
+    def set_extra_state(self, state: Any) -> None:
         self._known_seed = None
+        super().set_extra_state(state)

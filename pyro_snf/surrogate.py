@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
 from pyro_snf.caching import version
+from pyro_snf.tracing import is_transformed
 
 __all__ = [
     "ProductGradient",
@@ -202,7 +203,9 @@ class _ShareGradient(Function):
         ctx.dtype = parameter.dtype
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return parameter.view_as(parameter), parameter.new_zeros((), dtype=dtype)
+        # Not parameter.new_zeros, which is sharded if the parameter is.
+        zero = torch.zeros((), dtype=dtype, device=parameter.device)
+        return parameter.view_as(parameter), zero
 
     @staticmethod
     def backward(
@@ -257,8 +260,7 @@ def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
         return None
     if unpack_dual(x).tangent is not None or unpack_dual(parameter).tangent is not None:
         return None
-    # There is no public way to ask; Function.apply itself asks like this.
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return None
     pending = _Pending()
     view, zero = _ShareGradient.apply(parameter, pending)

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.nn.utils import prune
 
 from pyro_snf import Compose, MultiScale, SmoothLeakyReLU, Squeeze2d
 from pyro_snf.caching import PairCache, StateCache, TensorState, state_of
@@ -175,6 +177,39 @@ def test_pair_is_dropped_when_it_would_be_another(case: Case, direction: str, ch
         for one in (again, expected):
             one.square().sum().backward()
         assert any(one.grad.any() for one in inputs if one.grad is not None)
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "through data": lambda tensor: tensor.data.mul_(0.7),
+    "one entry": lambda tensor: tensor.data.view(-1)[0].add_(1e-6),
+    "through NumPy": lambda tensor: np.multiply(view := tensor.detach().numpy(), 0.7, out=view),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("direction", ["T", "T.inv"])
+@EVERY_KIND
+def test_nothing_outlives_the_contents_of_a_reused_buffer(
+    case: Case, direction: str, mode: str, write: str
+) -> None:
+    # A batch that is read into the same memory has the same tensor, and the same version of it.
+    transform, use, data = in_direction(case, direction)
+    transform.train(mode == "train")
+    fresh = copy.deepcopy(transform).with_cache(0)
+    fresh = fresh if direction == "T" else fresh.inv
+    is_recording = mode in ("train", "eval")
+    with torch.set_grad_enabled(is_recording), torch.inference_mode(mode == "inference_mode"):
+        for which in ("input", "output"):
+            x = data.clone()
+            y = use(x)
+            use.log_abs_det_jacobian(x, y)
+            WRITES[write](x if which == "input" else y)
+            assert close(use(x), fresh(x.clone()))
+            assert close(use.inv(y), fresh.inv(y.clone()))
+            if which == "input" and "free form" not in str(transform):  # with other probes
+                found, expected = (one.log_abs_det_jacobian(x, one(x)) for one in (use, fresh))
+                assert close(found, expected)
 
 
 @EVERY_KIND
@@ -384,6 +419,57 @@ def test_copy_of_a_layer_holds_no_tensors_of_old() -> None:
     with torch.no_grad():
         layer.log_abs_det_jacobian(x, x)
     assert len(pickle.dumps(layer)) < 1.01 * small
+
+
+def reparametrize(kind: str, layer: nn.Module) -> nn.Parameter:
+    """The parameter that ``theta`` is computed from."""
+    if kind == "prune":
+        prune.random_unstructured(layer, "theta", 0.4)
+        return layer.theta_orig
+    if kind == "weight_norm":
+        nn.utils.weight_norm(layer, "theta")
+        return layer.theta_v
+    nn.utils.parametrizations.weight_norm(layer, "theta")
+    return layer.parametrizations.theta.original1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", ["prune", "weight_norm", "parametrization"])
+@pytest.mark.parametrize("log_det", LOG_DETS)
+def test_reparametrized_weight_follows_its_parameters(log_det: str, kind: str, mode: str) -> None:
+    layer = linear(4, log_det=log_det)
+    original = reparametrize(kind, layer.train(mode == "train"))
+    x = torch.randn(3, 4)
+    for change in (0.0, 0.3, -0.2):
+        with torch.no_grad():
+            original.add_(change * torch.randn_like(original))
+        y = layer(x)
+        value = layer.log_abs_det_jacobian(x, y)
+        weight = layer.weight.detach()
+        bias = layer.bias.detach()
+        assert close(y, x @ weight.mT + bias)
+        assert torch.allclose(layer.inv(y), x, atol=1e-9)
+        if mode == "eval" or log_det != "learned":  # whose value in training is 0
+            tolerance = 1e-9 if mode == "eval" else 1e-3
+            expected = torch.linalg.slogdet(weight).logabsdet.expand(3)
+            assert torch.allclose(value, expected, atol=tolerance)
+        (value.sum() + y.sum()).backward()
+        assert original.grad.any()
+
+
+def test_threads_share_a_state_cache() -> None:
+    cache: StateCache[int] = StateCache()
+
+    def is_right(number: int) -> bool:
+        state, key = number % 3, number % 7
+        return cache.get(state, lambda: 10 * state + key, key) == 10 * state + key
+
+    def evaluate(start: int) -> bool:
+        return all(map(is_right, range(start, start + 3000)))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(evaluate, range(8)))
 
 
 def test_threads_do_not_mix_up_their_pairs() -> None:

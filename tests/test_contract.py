@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pyro
 import pyro.distributions as dist
 import pytest
+import safetensors.torch
 import torch
 from pyro.distributions.transforms import ComposeTransformModule
 from pyro.distributions.util import sum_rightmost
@@ -316,14 +317,16 @@ def prepare(case: Case, trained: bool) -> Transform:
 
 def by_state_dict(transform: Transform, case: Case) -> Transform:
     """Another one, made with another seed, in the same state."""
-    buffer = io.BytesIO()
-    torch.save(transform.state_dict(), buffer)
+    buffer, state = io.BytesIO(), transform.state_dict()
+    torch.save(state, buffer)
     buffer.seek(0)
     other = case.make(seed=1)
     outputs(other, case)
     result = other.load_state_dict(torch.load(buffer, weights_only=True))
     assert not result.missing_keys
     assert not result.unexpected_keys
+    by_safetensors = safetensors.torch.load(safetensors.torch.save(state))
+    torch.testing.assert_close(by_safetensors, dict(state), rtol=0, atol=0, equal_nan=True)
     return other
 
 
@@ -338,12 +341,24 @@ def test_state_dict_round_trip(case: Case, trained: bool) -> None:
     assert torch.equal(theirs, ours)
 
 
-@pytest.mark.parametrize("through", [by_state_dict, copy.deepcopy, by_pickle])
-def test_resumed_run_is_the_same_bit_for_bit(case: Case, through: Callable[..., Transform]) -> None:
-    transform = prepare(case, trained=True)
+@pytest.mark.parametrize(
+    ("stage", "through"),
+    [
+        *[("trained", through) for through in (by_state_dict, copy.deepcopy, by_pickle)],
+        *[(stage, by_state_dict) for stage in ("fresh", "evaluated, in eval")],
+    ],
+)
+def test_resumed_run_is_the_same_bit_for_bit(
+    case: Case, stage: str, through: Callable[..., Transform]
+) -> None:
+    transform = prepare(case, trained=stage != "fresh")
+    if stage == "evaluated, in eval":
+        outputs(transform.eval(), case)
     other = through(transform, *[case] * (through is by_state_dict))
     torch.randn(5)  # the global stream is no part of it
-    assert train(other, case, seed=20) == train(transform, case, seed=20)
+    for each in (transform, other):
+        each.train()
+    assert train(other, case, steps=3, seed=20) == train(transform, case, steps=3, seed=20)
     states = [part.state_dict() for part in (other, transform)]
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 

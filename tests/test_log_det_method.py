@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro
@@ -39,6 +39,7 @@ from pyro_snf import (
     self_normalizing_pair,
 )
 from pyro_snf.diagnostics import gradient_error, inverse_error, report
+from pyro_snf.extra_state import saved_count
 from pyro_snf.probes import ProbeStream
 from tests.registry import COPIES
 
@@ -83,7 +84,7 @@ class Diagonal(LogDetMethod):
 class SmoothedDiagonal(Diagonal):
     """The same, linearized at a running mean of the diagonal."""
 
-    saved_attributes = ("num_steps",)
+    saved_attributes: ClassVar = {"num_steps": saved_count}
 
     def __init__(self, *, decay: float = 0.5) -> None:
         super().__init__()

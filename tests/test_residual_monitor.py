@@ -225,13 +225,12 @@ def test_interval_after_an_error(size: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_check_on_a_gpu_is_read_with_the_next_one() -> None:
+def test_check_on_a_gpu_is_read_at_the_next_step() -> None:
     monitor, theta = ResidualMonitor(), torch.zeros(3, 3, device="cuda")
     eye = torch.eye(3, device="cuda")
-    # The first step counts as an external change, which is waited for.
+    # There is none before the first, which is waited for.
     found = [check(monitor, (1 - error) * eye, theta, theta[0]) for error in (0.2, 2.0, 3.0, 4.0)]
-    assert found[1] is None
-    numbers = [one.inverse for one in found if one is not None]
-    assert numbers == pytest.approx([0.2, 2.0, 3.0], rel=1e-6)
+    assert [one.inverse for one in found] == pytest.approx([0.2, 0.2, 2.0, 3.0], rel=1e-6)
     monitor.reset()
-    assert check(monitor, eye, theta, theta[0]) is None
+    found = [check(monitor, (1 - error) * eye, theta, theta[0]) for error in (0.5, 0.6)]
+    assert [one.inverse for one in found] == pytest.approx([0.5, 0.5], rel=1e-6)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pyro_snf import SelfNormalizingLinear
@@ -378,6 +379,99 @@ def test_interrupted_correction_is_repaired(method: str, monkeypatch: pytest.Mon
             list(walk(layer, 20, 0.03 if method == "addmm_" else 1.0))
     assert abs(in_training(layer).item() - exact(layer)) < 1e-10  # after a refactorization
     assert inverse_error(layer) < 1e-10
+
+
+CORRUPTIONS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "log|det R| off": lambda state: state["log_abs_det_inverse"].add_(0.5),
+    "log|det R| NaN": lambda state: state["log_abs_det_inverse"].fill_(math.nan),
+    "R scaled": lambda state: state["inverse_t"].mul_(1.5),
+    "R transposed": lambda state: state["inverse_t"].copy_(state["inverse_t"].mT.clone()),
+    "R of zeros": lambda state: state["inverse_t"].zero_(),
+    "one entry of R": lambda state: state["inverse_t"][0, 1].add_(3.0),
+    "R NaN": lambda state: state["inverse_t"][2, 1].fill_(math.nan),
+    "another run's theta": lambda state: state["theta"].copy_(OTHER),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_loaded_state_is_checked(corruption: str, steps: int) -> None:
+    layer = linear(32)
+    list(walk(layer, steps, 1e-3))
+    state = {key.rpartition(".")[2]: one.clone() for key, one in layer.state_dict().items()}
+    names = {key.rpartition(".")[2]: key for key in layer.state_dict()}
+    CORRUPTIONS[corruption](state)
+    full = copy.deepcopy(layer.state_dict())
+    for name in ("theta", "inverse_t", "log_abs_det_inverse"):
+        full[names[name]] = state[name]
+    other = SelfNormalizingLinear(32)
+    other.load_state_dict(full)
+    with pytest.warns(RuntimeWarning, match="not that of the loaded weight; both are computed"):
+        assert_repaired(other)
+    assert_repaired(other)  # it is said once
+
+
+def test_loaded_state_that_is_right_is_kept() -> None:
+    layer, other = linear(32), SelfNormalizingLinear(32)
+    for size in (1e-3, 1e-2, 1e-1):
+        list(walk(layer, 9, size))
+        other.load_state_dict(layer.state_dict())
+        before = other.num_refactorizations
+        list(walk(other, 1, 0.0))
+        assert other.num_refactorizations == before
+
+
+def test_broadcast_of_the_buffers_changes_nothing() -> None:
+    # As DistributedDataParallel does it in every step.
+    layer = linear(16)
+    other = copy.deepcopy(layer)
+    values = []
+    for one in (layer, other):
+        torch.manual_seed(1)
+        values.append([])
+        for error in walk(one, 20, 1e-3):
+            values[-1].append(error)
+            if one is other:
+                for buffer in other.buffers():
+                    buffer.copy_(buffer.clone())
+    assert values[0] == values[1]
+    assert_same_state(layer.state_dict(), other.state_dict())
+    with torch.no_grad():
+        other.log_det.estimator.log_abs_det_inverse.add_(1.0)
+    assert_repaired(other)
+
+
+def follow_elsewhere(layer: SelfNormalizingLinear, seed: int, errors: mp.Queue) -> None:
+    """Training in another process, on the same parameters."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+    for _ in range(20):
+        loss = density_loss(layer, torch.randn(8, layer.input_dim, dtype=layer.theta.dtype))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.put(inverse_error(layer) < 1)
+    errors.put(True)
+
+
+def test_shared_parameters_are_followed_by_each_process() -> None:
+    layer = linear(8)
+    in_training(layer)
+    layer.share_memory()
+    context = mp.get_context("fork")
+    errors = context.Queue()
+    processes = [context.Process(target=follow_elsewhere, args=(layer, i, errors)) for i in (1, 2)]
+    for process in processes:
+        process.start()
+    found = [errors.get(timeout=60) for _ in range(42)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert all(found)
+    assert layer.theta.is_shared()
+    assert_repaired(layer)  # what the others did to the weight is seen here
+    assert not layer.log_det.estimator.inverse_t.is_shared()
 
 
 def test_small_edit_of_the_inverse_leaves_no_bias() -> None:

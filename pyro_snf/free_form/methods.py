@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_snf.caching import ParameterState
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_number
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.log_det import estimated_log_abs_det, exact_slogdet, probe_gradient
 from pyro_snf.free_form.network_pair import NetworkPair
@@ -34,8 +34,8 @@ class PairMethod(SavesAttributes, ABC):
 
     1. Subclass, with options that are keyword-only, and set :attr:`training_value`.
     2. Define :meth:`training_log_abs_det`.
-    3. If there is a state, make its buffers in :meth:`setup`, and name the Python numbers to be
-       saved in ``saved_attributes``.
+    3. If there is a state, make its buffers in :meth:`setup`, and name the plain values to be
+       saved, each with its check, in ``saved_attributes``.
 
     Optional: :attr:`default_weight`, :attr:`uses_inverse` and :attr:`error_estimate`.
     """
@@ -137,7 +137,7 @@ class PairLearned(PairMethod):
     """
 
     default_weight = 10.0  # larger, for the gradient is only as good as g
-    saved_attributes = ("error_estimate",)
+    saved_attributes: ClassVar = {"error_estimate": saved_number}
 
     def __init__(
         self,

@@ -17,7 +17,9 @@ from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.maps.dense import Dense
+from pyro_snf.options import shown
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
+from pyro_snf.tracing import is_traced
 
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
 
@@ -32,8 +34,8 @@ class LogDetMethod(SavesAttributes, ABC):
     1. Subclass, with options that are keyword-only, and say with :attr:`training_value` what the
        value in training is.
     2. Define :meth:`training_log_abs_det`. The gradient may be that of autograd, or a surrogate.
-    3. If there is a state, make its buffers and parameters in :meth:`setup`, and name Python
-       numbers to be saved in ``saved_attributes``.
+    3. If there is a state, make its buffers and parameters in :meth:`setup`, and name plain
+       values to be saved, each with its check, in ``saved_attributes``.
 
     Optional: :attr:`inverses` and :meth:`inverse_weight`, where the method knows an approximate
     inverse; :attr:`error_estimate`, :attr:`num_refactorizations` and :meth:`refactorize`, where it
@@ -65,6 +67,7 @@ class LogDetMethod(SavesAttributes, ABC):
         :param Tensor theta: the layer's parameter θ = 0, for its shape, device and dtype.
         """
         self.linear_map = linear_map
+        self._factors.clear()
 
     @abstractmethod
     def training_log_abs_det(
@@ -86,7 +89,7 @@ class LogDetMethod(SavesAttributes, ABC):
 
         :raises torch.linalg.LinAlgError: if A is singular or not finite.
         """
-        if torch.jit.is_tracing():
+        if is_traced():
             return self.linear_map.exact_log_abs_det(theta, event_shape)
         factors = self.factors(theta, event_shape, state)
         if torch.is_grad_enabled() and theta.requires_grad:
@@ -112,7 +115,7 @@ class LogDetMethod(SavesAttributes, ABC):
         :param bool is_training: whether θ changes after every few solves, so that factors may cost
             more than they save.
         """
-        if torch.jit.is_tracing():
+        if is_traced():
             return self.linear_map.exact_solve(theta, h)
         solver = self._solver(theta, h, inverse, is_training=is_training)
         if torch.is_grad_enabled():
@@ -237,7 +240,7 @@ def as_method(value: object, methods: Mapping[str, Any], base: type) -> Any:
         return own_copy(value)
     names = ", ".join(map(repr, methods))
     classes = ", ".join(f"{method.__name__}(…)" for method in methods.values())
-    raise ValueError(f"expected log_det to be {names}, or an object, {classes}; got {value!r}")
+    raise ValueError(f"expected log_det to be {names}, or an object, {classes}; got {shown(value)}")
 
 
 def own_copy(value: Any) -> Any:

@@ -36,15 +36,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number
 from pyro_snf.krylov import krylov
 from pyro_snf.maps.base import ControlVariate, LinearMap
+from pyro_snf.options import as_event_shape
 from pyro_snf.precision import at_least_float32, check_finite, keep_float32
 from pyro_snf.probes import ProbeStream, draw_probes
 from pyro_snf.surrogate import Surrogate
@@ -81,7 +82,11 @@ class KrylovLogDet(SavesAttributes):
     :param seed: of the probes; see :class:`~pyro_snf.probes.ProbeStream`.
     """
 
-    saved_attributes = ("num_refactorizations", "error_estimate", "event_shape")
+    saved_attributes: ClassVar = {
+        "num_refactorizations": saved_count,
+        "error_estimate": saved_number,
+        "event_shape": lambda name, value: None if value is None else as_event_shape(value),
+    }
 
     theta: Tensor  # that P was made for; in float32 at least
 
@@ -233,9 +238,9 @@ class KrylovLogDet(SavesAttributes):
                 stacklevel=2,
             )
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
+    def set_extra_state(self, state: Any) -> None:
         self._forget()
+        super().set_extra_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_anchor": None}

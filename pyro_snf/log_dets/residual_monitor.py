@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_snf.caching import fixed_directions
+from pyro_snf.extra_state import saved_count, saved_number
 from pyro_snf.maps.dense import Dense
+from pyro_snf.options import expect
 
 __all__ = ["InverseError", "ResidualMonitor", "measure_error"]
 
@@ -45,41 +47,57 @@ class InverseError(NamedTuple):
         return inverse if inverse > gradient or math.isnan(inverse) else gradient
 
 
-def measure_error(inverse_t: Tensor, theta: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+def measure_error(
+    inverse_t: Tensor, theta: Tensor, probes: Tensor, matrix_map: Dense = _DENSE
+) -> tuple[Tensor, Tensor]:
     """The error of R along some random directions g, and along their images R g.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor probes: the directions as rows, shape ``(k, D)``.
+    :param Dense matrix_map: how to multiply with the matrices.
     :return: the residuals ``(I − RA) g`` as rows, k for the directions and then half as many, at
         least one, for the images; and the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     count = len(probes)
-    images = probes[: (count + 1) // 2] @ inverse_t  # (R g)ᵀ
+    halved = probes[: (count + 1) // 2]
+    images = matrix_map.apply_weight(inverse_t, halved, transposed=True)  # (R g)ᵀ
     # Scaled like the directions, for an update uses the residuals of both.
     images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
     probes = torch.cat([probes, images])
-    residual = probes - _DENSE.multiply(theta, probes) @ inverse_t
+    products = matrix_map.multiply(theta, probes)
+    residual = probes - matrix_map.apply_weight(inverse_t, products, transposed=True)
     found = torch.linalg.vector_norm(residual, dim=-1)
     norm = torch.linalg.vector_norm
     numbers = [norm(found[:count]) / norm(probes[:count]), norm(found[count:]) / norm(images)]
     return residual, torch.stack(numbers)
 
 
-def _check_error(inverse_t: Tensor, theta: Tensor, direction: Tensor) -> Tensor:
+def _check_error(
+    inverse_t: Tensor, theta: Tensor, direction: Tensor, matrix_map: Dense = _DENSE
+) -> Tensor:
     """The error of R along one random direction w, by three matrix-vector products.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor direction: w, shape ``(D,)``, of norm ``√D``.
+    :param Dense matrix_map: how to multiply with the matrices.
     :return: the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     root = math.sqrt(len(direction))
     norm = torch.linalg.vector_norm
-    image = torch.mv(inverse_t.mT, direction)  # R w
-    residual = torch.addmv(direction - image, theta, image, alpha=-1 / root)  # (I − AR) w
-    error = torch.mv(inverse_t.mT, residual)  # R(I − AR) w = (I − RA)R w
+    image = matrix_map.apply_weight(inverse_t, direction, transposed=True)  # R w
+    residual = direction - image - matrix_map.apply_weight(theta, image / root)  # (I − AR) w
+    error = matrix_map.apply_weight(inverse_t, residual, transposed=True)  # (I − RA)R w
     return torch.stack([norm(residual) / root, norm(error) / norm(image)])
+
+
+def _saved_fingerprint(name: str, value: Any) -> list[float] | None:
+    """The check of Θ w, or None, as plain values."""
+    if value is None:
+        return None
+    expect(f"{name}, a list or None", isinstance(value, list), value)
+    return [saved_number(name, number) for number in value]
 
 
 class ResidualMonitor:
@@ -89,11 +107,15 @@ class ResidualMonitor:
     an unusually long step. The step's length is that of the fingerprint ``Θ w``, which is computed
     at every step anyway.
 
-    On a GPU, a check is read when the next one is made, so that the device is not waited for: the
-    estimate lags by one check, whatever the device's speed.
+    On a GPU, a check is made at every step and read at the next one, so that the device is not
+    waited for: what is known lags by one step, whatever the device's speed. It is waited for after
+    a refactorization, and where Θ has been written to another number of times than is usual.
+
+    :param Dense matrix_map: how to multiply with the matrices.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, matrix_map: Dense = _DENSE) -> None:
+        self.matrix_map = matrix_map
         self.num_checks = 0
         self.num_followed = 0
         self.steps_until_check = 0
@@ -107,6 +129,9 @@ class ResidualMonitor:
         self.usual_step_norm = 0.0
         #: Whether Θ has probably been changed by something else than an optimizer's step.
         self.is_external_change = False
+        # Autograd's counter of writes to Θ at the latest step, and how many a step usually makes.
+        self._version: int | None = None
+        self._usual_writes: int | None = None
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def reset(self) -> None:
@@ -115,15 +140,22 @@ class ResidualMonitor:
         self.latest_error = 0.0
         self._pending = None
 
-    def observe(self, fingerprint: Tensor) -> bool:
+    def observe(self, fingerprint: Tensor, version: int = 0) -> bool:
         """Whether Θ has moved since the latest call.
 
         :param Tensor fingerprint: ``Θ w``, shape ``(D,)``.
+        :param int version: autograd's counter of writes to Θ.
         """
         previous, self.fingerprint = self.fingerprint, fingerprint
+        writes = 0 if self._version is None else version - self._version
+        is_unusual = self._usual_writes is not None and writes not in (0, self._usual_writes)
+        if writes != 0:
+            self._usual_writes = writes
+        self._version = version
         self.is_external_change = previous is None
-        if previous is None or fingerprint.is_cuda:  # which would have to be waited for
+        if previous is None or fingerprint.is_cuda:  # whose step would have to be waited for
             self.step_norm = math.inf
+            self.is_external_change |= is_unusual
             return True
         self.step_norm = torch.linalg.vector_norm(fingerprint - previous).item()
         self.is_external_change = self.step_norm > _EXTERNAL_STEP * self.usual_step_norm > 0
@@ -147,8 +179,8 @@ class ResidualMonitor:
             return False
         return True
 
-    def check(self, inverse_t: Tensor, theta: Tensor, limits: InverseError) -> InverseError | None:
-        """An estimate of the error; None on a GPU, while there is no earlier check to read.
+    def check(self, inverse_t: Tensor, theta: Tensor, limits: InverseError) -> InverseError:
+        """An estimate of the error; on a GPU of the error in the step before.
 
         :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
         :param Tensor theta: Θ, shape ``(D, D)``.
@@ -160,28 +192,32 @@ class ResidualMonitor:
         directions = fixed_directions(
             _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
         )
-        numbers = self._read(_check_error(inverse_t, theta, directions[number]))
-        if numbers is None:
-            return None
-        error = InverseError(*numbers)
+        numbers = _check_error(inverse_t, theta, directions[number], self.matrix_map)
+        error = InverseError(*self._read(numbers))
         self.plan_next_check(error, limits)
         return error
 
-    def _read(self, numbers: Tensor) -> list[float] | None:
-        """The numbers; on a GPU those of the check before, if there was one."""
-        if not numbers.is_cuda or self.is_external_change:
-            self._pending = None
+    def look(self, inverse_t: Tensor, theta: Tensor) -> InverseError:
+        """An estimate of the error now, which changes nothing."""
+        directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
+        numbers = _check_error(inverse_t, theta, directions[0], self.matrix_map)
+        return InverseError(*numbers.tolist())
+
+    def _read(self, numbers: Tensor) -> list[float]:
+        """The numbers; on a GPU those of the check before, which have arrived by now."""
+        if not numbers.is_cuda:
             return numbers.tolist()
-        previous = self._pending
+        # Copied to the host beside the device's other work.
         copied = torch.empty(2, dtype=numbers.dtype, pin_memory=True)
         copied.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
+        previous = None if self.is_external_change else self._pending
         self._pending = copied, event
-        if previous is None:
-            return None
-        previous[1].synchronize()
-        return previous[0].tolist()
+        copied, event = previous or self._pending
+        if not event.query():
+            event.synchronize()
+        return copied.tolist()
 
     def plan_next_check(self, error: InverseError, limits: InverseError) -> None:
         """Wait half as many steps as the error needs to grow to 1.25 times the limits."""
@@ -194,25 +230,29 @@ class ResidualMonitor:
         self.latest_error, self.steps_since_check = size, 0
 
     #: What a resumed run needs to take the same decisions.
-    _SAVED = (
-        "num_checks",
-        "num_followed",
-        "steps_until_check",
-        "steps_since_check",
-        "latest_error",
-        "fingerprint",
-        "usual_step_norm",
-    )
+    SAVED: ClassVar = {
+        "num_checks": saved_count,
+        "num_followed": saved_count,
+        "steps_until_check": saved_count,
+        "steps_since_check": saved_count,
+        "latest_error": saved_number,
+        "fingerprint": _saved_fingerprint,
+        "usual_step_norm": saved_number,
+    }
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._SAVED}
+        state = {name: getattr(self, name) for name in self.SAVED}
+        if self.fingerprint is not None:
+            state["fingerprint"] = self.fingerprint.tolist()
+        return state
 
     def load_state_dict(self, state: dict[str, Any], *, like: Tensor) -> None:
         """Go on from a state; its tensors are taken to the type and device of another one."""
         self._pending = None
-        for name in self._SAVED:
-            value = state[name]
-            setattr(self, name, value.to(like) if isinstance(value, Tensor) else value)
+        for name, value in state.items():
+            setattr(self, name, value)
+        if self.fingerprint is not None:
+            self.fingerprint = like.new_tensor(self.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # it belongs to a device

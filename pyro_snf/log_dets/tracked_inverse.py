@@ -28,31 +28,34 @@ And in every step:
 Where one update is not enough (a high learning rate, a checkpoint), more follow, each with twice
 the probes. Where they do not halve the error, where the weights were edited, and where updates have
 cost four times as much as it, R is made exact by a *refactorization* in O(D³).
+
+A GPU is waited for by refactorizations only. Whether R needs an update, and how large a one, is
+decided by the error of the step before, as the monitor says: R lags by one step where the error
+grows all at once.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_snf.caching import TensorState, version
-from pyro_snf.extra_state import SavesAttributes
+from pyro_snf.caching import TensorState, fingerprint_of, version
+from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number, saved_record
 from pyro_snf.log_dets.residual_monitor import InverseError, ResidualMonitor, measure_error
 from pyro_snf.maps.base import LinearMap
-from pyro_snf.maps.dense import Dense, LUFactors
+from pyro_snf.maps.dense import Dense
 from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.probes import ProbeStream
 from pyro_snf.surrogate import Surrogate
 
 __all__ = ["TrackedInverse"]
-
-_DENSE = Dense()
 
 # An error below this share of its limit needs no correction even after an external change. One
 # check could miss a direction in which A is singular; a larger share would tolerate that.
@@ -66,6 +69,16 @@ _MAX_UPDATES_AT_ONCE = 4
 # step.
 _MODERATE_ERROR = 2.0
 
+# On a GPU, the share of its limit from which the error of the step before gets an update.
+_EXPECTED_ERROR = 0.5
+
+# A loaded R whose error is this many times its limit is not that of the loaded weight. Smaller ones
+# occur in training; the next check sees them.
+_MAX_LOADED_ERROR = 4.0
+
+# Nats by which a loaded log|det R| may be off, besides what an R that is not exact accounts for.
+_MAX_LOADED_DIFFERENCE = 0.1
+
 # After updates that have cost this many times as much as a refactorization, R is refactorized.
 # Updates last long where an optimizer leaves the error in few directions. Where it is spread over
 # all of them (noisy gradients, a high learning rate), a refactorization lasts longer; the budget
@@ -74,6 +87,11 @@ _UPDATE_BUDGET = 4
 
 # Changes that R has followed exactly until it is checked.
 _FOLLOWED_UNTIL_CHECK = 64
+
+_LOADED = (
+    "the loaded inverse_t or log_abs_det_inverse is not that of the loaded weight; both are "
+    "computed anew"
+)
 
 # An update that changes log|det R| by more than this has met a nearly singular matrix. Rounding
 # dominates it, and would stay in the running sum.
@@ -85,7 +103,8 @@ class _Known:
     """Numbers that are valid as long as neither R nor Θ changes."""
 
     state: TensorState | None = None  # of Θ
-    version: int = -1  # of R
+    versions: tuple[int, ...] | None = None  # of R and log|det R|
+    contents: tuple[Tensor, ...] = ()  # theirs, to be compared with where the versions differ
     offset: Tensor | None = None  # tr R − D − log|det R|, valid for any Θ
     value: Tensor | None = None
 
@@ -103,7 +122,13 @@ class TrackedInverse(SavesAttributes):
     :param seed: of the probes; see :class:`~pyro_snf.probes.ProbeStream`.
     """
 
-    saved_attributes = ("num_refactorizations", "num_updates", "error_estimate")
+    saved_attributes: ClassVar = {
+        "num_refactorizations": saved_count,
+        "num_updates": saved_count,
+        "error_estimate": saved_number,
+        "rounding": saved_record(dict.fromkeys(InverseError._fields, saved_number)),
+        "monitor": saved_record(ResidualMonitor.SAVED),
+    }
 
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
@@ -119,6 +144,8 @@ class TrackedInverse(SavesAttributes):
     ) -> None:
         super().__init__()
         self.linear_map = linear_map
+        # A's own map, or that of the matrix which A consists of copies of.
+        self.matrix_map = linear_map if isinstance(linear_map, Dense) else Dense()
         dim, device = len(theta), theta.device
         self.num_probes = min(num_probes, dim)
         self.tolerance = tolerance
@@ -131,11 +158,13 @@ class TrackedInverse(SavesAttributes):
         self.error_estimate = math.nan
         # The error that the latest refactorization left: rounding, which grows with A's condition.
         self._rounding = InverseError(0.0, 0.0)
+        # Whether a change of R was interrupted, and whether it was loaded and not checked since.
+        self._is_changing = self._is_loaded = False
         # A refactorization costs as much as so many updates, which are about nine thin products.
         refactorization_cost = 3 + dim / (12 * self.num_probes)
         self._max_updates = round(_UPDATE_BUDGET * refactorization_cost)
-        eye = torch.eye(dim, device=device, dtype=theta.dtype)
-        self.register_buffer("inverse_t", at_least_float32(eye))
+        identity = self.matrix_map.identity(self._matrix_of(theta))
+        self.register_buffer("inverse_t", at_least_float32(identity))
         self.register_buffer(
             "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
         )
@@ -144,7 +173,7 @@ class TrackedInverse(SavesAttributes):
     def _forget(self) -> None:
         """Drop what is known of R's error: the next use checks."""
         self._known = _Known()
-        self._monitor = ResidualMonitor()
+        self._monitor = ResidualMonitor(self.matrix_map)
 
     def update(self, theta: Tensor, event_shape: torch.Size, state: TensorState) -> Surrogate:
         """Bring R up to date with A, once for every change of it.
@@ -179,10 +208,11 @@ class TrackedInverse(SavesAttributes):
         left, right = left.to(inverse_t.dtype), right.to(inverse_t.dtype)
         small = (right @ left.mT).double()
         small.diagonal().add_(1)
-        step = torch.linalg.solve(small.mT, left.double()).to(inverse_t.dtype)  # S⁻ᵀ Pᵀ
+        step = torch.linalg.solve_ex(small.mT, left.double()).result.to(inverse_t.dtype)  # S⁻ᵀ Pᵀ
         log_abs_det_inverse = self.log_abs_det_inverse - torch.linalg.slogdet(small).logabsdet
         with self._changing_to(log_abs_det_inverse):
-            inverse_t.addmm_(inverse_t @ right.mT, step, alpha=-1)
+            product = self.matrix_map.apply_weight(inverse_t, right)  # (Rᵀ Q)ᵀ
+            self.matrix_map.add_product(inverse_t, product, step, alpha=-1)
         self._has_followed(theta)
 
     @torch.no_grad()
@@ -202,12 +232,15 @@ class TrackedInverse(SavesAttributes):
     def _changing_to(self, log_abs_det_inverse: Tensor) -> Iterator[None]:
         """A context in which R changes, and after which ``log|det R|`` is this.
 
-        An interrupt (Ctrl-C) between the two leaves a NaN, and the next use refactorizes.
+        After an interrupt (Ctrl-C) between the two, the next use refactorizes; a state that is
+        saved in between has a NaN.
         """
         self._known = _Known()
+        self._is_changing = True
         self.log_abs_det_inverse.fill_(math.nan)
         yield
         self.log_abs_det_inverse.copy_(log_abs_det_inverse)
+        self._is_changing = False
 
     def _has_followed(self, theta: Tensor) -> None:
         """R is the inverse for this θ, up to rounding, which accumulates: check now and then."""
@@ -226,37 +259,93 @@ class TrackedInverse(SavesAttributes):
 
     def _log_abs_det(self, theta: Tensor, state: TensorState) -> Tensor:
         """The estimate of ``log|det A|``, shape ``()``, by an R that is up to date."""
+        if _is_shared(self.inverse_t) or _is_shared(self.log_abs_det_inverse):
+            self._leave_shared_memory()
         inverse_t, known = self.inverse_t, self._known
-        if known.version == version(inverse_t) and known.state == state:
+        is_own = self._is_as_known()
+        if is_own and self._is_same_theta(state):
             assert known.value is not None
             return known.value
         assert state.fingerprint is not None  # there is none while torch.jit traces
-        is_foreign = known.version not in (version(inverse_t), -1)
-        if is_foreign:
+        if not is_own:  # R has been written to from outside
             self._forget()
         current = theta.detach().to(inverse_t.dtype)
         monitor = self._monitor
-        has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype))
+        has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype), state.version)
         try:
-            # R has been written to from outside, or an update was interrupted. (Where an offset is
-            # known, none was: most steps need not look for the NaN.)
-            if is_foreign or (
-                self._known.offset is None and not torch.isfinite(self.log_abs_det_inverse)
-            ):
+            if self._is_changing or not is_own:
+                self._refactorize(theta)
+            elif self._is_loaded and not self._is_inverse_of(theta, current):
+                warnings.warn(_LOADED, RuntimeWarning, stacklevel=2)
                 self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
                 self._correct_if_needed(theta, current)
         except torch.linalg.LinAlgError:
             self._forget()  # the next use checks R again
             raise
+        self._is_loaded = False
         known = self._known  # another one, if R has changed
         if known.offset is None:
-            trace = inverse_t.diagonal().sum(dtype=torch.float64)
+            trace = self.matrix_map.trace(inverse_t)
             offset = trace - len(inverse_t) - self.log_abs_det_inverse
             known.offset = offset.to(inverse_t.dtype)
-        known.value = _add_trace(known.offset, inverse_t, current)
-        known.state, known.version = state, version(inverse_t)
+            known.contents = self._contents()
+        known.versions = self._versions()
+        known.value, known.state = self._add_trace(known.offset, current), state
         return known.value
+
+    def _versions(self) -> tuple[int, ...]:
+        return version(self.inverse_t), version(self.log_abs_det_inverse)
+
+    def _contents(self) -> tuple[Tensor, ...]:
+        return fingerprint_of(self.inverse_t), fingerprint_of(self.log_abs_det_inverse)
+
+    def _is_as_known(self) -> bool:
+        """Whether nothing else has changed R or log|det R| since they were last used.
+
+        Such as DistributedDataParallel writes them, with their own contents, in every step.
+        """
+        known = self._known
+        if known.versions in (None, self._versions()):
+            return True
+        return all(map(torch.equal, self._contents(), known.contents))
+
+    def _is_same_theta(self, state: TensorState) -> bool:
+        known = self._known.state
+        # To compare contents would be to wait for a GPU.
+        return known is state or (not self.inverse_t.is_cuda and known == state)
+
+    def _leave_shared_memory(self) -> None:
+        """Take copies that no other process writes to: each of them follows Θ by itself."""
+        self.inverse_t = self.inverse_t.clone()
+        self.log_abs_det_inverse = self.log_abs_det_inverse.clone()
+        self._forget()
+
+    @torch.no_grad()
+    def _is_inverse_of(self, theta: Tensor, current: Tensor) -> bool:
+        """Whether R, and log|det R|, are those of A: the former by products, the latter in O(D³).
+
+        :raises torch.linalg.LinAlgError: if A is singular or not finite.
+        """
+        error = self._monitor.look(self.inverse_t, current)
+        if not error.relative_to(self._limits()) <= _MAX_LOADED_ERROR:
+            return False
+        exact = self.matrix_map.factorize(theta, theta.shape[:1]).log_abs_det
+        trace = self.matrix_map.trace(self.inverse_t) - len(current)
+        value = self._add_trace(trace - self.log_abs_det_inverse, current)
+        second_order = len(current) * error.inverse**2
+        return abs((value - exact).item()) <= _MAX_LOADED_DIFFERENCE + second_order
+
+    def _add_trace(self, offset: Tensor, theta: Tensor) -> Tensor:
+        """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, ``tr(R A)``.
+
+        The identity's share is summed apart: next to D ones, a running sum in float32 over D²
+        products with Θ would lose the small ones.
+
+        :param Tensor offset: shape ``()``.
+        """
+        product = self.matrix_map.inner(self.inverse_t, theta)
+        return torch.add(offset, product, alpha=self.matrix_map.theta_scale(theta))
 
     def _limits(self) -> InverseError:
         """The error up to which R is not corrected."""
@@ -272,15 +361,29 @@ class TrackedInverse(SavesAttributes):
     def _correct_if_needed(self, theta: Tensor, current: Tensor) -> None:
         limits = self._limits()
         error = self._monitor.check(self.inverse_t, current, limits)
-        if error is None:
-            return
         size = error.relative_to(limits)
         if self._monitor.is_external_change and not size <= _NEGLIGIBLE:
             self._refactorize(theta)
+        elif self.inverse_t.is_cuda:
+            self.error_estimate = error.inverse
+            if not size <= _EXPECTED_ERROR:
+                self._correct_as_before(theta, current, size)
         elif size <= 1:
             self.error_estimate = error.inverse
         else:
             self._correct(theta, current, limits)
+
+    def _correct_as_before(self, theta: Tensor, current: Tensor, size: float) -> None:
+        """One update, without a look at what it does, for an error as in the step before.
+
+        :param float size: that error, in units of its limit.
+        """
+        doublings = max(0, math.ceil(math.log2(size))) if math.isfinite(size) else math.inf
+        if doublings >= _MAX_UPDATES_AT_ONCE or self.num_updates >= self._max_updates:
+            self._refactorize(theta)
+        else:
+            residual, _ = self._residuals(current, self.num_probes * 2 ** int(doublings))
+            self._update(current, residual)
 
     def _correct(self, theta: Tensor, current: Tensor, limits: InverseError) -> None:
         """Measure the error, and bring it below the limits if it is not."""
@@ -298,6 +401,7 @@ class TrackedInverse(SavesAttributes):
                 break
             if not self._update(current, residual):
                 break
+            self._monitor.reset()
             if size <= _MODERATE_ERROR:
                 return
             previous = size
@@ -313,7 +417,7 @@ class TrackedInverse(SavesAttributes):
 
     @torch.no_grad()
     def _refactorize(self, theta: Tensor) -> None:
-        factors = LUFactors(_DENSE.weight(theta))
+        factors = self.matrix_map.factorize(theta, theta.shape[:1])
         inverse_t = factors.gradient
         with self._changing_to(-factors.log_abs_det):
             self.inverse_t.copy_(inverse_t)
@@ -329,49 +433,69 @@ class TrackedInverse(SavesAttributes):
                 f"leaves ‖I − RW‖_F/√D = {self.error_estimate:.2g}"
             )
 
-    def _update(self, theta: Tensor, residual: Tensor) -> bool:
+    def _update(self, theta: Tensor, residual: Tensor) -> Tensor:
         """Update R once (steps 2 to 4 of the module's text); whether that was possible.
 
         :param Tensor residual: ``(EG)ᵀ``, as measured.
+        :return: a boolean, shape ``()``. Where it is False, R stays as it is.
         """
         # Rows instead of columns from here on: residual = Uᵀ, basis = Vᵀ, image = Pᵀ.
-        turned = residual - _DENSE.multiply_transposed(theta, residual @ self.inverse_t.mT)
+        matrix_map, inverse_t = self.matrix_map, self.inverse_t
+        turned = residual - matrix_map.multiply_transposed(
+            theta, matrix_map.apply_weight(inverse_t, residual)
+        )
         basis = torch.linalg.qr(turned.mT).Q.mT
-        image = _DENSE.multiply(theta, basis) @ self.inverse_t
+        products = matrix_map.multiply(theta, basis)
+        image = matrix_map.apply_weight(inverse_t, products, transposed=True)
         middle = basis @ image.mT  # M
         log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
-        if not log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP:
-            return False
-        step = torch.linalg.solve(middle.mT, basis - image)  # M⁻ᵀ (V − P)ᵀ
-        log_abs_det_inverse = self.log_abs_det_inverse - log_abs_det_middle
-        self._monitor.reset()
+        is_usable = log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP
+        step = torch.linalg.solve_ex(middle.mT, basis - image).result  # M⁻ᵀ (V − P)ᵀ
+        step = torch.where(is_usable, step, 0)
+        log_abs_det_inverse = self.log_abs_det_inverse - torch.where(
+            is_usable, log_abs_det_middle, 0
+        )
         with self._changing_to(log_abs_det_inverse):
-            self.inverse_t.addmm_((basis @ self.inverse_t.mT).mT, step)
+            matrix_map.add_product(inverse_t, matrix_map.apply_weight(inverse_t, basis), step)
         self.num_updates += 1
-        return True
+        return is_usable
 
     def _measure(self, theta: Tensor, num_probes: int) -> tuple[Tensor, InverseError]:
         """The residuals ``(EG)ᵀ`` of fresh Gaussian probes, and the error; see measure_error."""
+        residual, numbers = self._residuals(theta, num_probes)
+        return residual, InverseError(*numbers.tolist())
+
+    def _residuals(self, theta: Tensor, num_probes: int) -> tuple[Tensor, Tensor]:
+        """The same; the error as a tensor."""
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = self.probes.next_generator(device)
         dim = len(self.inverse_t)
         shape = (min(num_probes, dim), dim)
         probes = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        residual, numbers = measure_error(self.inverse_t, theta, probes)
-        return residual, InverseError(*numbers.tolist())
+        return measure_error(self.inverse_t, theta, probes, self.matrix_map)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {
-            **super().get_extra_state(),
-            "rounding": tuple(self._rounding),
-            "monitor": self._monitor.state_dict(),
-        }
+    @property
+    def rounding(self) -> dict[str, float]:
+        """The error that the latest refactorization left, as plain values."""
+        return self._rounding._asdict()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        super().set_extra_state(state)
-        self._rounding = InverseError(*state["rounding"])
+    @rounding.setter
+    def rounding(self, value: dict[str, float]) -> None:
+        self._rounding = InverseError(**value)
+
+    @property
+    def monitor(self) -> dict[str, Any]:
+        """The state of the monitor, as plain values."""
+        return self._monitor.state_dict()
+
+    @monitor.setter
+    def monitor(self, value: dict[str, Any]) -> None:
+        self._monitor.load_state_dict(value, like=self.inverse_t)
+
+    def set_extra_state(self, state: Any) -> None:
         self._forget()
-        self._monitor.load_state_dict(state["monitor"], like=self.inverse_t)
+        self._is_loaded = True
+        super().set_extra_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not rely on R and Θ having been copied together.
@@ -390,13 +514,6 @@ class TrackedInverse(SavesAttributes):
         return super()._apply(keep_precision, recurse)
 
 
-def _add_trace(offset: Tensor, inverse_t: Tensor, theta: Tensor) -> Tensor:
-    """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, that is ``tr(R A)``.
-
-    The identity's share is summed apart: next to D ones, a running sum in float32 over D² products
-    with Θ would lose the small ones.
-
-    :param Tensor offset: shape ``()``.
-    """
-    product = torch.dot(inverse_t.view(-1), theta.reshape(-1))
-    return torch.add(offset, product, alpha=_DENSE.theta_scale(theta))
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether other processes may write to a tensor's memory, after ``share_memory()`` say."""
+    return not tensor.is_cuda and tensor.is_shared()

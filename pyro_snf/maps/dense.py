@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.precision import at_least_float32, check_finite
-from pyro_snf.surrogate import implicit_solve
+from pyro_snf.surrogate import Solver, implicit_solve
 
 __all__ = ["Dense", "LUFactors"]
 
@@ -35,8 +35,11 @@ class Dense(LinearMap):
     event_dim = 1
 
     def weight(self, theta: Tensor) -> Tensor:
-        eye = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
-        return torch.add(eye, theta, alpha=self.theta_scale(theta))
+        return torch.add(self.identity(theta), theta, alpha=self.theta_scale(theta))
+
+    def identity(self, theta: Tensor) -> Tensor:
+        """The identity, of Θ's shape and type, and where it is."""
+        return torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
 
     def theta_scale(self, theta: Tensor) -> float:
         return 1 / math.sqrt(theta.shape[-1])
@@ -51,6 +54,18 @@ class Dense(LinearMap):
     def apply_weight(self, weight: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
         return x @ (weight if transposed else weight.mT)
 
+    def add_product(self, matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> None:
+        """``M ← M + α L Q`` in place, from ``Lᵀ`` and ``Q``, each of shape ``(r, D)``."""
+        matrix.addmm_(left.mT, right, alpha=alpha)
+
+    def inner(self, matrix: Tensor, other: Tensor) -> Tensor:
+        """``⟨M, N⟩``, the sum of the products of their entries, shape ``()``."""
+        return torch.dot(matrix.view(-1), other.reshape(-1))
+
+    def trace(self, matrix: Tensor) -> Tensor:
+        """``tr M``, shape ``()``, in float64."""
+        return matrix.diagonal().sum(dtype=torch.float64)
+
     def norm_bound(self, theta: Tensor) -> Tensor:
         return _norm_bound(self.weight(theta))
 
@@ -63,7 +78,7 @@ class Dense(LinearMap):
     def trace_gradient(self, theta: Tensor, other: Tensor, event_shape: torch.Size) -> Tensor:
         return self.weight(other).mT * self.theta_scale(theta)
 
-    def factorize(self, theta: Tensor, event_shape: torch.Size) -> LUFactors:
+    def factorize(self, theta: Tensor, event_shape: torch.Size) -> Factors:
         return LUFactors(self.weight(theta.detach()))
 
     def exact_log_abs_det(self, theta: Tensor, event_shape: torch.Size) -> Tensor:
@@ -75,7 +90,7 @@ class Dense(LinearMap):
     def multiply_input(self, theta: Tensor, left: Tensor, right: Tensor) -> None:
         """``A ← A (I + P Qᵀ)`` in place, from ``Pᵀ`` and ``Qᵀ``, each of shape ``(r, D)``."""
         images = self.multiply(theta, left)  # (A P)ᵀ
-        theta.addmm_(images.mT, right, alpha=1 / self.theta_scale(theta))
+        self.add_product(theta, images, right, alpha=1 / self.theta_scale(theta))
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
         """``A ← diag(e^c) A`` in place."""
@@ -112,23 +127,18 @@ class LUFactors(Factors):
     @torch.no_grad()
     def condition(self) -> float:
         """``‖A‖ ‖A⁻¹‖₂``, the latter from below, by inverse iteration on ``AᵀA``: O(D²)."""
+        lu, _ = self._unchecked_factors
+        return (_norm_bound(self.weight.to(lu.dtype)) * norm_of_inverse(self._solve, lu)).item()
+
+    def _solve(self, right_side: Tensor, transposed: bool) -> Tensor:
         lu, pivots = self._unchecked_factors
-        vector = torch.ones_like(lu[:, :1])
-        vector[1::2] = -1 / 2  # which is no eigenvector of a common matrix
-        for _ in range(_CONDITION_STEPS):
-            vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm(), adjoint=True)
-            vector = torch.linalg.lu_solve(lu, pivots, vector / vector.norm())
-        return (_norm_bound(self.weight.to(lu.dtype)) * vector.norm()).item()
+        return torch.linalg.lu_solve(lu, pivots, right_side.mT, adjoint=transposed).mT
 
     @cached_property
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
         lu, pivots = self._unchecked_factors
-        if not self.condition * torch.finfo(lu.dtype).eps < 1:
-            raise torch.linalg.LinAlgError(
-                f"the weight is singular in {lu.dtype}: its condition number is about "
-                f"{self.condition:.1g}"
-            )
+        check_condition(self.condition, lu.dtype)
         return lu, pivots
 
     @cached_property
@@ -155,16 +165,38 @@ class LUFactors(Factors):
 
     @torch.no_grad()
     def solve(self, right_side: Tensor, transposed: bool = False) -> Tensor:
-        lu, pivots = self._factors
-        columns = right_side.to(lu.dtype).mT
-        return torch.linalg.lu_solve(lu, pivots, columns, adjoint=transposed).mT.to(
-            right_side.dtype
-        )
+        lu, _ = self._factors
+        return self._solve(right_side.to(lu.dtype), transposed).to(right_side.dtype)
 
     def differentiable_gradient(self, weight: Tensor) -> Tensor:
         # The solutions A⁻¹ eᵢ are the columns of A⁻¹: as rows, A⁻ᵀ.
         eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
         return implicit_solve(weight, eye, self.solve, lambda weight, x, v: v.mT @ x)
+
+
+def norm_of_inverse(solve: Solver, like: Tensor) -> Tensor:
+    """``‖A⁻¹‖₂`` from below, shape ``()``, by inverse iteration on ``AᵀA``.
+
+    :param Solver solve: with A, for rows of shape ``(B, D)``.
+    :param Tensor like: a matrix of A's shape, type and device.
+    """
+    vector = torch.ones(1, like.shape[-1], dtype=like.dtype, device=like.device)
+    vector[:, 1::2] = -1 / 2  # which is no eigenvector of a common matrix
+    for _ in range(_CONDITION_STEPS):
+        vector = solve(vector / vector.norm(), True)
+        vector = solve(vector / vector.norm(), False)
+    return vector.norm()
+
+
+def check_condition(condition: float, dtype: torch.dtype) -> None:
+    """Raise unless a matrix with this condition number is regular at a type's precision.
+
+    :raises torch.linalg.LinAlgError: if it is not.
+    """
+    if not condition * torch.finfo(dtype).eps < 1:
+        raise torch.linalg.LinAlgError(
+            f"the weight is singular in {dtype}: its condition number is about {condition:.1g}"
+        )
 
 
 def _norm_bound(matrix: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ def near_identity(theta: Tensor) -> Tensor:
     """``a = δ + θ/√(C kh kw)``, of the shape of ``theta``, ``(C, C, kh, kw)``."""
     kernel = theta_scale(theta) * theta
     delta = torch.zeros_like(kernel)
-    delta[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2].fill_diagonal_(1)
+    row, column = kernel.shape[2] // 2, kernel.shape[3] // 2
+    # Not fill_diagonal_, which torch.compile cannot do on a view.
+    delta[:, :, row, column] = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     return kernel + delta
 
 

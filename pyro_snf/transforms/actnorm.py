@@ -11,9 +11,10 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.caching import version
-from pyro_snf.options import as_count, check_dtype, expect, is_count
+from pyro_snf.options import as_count, check_device, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
 from pyro_snf.processes import column_moments, is_dtensor
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 
 __all__ = ["ActNorm", "actnorm"]
@@ -83,6 +84,7 @@ class ActNorm(InvertibleTransformModule):
         super().__init__()
         self.num_channels = as_count("num_channels", num_channels)
         expect("event_dim 1 or 3", is_count(event_dim) and event_dim in (1, 3), event_dim)
+        check_device(device)
         check_dtype(dtype)
         self._event_dim = int(event_dim)
         self._is_sharded = False
@@ -163,7 +165,7 @@ class ActNorm(InvertibleTransformModule):
             and torch.is_grad_enabled()
             and self.log_scale.requires_grad
             and self.bias.requires_grad
-            and not torch.jit.is_tracing()  # a trace would repeat the initialization in every call
+            and not is_traced()  # a trace would repeat the initialization in every call
         )
 
     @torch.no_grad()

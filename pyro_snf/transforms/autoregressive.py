@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_snf.caching import TensorMemo
-from pyro_snf.options import as_count, as_positive, check_dtype
+from pyro_snf.options import as_count, as_positive, check_device, check_dtype
 from pyro_snf.precision import at_least_float32, soft_bound, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
@@ -81,6 +81,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
         self.input_dim = input_dim = as_count("input_dim", input_dim)
         self.hidden_dim = hidden_dim = as_count("hidden_dim", hidden_dim)
         self.max_log_scale = as_positive("max_log_scale", max_log_scale)
+        check_device(device)
         check_dtype(dtype)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -136,7 +137,7 @@ class LowRankAutoregressive(InvertibleTransformModule):
         return torch.cat(parts, dim=-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo: Any = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         log_scale = self._shift_and_log_scale(x)[1] if memo is None else memo.handle
         return at_least_float32(log_scale).sum(-1)
 

@@ -10,8 +10,11 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.constraints import Constraint, dependent_property
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
-from pyro_snf.caching import Memo, PairCache, state_of
+from pyro_snf.caching import Memo, PairCache, can_remember, state_of
+from pyro_snf.options import check_cache_size, expect, is_dense
 
 __all__ = [
     "InverseTransformModule",
@@ -41,6 +44,9 @@ def check_input(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{transform}: expected a floating-point tensor; got {got}")
+    if not is_dense(x):
+        layout = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{transform}: expected a dense tensor; got {layout}")
     fits = x.shape[max(x.dim() - len(event_shape), 0) :] == torch.Size(event_shape)
     if not fits or x.numel() == 0:
         expected = ", ".join(["...", *map(str, event_shape)])
@@ -64,7 +70,7 @@ def check_image(
     :param num_channels: C; None if any will do.
     :param dtype: as for :func:`check_input`.
     """
-    if not isinstance(x, Tensor):
+    if not is_dense(x):
         check_input(transform, x, ())  # raises
     if x.dim() < 3 or num_channels not in (None, x.shape[-3]):
         channels = "C" if num_channels is None else num_channels
@@ -96,6 +102,7 @@ class InvertibleTransformModule(TransformModule):
     has_continuous_log_det: bool = False
 
     def __init__(self, cache_size: int = 1) -> None:
+        check_cache_size(cache_size)
         super().__init__(cache_size=cache_size)
         self._pair = PairCache()
 
@@ -108,7 +115,8 @@ class InvertibleTransformModule(TransformModule):
         return [name for name in nn.Module.__dir__(self) if name != "sign"]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._cache_size == 0:
+        self._update_reparametrized()
+        if self._cache_size == 0 or not can_remember():
             return self._call(x)
         parameters = self._map_parameters()
         state = state_of(parameters)
@@ -119,7 +127,8 @@ class InvertibleTransformModule(TransformModule):
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if self._cache_size == 0:
+        self._update_reparametrized()
+        if self._cache_size == 0 or not can_remember():
             return self._inverse(y)
         parameters = self._map_parameters()
         state = state_of(parameters)
@@ -134,9 +143,22 @@ class InvertibleTransformModule(TransformModule):
         """``T(x)``, and what :meth:`log_abs_det_jacobian` may want of its computation."""
         return self._call(x), None
 
+    def _memo_of(self, x: Tensor, y: Tensor) -> Any:
+        """The by-product of the computation ``y = T(x)``, or None."""
+        return self._pair.memo_of(x, y, self._map_parameters()) if can_remember() else None
+
     def _map_parameters(self) -> list[Tensor]:
         """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""
         return list(self.parameters())
+
+    def _update_reparametrized(self) -> None:
+        """Compute anew what torch's prune and weight_norm keep as an attribute.
+
+        They do so in hooks of ``Module.__call__``, which transforms do not pass through.
+        """
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm):
+                hook(self, ())
 
     def _inverse_is_exact(self) -> bool:
         """Whether ``_inverse`` may be taken for the inverse of ``_call``, to rounding."""
@@ -154,8 +176,7 @@ class InvertibleTransformModule(TransformModule):
         """This transform with another cache size; it shares parameters, buffers and children."""
         if cache_size == self._cache_size:
             return self
-        if cache_size not in (0, 1):
-            raise ValueError(f"expected cache_size 0 or 1; got {cache_size}")
+        check_cache_size(cache_size)
         other = self.copy_with_own_cache()
         other._cache_size = cache_size
         return other
@@ -257,6 +278,7 @@ class InverseTransformModule(TransformModule):
     _evaluator: Any
 
     def __init__(self, transform: Transform) -> None:
+        expect("transform, a transform", isinstance(transform, Transform), transform)
         super().__init__(cache_size=transform._cache_size)
         self.transform = transform
         # What evaluates it; not registered as a second child.

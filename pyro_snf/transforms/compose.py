@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 
-from pyro_snf.options import expect
+from pyro_snf.options import as_list, check_cache_size, expect
 from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
 
 __all__ = ["Compose"]
@@ -37,7 +37,9 @@ class Compose(ComposeTransformModule):
 
     def __init__(self, parts: Sequence[Transform], cache_size: int = 0) -> None:
         flat: list[Transform] = []
-        for part in parts if isinstance(parts, Iterable) else [parts]:
+        check_cache_size(cache_size)
+        expected = "a transform, or transforms in a list"
+        for part in [parts] if isinstance(parts, Transform) else as_list(expected, parts):
             expect("transforms, in a list", isinstance(part, Transform), part)
             if isinstance(part, ComposeTransform) and not isinstance(part, Compose):
                 flat.extend(part.parts)

@@ -14,9 +14,10 @@ from torch.distributions import Transform, constraints
 from torch.nn import init
 
 from pyro_snf.maps.base import scale_and_shift
-from pyro_snf.options import as_count, expect, is_count
+from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import column_moments
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -128,10 +129,10 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     ) -> None:
         super().__init__()
         input_dim, rank = _checked_sizes(input_dim, rank)
-        if not callable(nn):
-            raise ValueError(f"expected nn, a network that maps contexts to tensors; got {nn!r}")
+        expect("nn, a network that maps contexts to tensors", callable(nn), nn)
         if "bias" in kwargs:
-            raise ValueError(f"expected no bias: b(c) is there; got bias={kwargs['bias']!r}")
+            got = shown(kwargs["bias"])
+            raise ValueError(f"expected no bias: b(c) is there; got bias={got}")
         self.input_dim = input_dim
         self.rank = rank
         self.nn = nn
@@ -139,6 +140,8 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         self.linear = SelfNormalizingLinear(input_dim, bias=False, **kwargs)
         self._is_scale_checked = False
         if isinstance(nn, DenseNN):
+            found, dims = list(nn.param_dims), _output_dims(input_dim, rank)
+            expect(f"nn, a DenseNN with param_dims={dims}", found == dims, found)
             # A DenseNN sees (c − context_mean) / context_scale.
             self.register_buffer("context_mean", self.linear.theta.new_zeros(nn.input_dim))
             self.register_buffer("context_scale", self.linear.theta.new_ones(nn.input_dim))
@@ -199,7 +202,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
             _check_context(context, self.nn.input_dim, None if under_autocast else dtype)
             context = (context - self.context_mean) / self.context_scale
             is_training = self.training and torch.is_grad_enabled()
-            if is_training and not self._is_scale_checked and not torch.jit.is_tracing():
+            if is_training and not self._is_scale_checked and not is_traced():
                 self._warn_of_scale(context)
         outputs = self.nn(context)
         _check_outputs(outputs, _output_dims(self.input_dim, self.rank))
@@ -367,9 +370,7 @@ def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) ->
 
     :param dtype: the type to expect; None if any will do.
     """
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        got = context.dtype if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"expected a floating-point context; got {got}")
+    check_context(context)
     if context.shape[-1:] != (context_dim,) or context.numel() == 0:
         raise ValueError(
             f"expected a non-empty context of shape (..., {context_dim}); "
@@ -421,11 +422,8 @@ def conditional_self_normalizing_linear(
     input_dim, rank = _checked_sizes(input_dim, rank)
     context_dim = as_count("context_dim", context_dim)
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    fits = isinstance(widths, Sequence) and all(map(is_count, widths))
-    if not fits or not widths:  # a DenseNN has at least one hidden layer
-        raise ValueError(
-            f"expected hidden_dims, a non-empty list of integers >= 1; got {hidden_dims!r}"
-        )
+    fits = are_counts(widths) and len(widths) > 0  # a DenseNN has at least one hidden layer
+    expect("hidden_dims, a non-empty list of integers >= 1", fits, hidden_dims)
     network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
     last: Any = network.layers[-1]
     init.zeros_(last.weight)

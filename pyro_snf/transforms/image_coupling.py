@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_snf.caching import TensorMemo
-from pyro_snf.options import as_count, as_positive, check_dtype, expect
+from pyro_snf.options import as_count, as_positive, check_device, check_dtype, expect
 from pyro_snf.precision import at_least_float32, soft_bound
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image
 
@@ -50,6 +50,7 @@ class CouplingNet(nn.Sequential):
         in_channels = as_count("in_channels", in_channels)
         out_channels = as_count("out_channels", out_channels)
         hidden_channels = as_count("hidden_channels", hidden_channels)
+        check_device(device)
         check_dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1, **factory)
@@ -126,7 +127,7 @@ class ImageCoupling(InvertibleTransformModule):
         return torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-3)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        memo: Any = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         log_scale = self._split(x)[3] if memo is None else memo.handle
         return at_least_float32(log_scale).sum((-3, -2, -1))
 

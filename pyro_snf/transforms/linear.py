@@ -140,8 +140,8 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         call = RecordedCall(recording, self._pull, self._as_events(x))
         return call.output(x, y, self.theta), call
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        value = super().log_abs_det_jacobian(x, y)
+    def _log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        value = super()._log_abs_det_jacobian(x, y)
         call = self.recorded_call(x, y)
         return value if call is None else call.log_det(value.detach(), y)
 
@@ -152,7 +152,7 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
 
     def recorded_call(self, x: Tensor, y: Tensor) -> RecordedCall | None:
         """The record of the call ``y = T(x)``, if there is one."""
-        memo = self._pair.memo_of(x, y, self._map_parameters())
+        memo = self._memo_of(x, y)
         return memo if isinstance(memo, RecordedCall) else None
 
     @torch.no_grad()

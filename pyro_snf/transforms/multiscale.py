@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_snf.caching import PairCache
-from pyro_snf.options import as_image_shape
+from pyro_snf.options import as_image_shape, as_list, expect
 from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
 
@@ -60,7 +60,7 @@ class MultiScale(InvertibleTransformModule):
     def __init__(self, levels: Sequence[Transform], event_shape: Sequence[int]) -> None:
         super().__init__()
         self.event_shape = as_image_shape(event_shape)
-        self.levels = nn.ModuleList(_as_module(level) for level in levels)
+        self.levels = nn.ModuleList(map(_as_module, as_list("levels, in a list", levels)))
         if len(self.levels) == 0:
             raise ValueError("expected at least one level; got none")
         #: The shapes of the parts of a latent, in their order.
@@ -181,8 +181,9 @@ class _Partition:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """The pieces of the whole, of shapes ``(*batch_shape, *shape)``."""
-        known = [piece for pair in self._pairs if (piece := pair.x_of(whole, (), ())) is not None]
-        if len(known) == len(self._pairs):
+        found = [pair.x_of(whole, (), ()) for pair in self._pairs]
+        known = [piece for piece in found if piece is not None]
+        if len(known) == len(found):
             return known
         batch_shape = whole.shape[: whole.dim() - len(self.shape)]
         flat = whole.reshape(*batch_shape, self.shape.numel())
@@ -217,8 +218,8 @@ class _Partition:
 
 def _as_module(level: Transform) -> nn.Module:
     """The level as a module with a safe cache."""
-    if not isinstance(level, Transform) or not level.bijective:
-        raise ValueError(f"expected levels, bijective transforms; got {level!r}")
+    fits = isinstance(level, Transform) and level.bijective
+    expect("levels, bijective transforms", fits, level)
     if isinstance(level, InvertibleTransformModule | InverseTransformModule | Compose):
         return level
     return Compose([level])

@@ -24,9 +24,18 @@ from pyro_snf.free_form.reconstruction import Reconstruction
 from pyro_snf.free_form.solve import Convergence, implicit_inverse, invert
 from pyro_snf.log_dets.base import as_method, own_copy
 from pyro_snf.networks import ResidualMLP
-from pyro_snf.options import as_count, as_event_shape, as_number, check_choice, expect
+from pyro_snf.options import (
+    as_count,
+    as_event_shape,
+    as_number,
+    check_choice,
+    check_context,
+    expect,
+    is_dense,
+)
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
+from pyro_snf.tracing import is_traced, without_saved_tensor_hooks
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
 
@@ -232,11 +241,11 @@ class SelfNormalizingPair(SelfNormalizingTransform):
             )
             return x.view(shape)
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+    def _log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         self._refuse_trace()
         rows, context, shape = self._as_rows(x)
         pair = self._networks()
-        with without_autocast(x.device):
+        with without_autocast(x.device), without_saved_tensor_hooks():
             rows, context = self._in_own_dtype(rows, context)
             if self._is_training(*self._network_parameters()):
                 value = self._training_log_abs_det(x, y, rows, context)
@@ -354,11 +363,13 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """
         event_shape = self.event_shape
         if event_shape is None:
-            if isinstance(x, Tensor) and x.dim() < self._event_dim:
+            if not is_dense(x):
+                check_input(self, x, ())  # raises
+            if x.dim() < self._event_dim:
                 raise ValueError(
                     f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
                 )
-            event_shape = x.shape[x.dim() - self._event_dim :] if isinstance(x, Tensor) else ()
+            event_shape = x.shape[x.dim() - self._event_dim :]
         check_input(self, x, event_shape, self._dtype())
         shape = self.forward_shape(x.shape)
         batch = shape[: len(shape) - self._event_dim]
@@ -370,8 +381,8 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         )
         rows = x.expand(shape).reshape(-1, *event_shape)
         wanted = "derivatives" if torch.is_grad_enabled() else "values"
-        if self._status.checked not in (wanted, "derivatives") and not torch.jit.is_tracing():
-            with without_autocast(x.device):
+        if self._status.checked not in (wanted, "derivatives") and not is_traced():
+            with without_autocast(x.device), without_saved_tensor_hooks():
                 self._networks().check(
                     *self._in_own_dtype(rows, context), derivatives=wanted == "derivatives"
                 )
@@ -406,11 +417,14 @@ class SelfNormalizingPair(SelfNormalizingTransform):
 
     def _refuse_trace(self) -> None:
         # A trace would record the result of a backward pass within it as a constant.
-        if torch.jit.is_tracing():
+        if is_traced():
             raise RuntimeError(
-                f"{self}: torch.jit cannot trace the derivatives of a network: use no jit, "
-                "Trace_ELBO for JitTrace_ELBO"
+                f"{self}: neither torch.jit nor torch.export nor torch.func.vmap can record the "
+                "derivatives of a network: use none of them, Trace_ELBO for JitTrace_ELBO"
             )
+
+    def _leaves_compiled_graph(self) -> bool:
+        return torch.compiler.is_dynamo_compiling()
 
     def _note_convergence(self, residual: Tensor, converged: Tensor) -> None:
         count = int(converged.sum())
@@ -476,9 +490,7 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
         :param Tensor context: c, of shape ``(*batch, *context_event)``. Inputs of the transform
             have shape ``(..., *event)``, and ``...`` broadcasts with ``batch``.
         """
-        if not isinstance(context, Tensor) or not context.is_floating_point():
-            got = context.dtype if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(f"expected a floating-point context; got {got}")
+        check_context(context)
         if context.dim() < self.context_dim or context.numel() == 0:
             raise ValueError(
                 f"expected a non-empty context of at least {self.context_dim} dimensions; "

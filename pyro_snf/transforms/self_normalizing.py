@@ -13,9 +13,10 @@ from pyro_snf.caching import TensorState
 from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
 from pyro_snf.log_dets.base import as_method
 from pyro_snf.maps.base import LinearMap
-from pyro_snf.options import as_positive, check_choice, check_dtype, check_flag
+from pyro_snf.options import as_positive, check_choice, check_device, check_dtype, check_flag
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
+from pyro_snf.tracing import is_traced, run_eagerly
 from pyro_snf.transforms.base import InvertibleTransformModule
 
 __all__ = ["AffineSelfNormalizingTransform", "SelfNormalizingTransform"]
@@ -55,17 +56,48 @@ class SelfNormalizingTransform(InvertibleTransformModule):
         """How often the method has factorized in training; None where it never does."""
         return self.log_det.num_refactorizations
 
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._leaves_compiled_graph():
+            return run_eagerly(super().__call__, x)
+        return super().__call__(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        if self._leaves_compiled_graph():
+            return run_eagerly(super()._inv_call, y)
+        return super()._inv_call(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._leaves_compiled_graph():
+            return run_eagerly(self._log_abs_det_jacobian, x, y)
+        return self._log_abs_det_jacobian(x, y)
+
+    @abstractmethod
+    def _log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """:meth:`log_abs_det_jacobian`, outside of the graph of torch.compile in training."""
+
+    def _leaves_compiled_graph(self) -> bool:
+        """Whether torch.compile, if it is at work, is to call this transform as it is.
+
+        In training, what a method does depends on the values of tensors, and changes its state.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        return self._is_in_training_mode(*self._map_parameters())
+
     def _is_training(self, *parameters: Tensor) -> bool:
         """Whether the log-determinant is that of training, not the exact one.
 
         :param parameters: one of which has to require a gradient.
         """
+        # A trace could not repeat what the method does.
+        return self._is_in_training_mode(*parameters) and not is_traced()
+
+    def _is_in_training_mode(self, *parameters: Tensor) -> bool:
         return (
             torch.is_grad_enabled()
             # Not self.training: copies with a cache of their own share the method, and its mode.
             and self.log_det.training
             and any([one.requires_grad for one in parameters])
-            and not torch.jit.is_tracing()  # a trace could not repeat what the method does
         )
 
     def _inverse_is_exact(self) -> bool:
@@ -121,7 +153,8 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     ) -> None:
         super().__init__()
         check_flag("bias", bias)
-        init_scale = as_positive("init_scale", init_scale)
+        self.init_scale = as_positive("init_scale", init_scale)
+        check_device(device)
         check_dtype(dtype)
         methods = {"refined": Refined, "learned": Learned, "exact": Exact}
         method: LogDetMethod = as_method(log_det, methods, LogDetMethod)
@@ -133,7 +166,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         count = theta_shape[0]
         self.theta = nn.Parameter(torch.zeros(theta_shape, **factory))
-        self.log_scale = nn.Parameter(torch.full((count,), math.log(init_scale), **factory))
+        self.log_scale = nn.Parameter(torch.full((count,), math.log(self.init_scale), **factory))
         if bias:
             self.bias = nn.Parameter(torch.zeros(count, **factory))
         else:
@@ -171,7 +204,8 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
             x = self.log_det.invert(self.theta, h, self.inverse, is_training=is_training)
             return x.reshape(y.shape)
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+    def _log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        self._update_reparametrized()
         events, theta = self._as_events(x), self.theta
         event_shape = events.shape[1:]
         with without_autocast(x.device), self._named_errors():
@@ -241,7 +275,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         log_scale = at_least_float32(self.log_scale)
         total = log_scale.sum()
         # A GPU is not waited for: there the caller gets a NaN.
-        if not total.is_cuda and not math.isfinite(total.item()):
+        if not total.is_cuda and not is_traced() and not math.isfinite(total.item()):
             raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
         copies = event_shape.numel() // len(log_scale)
         return total if copies == 1 else copies * total

@@ -1,0 +1,95 @@
+"""Layers whose matrices are larger than the memory of one device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
+
+from pyro_snf.log_dets import Exact, Refined
+from pyro_snf.maps.sharded_dense import ShardedDense
+from pyro_snf.options import expect
+from pyro_snf.transforms.linear import SelfNormalizingLinear
+
+__all__ = ["shard"]
+
+
+@torch.no_grad()
+def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLinear:
+    r"""Distribute the matrices of a layer over the ranks of a mesh, in place, by rows.
+
+    Θ, its gradient, its optimizer state and the tracked inverse R become DTensors with D/P rows on
+    each of P ranks. No rank makes a D × D matrix from here on, neither in a training step nor in a
+    refactorization nor in ``eval()``. What the layer computes stays the same, up to rounding, and
+    so do its methods. The rest of a flow is replicated: **all ranks call it with the same inputs**,
+    as they do if they draw batches and samples from equal seeds.
+
+    A layer that no device could hold is made on the device "meta", with ``device="meta"``, and
+    starts on the mesh as it would have started elsewhere. Of any other layer, that of the mesh's
+    first rank is distributed. Make optimizers afterwards, for Θ is another parameter then.
+
+    >>> layer = SelfNormalizingLinear(4096, device="meta")
+    >>> mesh = init_device_mesh("cpu", (2,))  # doctest: +SKIP
+    >>> shard(layer, mesh)  # doctest: +SKIP
+
+    :param SelfNormalizingLinear layer: with ``log_det="refined"`` or ``"exact"``.
+    :param DeviceMesh mesh: of one dimension. Of a mesh with more, pass one of its dimensions,
+        ``mesh["tensor"]``; the layer is replicated over the others.
+    :return: the layer.
+    :raises ValueError: for other layers, and unless D is a multiple of the number of ranks.
+    """
+    method: Any = getattr(layer, "log_det", None)
+    fits = isinstance(layer, SelfNormalizingLinear) and isinstance(method, Refined | Exact)
+    expect("a SelfNormalizingLinear with log_det 'refined' or 'exact'", fits, layer)
+    theta, num_ranks = layer.theta, mesh.size()
+    expect("a layer that is not sharded", not isinstance(theta, DTensor), layer)
+    expect("a mesh of one dimension", mesh.ndim == 1, mesh)
+    is_multiple = layer.input_dim % num_ranks == 0
+    expect(f"input_dim, a multiple of the {num_ranks} ranks", is_multiple, layer.input_dim)
+    devices = (mesh.device_type, "meta")
+    expect(f"a layer on {' or '.join(devices)}", theta.device.type in devices, theta.device)
+
+    if theta.is_meta:
+        start = _start_of(layer, mesh)
+        method.setup(ShardedDense(), start["theta"])
+        state = {**layer.state_dict(), **start}
+    else:
+        state = {
+            name: distribute_tensor(value, mesh, [Shard(0)])
+            if isinstance(value, Tensor) and value.shape == theta.shape
+            else value
+            for name, value in layer.state_dict().items()
+        }
+        method.setup(ShardedDense(), state["theta"])
+    _replicate(state, mesh.get_group())
+    layer.load_state_dict(state, assign=True)
+    layer.clear_cache()
+    return layer
+
+
+def _start_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """What the parameters of a new layer start from."""
+    theta, device = layer.theta, mesh.device_type
+    start: dict[str, Tensor] = {
+        "theta": zeros(theta.shape, dtype=theta.dtype, device_mesh=mesh, placements=[Shard(0)]),
+        "log_scale": torch.full_like(layer.log_scale, math.log(layer.init_scale), device=device),
+    }
+    if layer.bias is not None:
+        start["bias"] = torch.zeros_like(layer.bias, device=device)
+    return start
+
+
+def _replicate(state: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Give all ranks what the first has, apart from DTensors."""
+    source = dist.get_global_rank(group, 0)
+    for value in state.values():
+        if isinstance(value, Tensor) and not isinstance(value, DTensor):
+            dist.broadcast(value, source, group=group)
+    others = [{name: value for name, value in state.items() if not isinstance(value, Tensor)}]
+    dist.broadcast_object_list(others, source, group=group)
+    state.update(others[0])
