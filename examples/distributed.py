@@ -142,7 +142,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("density", "guide"), default="density")
     parser.add_argument("--wrapper", choices=("ddp", "fully_shard"), default="ddp")
     parser.add_argument("--num-steps", type=positive_int, default=2000, help="default 2000")
-    parser.add_argument("--learning-rate", type=positive_float, default=3e-3, help="default 0.003")
+    parser.add_argument("--learning-rate", type=positive_float, default=1e-2, help="default 0.01")
     parser.add_argument(
         "--data-dir", type=image_folder, help="IDX files or an NPZ file; default: 8 × 8 digits"
     )

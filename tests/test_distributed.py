@@ -9,9 +9,11 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +48,15 @@ from pyro_snf import (
     flows,
 )
 from pyro_snf.optim import NaturalGradient
-from pyro_snf.processes import column_moments
+from pyro_snf.processes import (
+    column_moments,
+    mean_over_processes,
+    num_processes,
+    process_rank,
+    set_data_group,
+)
+
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "distributed.rst"
 
 NUM_PROCESSES = 2
 NUM_STEPS, NUM_ROWS = 8, 6
@@ -266,14 +276,12 @@ def errors_of_natural_gradients(rank: int) -> list[str]:
 
 def groups_of_one(rank: int) -> tuple[Any, ...]:
     group, _ = torch_distributed.new_subgroups(1)
-    pyro_snf.processes.set_data_group(group)
-    try:
-        size = pyro_snf.processes.num_processes(), pyro_snf.processes.process_rank()
-        layer = ActNorm(1, event_dim=1)
-        layer(torch.tensor([[0.0], [2.0]]) + 10 * rank)
-    finally:
-        pyro_snf.processes.set_data_group(None)
-    return *size, layer.bias.item(), pyro_snf.processes.process_rank()
+    set_data_group(group)
+    size = num_processes(), process_rank()
+    layer = ActNorm(1, event_dim=1)
+    layer(torch.tensor([[0.0], [2.0]]) + 10 * rank)
+    set_data_group(None)
+    return *size, layer.bias.item(), process_rank()
 
 
 def data_of_regression() -> tuple[Tensor, Tensor]:
@@ -305,6 +313,27 @@ def svi(wrapper: str, rank: int) -> dict[str, Tensor]:
         return state_of(guide)
 
 
+def programs_of_the_documentation(rank: int) -> list[Any]:
+    """Those of docs/distributed.rst, one after the other, with less processes than they say."""
+    blocks = re.findall(r"code-block:: python\n\n((?:   .*\n|\n)+)", DOCUMENTATION.read_text())
+    program = "\n".join(map(textwrap.dedent, blocks))
+    for said, done in {
+        "torch.distributed.init_process_group()": "",
+        '"cuda", (2, 4)': '"cpu", (2, 1)',
+    }.items():
+        assert program.count(said) == 1
+        program = program.replace(said, done)
+    x, y = (share(one, rank) for one in data_of_regression())
+    names: dict[str, Any] = {"x": x, "y": y, "num_rows": 64, "pyro_snf": pyro_snf}
+    with pyro.settings.context():
+        exec(compile(program, DOCUMENTATION, "exec"), names)
+        group = num_processes(), process_rank()
+        set_data_group(None)
+        value = names["loss"](x, y)
+        value.backward()
+    return [*group, math.isfinite(value.item()), len(names["model_state"]) > 0]
+
+
 JOBS: dict[str, Callable[[int], Any]] = {
     **{
         f"{case}, {wrapper}": lambda rank, case=case, wrapper=wrapper: train(case, wrapper, rank)
@@ -325,6 +354,7 @@ JOBS: dict[str, Callable[[int], Any]] = {
             errors_of_fully_shard,
             errors_of_natural_gradients,
             groups_of_one,
+            programs_of_the_documentation,
         )
     },
 }
@@ -438,9 +468,14 @@ def test_svi(results: Any, wrapper: str) -> None:
 
 
 def test_one_process_is_as_without() -> None:
-    assert (pyro_snf.processes.num_processes(), pyro_snf.processes.process_rank()) == (1, 0)
+    assert (num_processes(), process_rank()) == (1, 0)
     x = torch.randn(3)
-    assert torch.equal(pyro_snf.processes.mean_over_processes(x), x)
+    assert torch.equal(mean_over_processes(x), x)
+
+
+def test_programs_of_the_documentation(results: Any) -> None:
+    for rank, found in enumerate(results["programs_of_the_documentation"]):
+        assert found == [NUM_PROCESSES, rank, True, True]
 
 
 # --- The example --------------------------------------------------------------------------------
