@@ -27,6 +27,7 @@ from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.optim import NaturalGradient
 from pyro_snf.options import as_count, as_positive, check_flag, expect, is_count
 from pyro_snf.plotting import plot_curves
+from pyro_snf.processes import check_one_process
 from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
 
 if TYPE_CHECKING:
@@ -174,9 +175,11 @@ def fit(
     :param bool progress: whether to show a progress bar or, where there is no terminal, a line
         every ten seconds, on the standard error stream.
     :raises ValueError: for options outside these ranges.
+    :raises RuntimeError: in several processes.
     :warns UserWarning: if the loss was still falling, and if it was not finite in 100 steps in a
         row.
     """
+    check_one_process("fit")
     num_steps = as_count("num_steps", num_steps)
     num_particles = None if num_particles is None else as_count("num_particles", num_particles)
     tolerance = None if tolerance is None else as_positive("tolerance", tolerance)

@@ -31,6 +31,7 @@ from pyro_snf.options import (
 )
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution
 from pyro_snf.precision import at_least_float32
+from pyro_snf.processes import gather
 from pyro_snf.recording import Recording, RecordingSlot
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
@@ -402,7 +403,8 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         assert self.clip is not None
         length = at_least_float32(gradient).norm(dim=-1, keepdim=True)
         is_usable = torch.isfinite(length) & (length > 0)
-        log_length = torch.where(is_usable, length.log(), math.nan)
+        # Of the samples of all processes, so that the average is the same in each.
+        log_length = gather(torch.where(is_usable, length.log(), math.nan))
         average, count = self.log_gradient_length, self.num_gradients
         typical = torch.where(count == 0, log_length.nanmean(), average)
         # An extreme gradient changes the average no more than one at the limit.

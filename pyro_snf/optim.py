@@ -15,6 +15,7 @@ from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.log_dets import Learned
 from pyro_snf.natural_step import Moments, Secants, SignalShare, moments, relative_step
 from pyro_snf.options import as_count, as_positive, expect
+from pyro_snf.processes import check_one_process
 from pyro_snf.recording import Recording
 from pyro_snf.transfer import read
 
@@ -111,6 +112,7 @@ class NaturalGradient(PyroOptim):
     :param float lr: Adam's learning rate, for everything but the dense layer.
     :raises TypeError: for any other guide.
     :raises ValueError: for options outside these ranges; for a guide with ``log_det="learned"``.
+    :raises RuntimeError: in several processes.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class NaturalGradient(PyroOptim):
                 f"{type(guide).__name__}"
             )
         expect("a guide with another log_det than 'learned'", self.is_for(guide), guide)
+        check_one_process("NaturalGradient")
         super().__init__(torch.optim.Adam, {"lr": as_positive("lr", lr)})
         self.guide = guide
         self.lr = float(lr)

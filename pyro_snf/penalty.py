@@ -13,6 +13,7 @@ from pyro_snf.caching import StateCache
 from pyro_snf.extra_state import SavesAttributes, saved_count
 from pyro_snf.options import as_number, as_positive
 from pyro_snf.precision import keep_float32
+from pyro_snf.processes import mean_over_processes
 
 __all__ = ["GECO", "PenaltyWeight", "StepCounter", "as_penalty_weight", "penalty_factor"]
 
@@ -25,9 +26,10 @@ class GECO(nn.Module):
         \lambda \leftarrow \lambda \exp\bigl(\eta\,
             \operatorname{clip}(\log(\sqrt{\bar e} / \tau), -1, 1)\bigr)
 
-    where e is the mean squared error per element of the current batch. λ rises while the averaged
-    error is above the tolerance, and falls while it is below. λ and ē are buffers, saved with the
-    module. Errors that are not finite are ignored.
+    where e is the mean squared error per element of the current batch, in more than one process of
+    the batches of all of them. λ rises while the averaged error is above the tolerance, and falls
+    while it is below. λ and ē are buffers, saved with the module. Errors that are not finite are
+    ignored.
 
     Pass it as the ``reconstruction_weight`` of a method. Each layer takes a copy, which makes one
     step for every change of the layer's parameters.
@@ -84,8 +86,9 @@ class GECO(nn.Module):
     def update(self, mean_square_error: Tensor) -> None:
         """One step of the controller.
 
-        :param Tensor mean_square_error: e, shape ``()``.
+        :param Tensor mean_square_error: e of this process's batch, shape ``()``.
         """
+        mean_square_error = mean_over_processes(mean_square_error)
         # Without a branch, for which a GPU would have to be waited for.
         is_finite = torch.isfinite(mean_square_error)
         average = self.mean_square_error

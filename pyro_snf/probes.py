@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_snf.caching import version
 from pyro_snf.extra_state import SavesAttributes, saved_count
+from pyro_snf.processes import process_rank
 from pyro_snf.tracing import is_recomputing
 
 __all__ = ["PROBES", "ProbeStream", "draw_probes", "probe_generator"]
@@ -20,19 +21,22 @@ PROBES = ("gaussian", "rademacher", "orthogonal")
 
 
 def probe_generator(
-    seed: int, count: int, device: torch.device, *, stream: int = 0
+    seed: int, count: int, device: torch.device, *, stream: int = 0, rank: int = 0
 ) -> torch.Generator:
-    """A generator that depends on the seed, a running count and the stream only.
+    """A generator that depends on these numbers only.
 
-    So torch's global random stream stays as it is, all ranks of a distributed run draw the same
-    probes, and a resumed run draws those that the uninterrupted run would have drawn.
+    So torch's global random stream stays as it is, and a resumed run draws the probes that the
+    uninterrupted run would have drawn.
 
     :param int stream: distinguishes several generators of the same seed and count.
+    :param int rank: of the process, where processes are to draw different probes.
     """
     generator = torch.Generator(device)
     # Hashed: torch's generator takes 32 bits on the CPU, and a small seed could be one that the
     # user has chosen for another generator.
     entropy = [seed, count, stream] if stream else [seed, count]
+    if rank:
+        entropy = [seed, count, stream, rank]
     generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     return generator
 
@@ -74,18 +78,28 @@ class ProbeStream(SavesAttributes):
     """Random generators of one layer: functions of its seed and of a running count.
 
     Both are in the ``state_dict``. The seed is a buffer, so that a distributed wrapper that
-    broadcasts buffers gives all ranks the same one.
+    broadcasts buffers gives all processes the same one.
 
     :param seed: an integer from 0, or None to draw one from torch's global random stream.
     :param device: of the buffer.
+    :param bool differs_by_process: whether each process draws other probes. Those that average over
+        events have to differ, or their noise would not average over the processes' events. Those
+        whose result is a state of the layer have to be the same.
     """
 
     saved_attributes: ClassVar = {"count": saved_count}
 
     seed: Tensor
 
-    def __init__(self, seed: int | None, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        seed: int | None,
+        *,
+        device: torch.device | str | None = None,
+        differs_by_process: bool = False,
+    ) -> None:
         super().__init__()
+        self.differs_by_process = differs_by_process
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         self.register_buffer("seed", torch.tensor(seed, device=device))
@@ -104,7 +118,8 @@ class ProbeStream(SavesAttributes):
         current = version(self.seed)
         if self._known_seed is None or self._known_seed[0] != current:
             self._known_seed = current, int(self.seed)  # waits for a GPU, but only once
-        return probe_generator(self._known_seed[1], count, device, stream=stream)
+        rank = process_rank() if self.differs_by_process else 0
+        return probe_generator(self._known_seed[1], count, device, stream=stream, rank=rank)
 
     def set_extra_state(self, state: Any) -> None:
         self._known_seed = None

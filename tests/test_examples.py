@@ -24,11 +24,11 @@ from torch import Tensor
 
 from pyro_snf import SelfNormalizingPair
 
-EXAMPLES = ["svi_guide", "density_digits", "density_2d", "amortized", "images"]
+EXAMPLES = ["svi_guide", "density_digits", "density_2d", "amortized", "images", "distributed"]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 MODULES = {name: importlib.import_module(name) for name in EXAMPLES}
-svi_guide, density_digits, density_2d, amortized, images = MODULES.values()
+svi_guide, density_digits, density_2d, amortized, images, _ = MODULES.values()
 FLOWS = density_2d.FLOWS
 common = importlib.import_module("common")
 
@@ -277,6 +277,7 @@ def test_numbers_in_options_are_positive(capsys: pytest.CaptureFixture[str], nam
         ("images", "--model glow --activation spline", "with --model fc only; got glow"),
         ("images", "--hidden-channels 3", "--hidden-channels with --model glow only; got conv"),
         ("images", "--data-dir nowhere", "expected an NPZ file, or one IDX file named *train*im"),
+        ("distributed", "--num-steps 1", "expected to be started by torchrun"),
         ("images", "--resume", "expected a checkpoint to resume from; got no "),
         ("images", "--model glow --data-dir ODD", "error: level 1 of 2: "),
         ("images", "--model glow --data-dir ODD", "expected H and W divisible by 2"),

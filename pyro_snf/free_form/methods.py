@@ -163,7 +163,7 @@ class PairLearned(PairMethod):
         )
 
     def setup(self, device: torch.device | None) -> None:
-        self.probes = ProbeStream(self.seed, device=device)
+        self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
         self.error_estimate = math.nan
         self._recent_steps = recent_steps(self.krylov_steps)

@@ -100,7 +100,7 @@ class Reconstruction(nn.Module):
         self._default_weight = default_weight
         if isinstance(self.weight, GECO):
             self.weight.to(device)
-        self.probes = ProbeStream(self.seed, device=device)
+        self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
 
     @property

@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint, dependent_property
 from pyro_snf.caching import version
 from pyro_snf.options import as_count, check_device, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
+from pyro_snf.processes import column_moments, is_dtensor
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 
@@ -40,6 +41,8 @@ class ActNorm(InvertibleTransformModule):
       data pass through the inverses of its layers, use ``ActNorm(...).inv``.
     - In a guide, where there are no data, ``layer.initialized.fill_(True)`` keeps the identity.
     - :meth:`initialize` does the same explicitly, for instance with a larger batch, or again.
+    - In more than one process, the first batch is that of all of them together
+      (:mod:`pyro_snf.processes`). It has to pass before ``fully_shard``.
 
     >>> layer = ActNorm(2, event_dim=1)
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 14.0]]))
@@ -84,6 +87,7 @@ class ActNorm(InvertibleTransformModule):
         check_device(device)
         check_dtype(dtype)
         self._event_dim = int(event_dim)
+        self._is_sharded = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.log_scale = nn.Parameter(torch.zeros(self.num_channels, **factory))  # s
         self.bias = nn.Parameter(torch.zeros(self.num_channels, **factory))  # b
@@ -94,6 +98,11 @@ class ActNorm(InvertibleTransformModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, event_dim={self._event_dim}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_dtensor(value):
+            self._is_sharded = True
+        super().__setattr__(name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._is_training() and self._is_new():
@@ -118,23 +127,31 @@ class ActNorm(InvertibleTransformModule):
     def initialize(self, x: Tensor) -> None:
         """Set s and b so that every channel of T(x) has mean 0 and standard deviation 1.
 
+        All processes have to call it, each with its own part of the batch.
+
         :param Tensor x: a batch, with at least two different values in each channel.
         :raises ValueError: if it is not finite, or a channel has equal values.
+        :raises RuntimeError: if the parameters have been sharded.
         """
+        if self._is_sharded:
+            # In a forward pass fully_shard puts copies of the parameters in their place, and what
+            # is written to these is lost.
+            raise RuntimeError(
+                f"expected {self} to be initialized before its parameters are sharded: pass a "
+                "first batch through the flow, in train() mode, before fully_shard"
+            )
         self._check(x)
-        channels = at_least_float32(x).movedim(-self._event_dim, 0).reshape(self.num_channels, -1)
-        variance, mean = torch.var_mean(channels, 1, correction=0)
-        deviation = variance.sqrt()
+        channels = x.movedim(-self._event_dim, -1).reshape(-1, self.num_channels)
+        mean, deviation = column_moments(channels)
         if not torch.isfinite(mean + deviation).all():
             raise ValueError(
                 f"{self}: expected a first batch of finite mean and variance; got NaN or infinity"
             )
-        # The mean of equal values is rounded, so their computed deviation need not be 0.
-        is_flat = (deviation == 0) | (channels.amax(1) == channels.amin(1))
-        if is_flat.any():
+        is_constant = deviation == 0
+        if is_constant.any():
             raise ValueError(
                 f"{self}: expected a first batch in which every channel has different values; got "
-                f"equal ones in channels {is_flat.nonzero().flatten().tolist()} of a tensor of "
+                f"equal ones in channels {is_constant.nonzero().flatten().tolist()} of a tensor of "
                 f"shape {tuple(x.shape)}"
             )
         self.log_scale.copy_(-deviation.log())

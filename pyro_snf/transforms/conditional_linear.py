@@ -16,6 +16,7 @@ from torch.nn import init
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.processes import column_moments
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
@@ -155,8 +156,8 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
 
         To be called once, before training, with the training contexts or some of them. Both are
         buffers, which nothing else changes: they are in the ``state_dict``, but not in Pyro's
-        parameter store. With ``DistributedDataParallel``, call it before wrapping the module, which
-        then sends the buffers of the first process to the others.
+        parameter store. In more than one process, all have to call it, each with its own sample;
+        the mean and the deviation are those of all samples (:mod:`pyro_snf.processes`).
 
         :param Tensor contexts: shape ``(..., context_dim)``, of a ``DenseNN``. A column of equal
             values is divided by 1.
@@ -168,14 +169,11 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
                 "which has to standardize its contexts itself"
             )
         _check_context(contexts, self.nn.input_dim, self.linear.theta.dtype)
-        columns = at_least_float32(contexts).reshape(-1, self.nn.input_dim)
-        variance, mean = torch.var_mean(columns, 0, correction=0)
-        if not torch.isfinite(mean + variance).all():
+        mean, deviation = column_moments(contexts.reshape(-1, self.nn.input_dim))
+        if not torch.isfinite(mean + deviation).all():
             raise ValueError("expected contexts of finite mean and variance; got NaN or infinity")
-        # The mean of equal values is rounded, so their computed variance need not be 0.
-        is_constant = (variance == 0) | (columns.amax(0) == columns.amin(0))
         self.context_mean.copy_(mean)
-        self.context_scale.copy_(variance.sqrt().masked_fill(is_constant, 1.0))
+        self.context_scale.copy_(deviation.masked_fill(deviation == 0, 1.0))
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
