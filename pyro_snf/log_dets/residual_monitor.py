@@ -95,6 +95,21 @@ def _check_error(
     return torch.stack([norm(residual) / root, norm(error) / norm(image)])
 
 
+class _Reading:
+    """Numbers on their way from a GPU to the host, beside the device's other work."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._copy.copy_(numbers, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> list[float]:
+        if not self._event.query():
+            self._event.synchronize()
+        return self._copy.tolist()
+
+
 class ResidualMonitor:
     """Estimates the error of R by single-vector residual checks, one direction after the other.
 
@@ -127,13 +142,14 @@ class ResidualMonitor:
         # Autograd's counter of writes to Θ at the latest step, and how many a step usually makes.
         self._version: int | None = None
         self._usual_writes: int | None = None
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: _Reading | None = None
+        self._updated: _Reading | None = None
 
     def reset(self) -> None:
         """R was corrected: check it at the next step."""
         self.steps_until_check = self.steps_since_check = 0
         self.latest_error = 0.0
-        self._pending = None
+        self._pending = self._updated = None
 
     def observe(self, fingerprint: Tensor, version: int = 0) -> bool:
         """Whether Θ has moved since the latest call.
@@ -198,21 +214,23 @@ class ResidualMonitor:
         numbers = _check_error(inverse_t, theta, directions[0], self.matrix_map)
         return InverseError(*numbers.tolist())
 
+    def check_update(self, inverse_t: Tensor, theta: Tensor) -> None:
+        """Check R after an update, on a GPU: :meth:`error_after_update` is the outcome."""
+        directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
+        self._updated = _Reading(_check_error(inverse_t, theta, directions[0], self.matrix_map))
+
+    def error_after_update(self) -> InverseError | None:
+        """What was left of the error by an update in the step before; None if there was none."""
+        reading, self._updated = self._updated, None
+        return None if reading is None else InverseError(*reading.wait())
+
     def _read(self, numbers: Tensor) -> list[float]:
         """The numbers; on a GPU those of the check before, which have arrived by now."""
         if not numbers.is_cuda:
             return numbers.tolist()
-        # Copied to the host beside the device's other work.
-        copied = torch.empty(2, dtype=numbers.dtype, pin_memory=True)
-        copied.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
         previous = None if self.is_external_change else self._pending
-        self._pending = copied, event
-        copied, event = previous or self._pending
-        if not event.query():
-            event.synchronize()
-        return copied.tolist()
+        self._pending = _Reading(numbers)
+        return (previous or self._pending).wait()
 
     def plan_next_check(self, error: InverseError, limits: InverseError) -> None:
         """Wait half as many steps as the error needs to grow to 1.25 times the limits."""

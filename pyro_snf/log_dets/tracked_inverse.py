@@ -72,9 +72,12 @@ _MODERATE_ERROR = 2.0
 # On a GPU, the share of its limit from which the error of the step before gets an update.
 _EXPECTED_ERROR = 0.5
 
-# A loaded R whose error is this many times its limit is not that of the loaded weight. Smaller ones
-# occur in training; the next check sees them.
+# A loaded R whose error is more than this many times its limit is made exact at once. Smaller ones
+# are left to the next check, so that a resumed run repeats.
 _MAX_LOADED_ERROR = 4.0
+
+# The largest ‖I − RA‖_F/√D that a step of training may leave, at a high learning rate.
+_MAX_TRAINING_ERROR = 0.4
 
 # Nats by which a loaded log|det R| may be off, besides what an R that is not exact accounts for.
 _MAX_LOADED_DIFFERENCE = 0.1
@@ -280,10 +283,11 @@ class TrackedInverse(SavesAttributes):
         monitor = self._monitor
         has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype), state.version)
         try:
-            if self._is_changing or not is_own:
-                self._refactorize(theta)
-            elif self._is_loaded and not self._is_inverse_of(theta, current):
-                warnings.warn(_LOADED, RuntimeWarning, stacklevel=2)
+            if (
+                self._is_changing
+                or not is_own
+                or (self._is_loaded and not self._is_inverse_of(theta, current))
+            ):
                 self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
                 self._correct_if_needed(theta, current)
@@ -332,16 +336,20 @@ class TrackedInverse(SavesAttributes):
     def _is_inverse_of(self, theta: Tensor, current: Tensor) -> bool:
         """Whether R, and log|det R|, are those of A: the former by products, the latter in O(D³).
 
+        If they are clearly not, that is said.
+
         :raises torch.linalg.LinAlgError: if A is singular or not finite.
         """
         error = self._monitor.look(self.inverse_t, current)
-        if not error.relative_to(self._limits()) <= _MAX_LOADED_ERROR:
-            return False
         exact = self.matrix_map.factorize(theta, theta.shape[:1]).log_abs_det
         trace = self.matrix_map.trace(self.inverse_t) - len(current)
         value = self._add_trace(trace - self.log_abs_det_inverse, current)
         second_order = len(current) * error.inverse**2
-        return abs((value - exact).item()) <= _MAX_LOADED_DIFFERENCE + second_order
+        difference = abs((value - exact).item())
+        is_right = difference <= _MAX_LOADED_DIFFERENCE + second_order
+        if not (is_right and error.inverse <= _MAX_TRAINING_ERROR):
+            warnings.warn(_LOADED, RuntimeWarning, stacklevel=3)
+        return is_right and error.relative_to(self._limits()) <= _MAX_LOADED_ERROR
 
     def _add_trace(self, offset: Tensor, theta: Tensor) -> Tensor:
         """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, ``tr(R A)``.
@@ -373,7 +381,10 @@ class TrackedInverse(SavesAttributes):
             self._refactorize(theta)
         elif self.inverse_t.is_cuda:
             self.error_estimate = error.inverse
-            if not size <= _EXPECTED_ERROR:
+            left = self._monitor.error_after_update()
+            if left is not None and not left.relative_to(limits) <= max(1, size / 2):
+                self._refactorize(theta)
+            elif not size <= _EXPECTED_ERROR:
                 self._correct_as_before(theta, current, size)
         elif size <= 1:
             self.error_estimate = error.inverse
@@ -381,7 +392,7 @@ class TrackedInverse(SavesAttributes):
             self._correct(theta, current, limits)
 
     def _correct_as_before(self, theta: Tensor, current: Tensor, size: float) -> None:
-        """One update, without a look at what it does, for an error as in the step before.
+        """One update, for an error as in the step before; the next step sees what it has done.
 
         :param float size: that error, in units of its limit.
         """
@@ -391,6 +402,7 @@ class TrackedInverse(SavesAttributes):
         else:
             residual, _ = self._residuals(current, self.num_probes * 2 ** int(doublings))
             self._update(current, residual)
+            self._monitor.check_update(self.inverse_t, current)
 
     def _correct(self, theta: Tensor, current: Tensor, limits: InverseError) -> None:
         """Measure the error, and bring it below the limits if it is not."""
