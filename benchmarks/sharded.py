@@ -1,14 +1,15 @@
 """Time and memory of a sharded layer, and whether it computes what one process does.
 
 A refined layer is fitted to correlated Gaussian data by Adam: in one process as it is, and sharded
-over some processes (gloo, one CPU thread each). They are never more than the machine's cores can
-run at once where times are to mean anything; memory and agreement do not depend on that.
+over some processes (gloo, one CPU thread each). Times are comparable only where each process has a
+core; memory and agreement do not depend on that.
 
 - *step*: the median time of a training step; *refactorization*: the time of one.
 - *peak memory*: how far the resident memory of a rank rises, in units of D² numbers, the largest of
   all ranks: in training, and with a refactorization and the exact log-determinant of ``eval()``.
 - *largest tensor*: of all that a rank makes from construction to checkpoint, in the same unit.
-- *communication*: what a rank receives in a step, in units of D numbers.
+- *communication*: what collectives give a rank in a step, in units of D numbers, the mean of three.
+- *corrections*: updates since the latest refactorization, and refactorizations, of R in training.
 - *difference*: of Θ/√D and of the exact log-determinant a feature, from the one process.
 
     python benchmarks/sharded.py --dims 1024 4096 --processes 1 2 4

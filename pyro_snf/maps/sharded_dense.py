@@ -31,10 +31,10 @@ from pyro_snf.maps.dense import Dense, check_condition, norm_of_inverse
 from pyro_snf.maps.sharded_inverse import inverse_transposed
 from pyro_snf.precision import at_least_float32, without_autocast
 
-__all__ = ["ShardedDense", "ShardedInverse", "group_of", "like"]
+__all__ = ["ShardedDense", "ShardedInverse"]
 
 
-def group_of(matrix: Tensor) -> dist.ProcessGroup:
+def _group_of(matrix: Tensor) -> dist.ProcessGroup:
     """The process group whose ranks have the rows of a DTensor."""
     return cast(DTensor, matrix).device_mesh.get_group()
 
@@ -45,7 +45,7 @@ def _rows_of(matrix: Tensor) -> Tensor:
     return cast(DTensor, matrix).to_local()
 
 
-def like(rows: Tensor, matrix: Tensor) -> DTensor:
+def _like(rows: Tensor, matrix: Tensor) -> DTensor:
     """A DTensor from this rank's rows, with the layout of another one."""
     mesh = cast(DTensor, matrix).device_mesh
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
@@ -54,25 +54,26 @@ def like(rows: Tensor, matrix: Tensor) -> DTensor:
 def _range_of(matrix: Tensor) -> slice:
     """The indices of this rank's rows."""
     size = len(_rows_of(matrix))
-    first = size * dist.get_rank(group_of(matrix))
+    first = size * dist.get_rank(_group_of(matrix))
     return slice(first, first + size)
 
 
 def _summed(tensor: Tensor, matrix: Tensor) -> Tensor:
     """A tensor's sum over the ranks, in place."""
-    dist.all_reduce(tensor, group=group_of(matrix))
+    dist.all_reduce(tensor, group=_group_of(matrix))
     return tensor
 
 
 @fingerprint_of.register
 def _fingerprint_of_shards(tensor: DTensor) -> Tensor:
-    pieces = fingerprint_of(_rows_of(tensor))
-    return _gathered(pieces, tensor)
+    if tensor.placements != (Shard(0),) or len(tensor) % tensor.device_mesh.size() != 0:
+        return fingerprint_of(tensor.full_tensor())  # not one of shard, but of fully_shard, say
+    return _gathered(fingerprint_of(_rows_of(tensor)), tensor)
 
 
 def _gathered(pieces: Tensor, matrix: Tensor) -> Tensor:
     """The pieces of all ranks, one after the other along the first dimension."""
-    group = group_of(matrix)
+    group = _group_of(matrix)
     num_ranks = dist.get_world_size(group)
     whole = pieces.new_empty(len(pieces) * num_ranks, *pieces.shape[1:])
     dist.all_gather(list(whole.chunk(num_ranks)), pieces.contiguous(), group=group)
@@ -128,7 +129,7 @@ class _OuterProduct(Function):
         dtype = matrix.dtype
         with without_autocast(left.device):
             product = left[:, _range_of(matrix)].to(dtype).mT @ right.to(dtype)
-        return like(product, matrix)
+        return _like(product, matrix)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -147,7 +148,7 @@ class ShardedDense(Dense):
     def identity(self, theta: Tensor) -> Tensor:
         rows = torch.zeros_like(_rows_of(theta))
         rows[:, _range_of(theta)].fill_diagonal_(1)
-        return like(rows, theta)
+        return _like(rows, theta)
 
     def multiply(self, theta: Tensor, x: Tensor) -> Tensor:
         return torch.add(x, _Product.apply(theta, x), alpha=self.theta_scale(theta))
@@ -199,8 +200,8 @@ class ShardedInverse(Factors):
         num_infinite = _summed((~torch.isfinite(rows)).sum(), self.weight)
         if num_infinite > 0:
             raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
-        inverse_rows, log_abs_det = inverse_transposed(rows, group_of(self.weight))
-        return like(inverse_rows, self.weight), log_abs_det.to(rows.dtype)
+        inverse_rows, log_abs_det = inverse_transposed(rows, _group_of(self.weight))
+        return _like(inverse_rows, self.weight), log_abs_det.to(rows.dtype)
 
     @cached_property
     @torch.no_grad()
@@ -256,5 +257,5 @@ def _norm_bound(matrix: Tensor) -> Tensor:
     """An upper bound of ``‖A‖₂``, shape ``()``: ``(‖A‖₁ ‖A‖_∞)^½``."""
     rows = at_least_float32(_rows_of(matrix)).abs()
     largest_row = rows.sum(1).max()
-    dist.all_reduce(largest_row, dist.ReduceOp.MAX, group=group_of(matrix))
+    dist.all_reduce(largest_row, dist.ReduceOp.MAX, group=_group_of(matrix))
     return (largest_row * _summed(rows.sum(0), matrix).max()).sqrt()
