@@ -229,9 +229,11 @@ def test_interval_after_an_error(size: float) -> None:
 def test_check_on_a_gpu_is_read_at_the_next_step() -> None:
     monitor, theta = ResidualMonitor(), torch.zeros(3, 3, device="cuda")
     eye = torch.eye(3, device="cuda")
-    # There is none before the first, which is waited for.
-    found = [check(monitor, (1 - error) * eye, theta, theta[0]) for error in (0.2, 2.0, 3.0, 4.0)]
-    assert [one.inverse for one in found] == pytest.approx([0.2, 0.2, 2.0, 3.0], rel=1e-6)
+    # The first four are waited for.
+    errors = [0.2, 0.3, 0.4, 0.5, 2.0, 3.0, 4.0]
+    found = [check(monitor, (1 - error) * eye, theta, theta[0]) for error in errors]
+    expected = [0.2, 0.3, 0.4, 0.5, 0.5, 2.0, 3.0]
+    assert [one.inverse for one in found] == pytest.approx(expected, rel=1e-6)
     monitor.reset()
     found = [check(monitor, (1 - error) * eye, theta, theta[0]) for error in (0.5, 0.6)]
     assert [one.inverse for one in found] == pytest.approx([0.5, 0.5], rel=1e-6)

@@ -26,6 +26,9 @@ _MAX_STEPS_UNTIL_CHECK = 8
 # may have missed most of it.
 _LEAST_GROWTH = 1 / 16
 
+# On a GPU, so many checks of a new layer are waited for: Adam's first steps are its largest.
+_NUM_FIRST_CHECKS = 4
+
 # A step of Θ that is three times as long as the one before the latest check is checked at once; one
 # that is ten times as long is taken for an external change, by an edit or a checkpoint.
 _LONG_STEP = 3.0
@@ -118,8 +121,8 @@ class ResidualMonitor:
     at every step anyway.
 
     On a GPU, a check is made at every step and read at the next one, so that the device is not
-    waited for: what is known lags by one step, whatever the device's speed. It is waited for after
-    a refactorization, and where Θ has been written to another number of times than is usual.
+    waited for: what is known lags by one step, whatever the device's speed. It is waited for in the
+    first steps, after a refactorization, and where Θ has been written to more often than usual.
 
     :param Dense matrix_map: how to multiply with the matrices.
     """
@@ -208,6 +211,11 @@ class ResidualMonitor:
         self.plan_next_check(error, limits)
         return error
 
+    def lags(self, tensor: Tensor) -> bool:
+        """Whether the latest check was not waited for, on the device of a tensor."""
+        is_new = self.num_checks <= _NUM_FIRST_CHECKS
+        return tensor.is_cuda and not (is_new or self.is_external_change)
+
     def look(self, inverse_t: Tensor, theta: Tensor) -> InverseError:
         """An estimate of the error now, which changes nothing."""
         directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
@@ -228,7 +236,7 @@ class ResidualMonitor:
         """The numbers; on a GPU those of the check before, which have arrived by now."""
         if not numbers.is_cuda:
             return numbers.tolist()
-        previous = None if self.is_external_change else self._pending
+        previous = self._pending if self.lags(numbers) else None
         self._pending = _Reading(numbers)
         return (previous or self._pending).wait()
 
@@ -257,9 +265,9 @@ class ResidualMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self._pending = None
+        self._pending = self._updated = None
         for name, value in state.items():
             setattr(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None}  # it belongs to a device
+        return {**self.__dict__, "_pending": None, "_updated": None}  # they belong to a device

@@ -77,7 +77,7 @@ _EXPECTED_ERROR = 0.5
 _MAX_LOADED_ERROR = 4.0
 
 # The largest ‖I − RA‖_F/√D that a step of training may leave, at a high learning rate.
-_MAX_TRAINING_ERROR = 0.4
+_MAX_TRAINING_ERROR = 0.2
 
 # Nats by which a loaded log|det R| may be off, besides what an R that is not exact accounts for.
 _MAX_LOADED_DIFFERENCE = 0.1
@@ -283,11 +283,10 @@ class TrackedInverse(SavesAttributes):
         monitor = self._monitor
         has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype), state.version)
         try:
-            if (
-                self._is_changing
-                or not is_own
-                or (self._is_loaded and not self._is_inverse_of(theta, current))
-            ):
+            is_valid = is_own and not self._is_changing
+            if is_valid and self._is_loaded:
+                is_valid = self._is_inverse_of(theta, current)
+            if not is_valid:
                 self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
                 self._correct_if_needed(theta, current)
@@ -379,7 +378,7 @@ class TrackedInverse(SavesAttributes):
         size = error.relative_to(limits)
         if self._monitor.is_external_change and not size <= _NEGLIGIBLE:
             self._refactorize(theta)
-        elif self.inverse_t.is_cuda:
+        elif self._monitor.lags(self.inverse_t):
             self.error_estimate = error.inverse
             left = self._monitor.error_after_update()
             if left is not None and not left.relative_to(limits) <= max(1, size / 2):
