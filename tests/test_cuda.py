@@ -381,3 +381,16 @@ def test_steps_of_a_guide(
     if simulated_cuda.VARIABLE in os.environ:  # a GPU draws other random numbers than a CPU
         difference = torch.stack(losses["cuda"]) - torch.stack(losses["cpu"])
         assert difference.abs().max() < LAG
+
+
+def test_unequal_weights_after_the_first_step_are_not_waited_for() -> None:
+    options = {"num_particles": 4, "max_plate_nesting": 0, "vectorize_particles": True}
+    equal, unequal = pyro.infer.Trace_ELBO(**options), pyro.infer.RenyiELBO(0.0, **options)
+    model = Normal(3, "cuda")
+    guide = AutoSelfNormalizingFlow(model)
+    with pytest.raises(RuntimeError, match="weights them unequally"):
+        unequal.loss_and_grads(model, guide)
+    guide = AutoSelfNormalizingFlow(model)
+    for elbo, is_right in ((equal, True), (unequal, False)):
+        elbo.loss_and_grads(model, guide)
+        assert guide.last_layer.bias.grad.isfinite().all() == is_right
