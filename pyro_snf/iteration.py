@@ -48,8 +48,10 @@ class Iterate:
 
     def unsolved(self, rows: Tensor) -> Tensor:
         """The indices, among these, of events whose residual is above the tolerance."""
-        length = self.length(self.residual[rows], self.x[rows], rows)
-        return rows[length > self.tolerance]
+        return rows[self._is_unsolved(rows)]
+
+    def _is_unsolved(self, rows: Tensor) -> Tensor:
+        return self.length(self.residual[rows], self.x[rows], rows) > self.tolerance
 
     def length(self, residual: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """Of residuals at x, in the unit; infinite where they are not finite."""
@@ -67,9 +69,10 @@ class Iterate:
         after = torch.linalg.vector_norm(at_least_float32(residual).flatten(1), dim=1)
         # An infinite residual is reduced by any finite one.
         is_better = torch.isfinite(after) & ((after <= factor * before) | ~torch.isfinite(before))
-        better = rows[is_better]
-        self.x[better] = trial[is_better]
-        self.residual[better] = residual[is_better]
+        # Not by indices of the better ones, for which a GPU would be waited for.
+        moves = is_better.view(self._per_event)
+        self.x[rows] = torch.where(moves, trial, self.x[rows])
+        self.residual[rows] = torch.where(moves, residual, self.residual[rows])
         return is_better
 
     def iterate(self, correct: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -77,7 +80,8 @@ class Iterate:
         rows = self.unsolved(self.all_rows())
         while len(rows) > 0:
             trial = self.x[rows] + correct(self.residual[rows], rows)
-            rows = self.unsolved(rows[self.try_move(rows, trial, 0.5)])
+            has_moved = self.try_move(rows, trial, 0.5)
+            rows = rows[has_moved & self._is_unsolved(rows)]
 
     def solution(self) -> Tensor:
         """x, shape ``(B, *event)``."""

@@ -112,6 +112,7 @@ class EqualWeightsCheck:
     def __init__(self) -> None:
         self._sample: weakref.ref[Tensor] | None = None
         self._backward_pass: int | None = None
+        self._is_first_pass = True
         self._weight: Tensor | None = None
 
     def remember(self, x: Tensor) -> None:
@@ -122,23 +123,31 @@ class EqualWeightsCheck:
         """Whether x is the latest sample."""
         return self._sample is not None and self._sample() is x
 
-    def check(self, weights: Tensor) -> None:
-        """Raise a RuntimeError if a weight differs from earlier ones of this backward pass."""
+    def check(self, weights: Tensor) -> Tensor:
+        """The weights, if none differs from earlier ones of this backward pass.
+
+        Otherwise a RuntimeError. A GPU is waited for in the first pass only; in later ones, NaN.
+        """
         # Private. Torch has no public name for the current backward pass: the hooks and the
         # functions of torch.autograd, up to 2.13, are not told to which pass a call belongs, and
         # weights of different passes may differ.
         backward_pass = torch._C._current_graph_task_id()
         if backward_pass != self._backward_pass:
+            self._is_first_pass = self._backward_pass is None
             self._backward_pass = backward_pass
             self._weight = weights.detach().flatten()[0]
             if weights.numel() == 1:
-                return  # without waiting for a GPU
+                return weights
         assert self._weight is not None
-        if not torch.allclose(weights, self._weight, rtol=1e-3, atol=0.0, equal_nan=True):
+        is_equal = torch.isclose(weights, self._weight, rtol=1e-3, atol=0.0, equal_nan=True).all()
+        if weights.is_cuda and not self._is_first_pass:
+            return torch.where(is_equal, weights, torch.nan)
+        if not is_equal:
             raise RuntimeError(
                 "the path derivative needs an objective that averages over samples, such as the "
                 "ELBO; this one weights them unequally: use gradient='total' instead"
             )
+        return weights
 
     def __reduce__(self) -> tuple[type[EqualWeightsCheck], tuple[()]]:
         return type(self), ()
@@ -224,8 +233,9 @@ def _recorded_call(transform: Transform, x: Tensor, y: Tensor) -> RecordedCall |
     return None
 
 
-def _accept(weights: Tensor) -> None:
+def _accept(weights: Tensor) -> Tensor:
     """No check."""
+    return weights
 
 
 def _flatten(transforms: Iterable[Transform]) -> Iterator[Transform]:
@@ -263,7 +273,7 @@ class _WithScore(Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, score = ctx.saved_tensors
         if ctx.check is not None:
-            ctx.check.check(cotangent)
+            cotangent = ctx.check.check(cotangent)
         shape = cotangent.shape + (1,) * (score.dim() - cotangent.dim())
         gradient = cotangent.reshape(shape) * score
         if torch.is_grad_enabled():  # create_graph=True

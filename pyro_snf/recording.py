@@ -135,20 +135,15 @@ class RecordedCall:
         return _Weighted.apply(value, y, self, lambda cotangent: -cotangent)
 
     def log_prob(
-        self, value: Tensor, y: Tensor, score: Tensor, check: Callable[[Tensor], None]
+        self, value: Tensor, y: Tensor, score: Tensor, check: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """``log q(y)`` with the path derivative.
 
         :param Tensor score: ``∇ log q(x)``, of x's shape.
-        :param check: called with the weights in the backward pass.
+        :param check: of the weights in the backward pass, which it returns.
         """
-
-        def weights(cotangent: Tensor) -> Tensor:
-            check(cotangent)
-            return cotangent
-
         self.score = score.detach().reshape(self.inputs.shape)
-        return _Weighted.apply(value, y, self, weights)
+        return _Weighted.apply(value, y, self, check)
 
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ _LIBRARY = str(Path(__file__).parents[1] / "pyro_snf") + os.sep
 _CUDA = torch.device("cuda", 0)
 _Generator = torch.Generator
 
-# Operations whose results the host has to know.
+# Operations that wait for the device, besides those whose results are Python's own numbers.
 _WAITING = {
-    *("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"),
-    *("aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave"),
+    *("aten::nonzero", "aten::masked_select", "aten::repeat_interleave"),
+    *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"),
     *("aten::_linalg_check_errors", "aten::_linalg_eigh", "aten::_linalg_eigvals"),
     *("aten::linalg_eig", "aten::_linalg_svd", "aten::linalg_lstsq"),
 }
@@ -238,6 +238,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     own_args = [_map(_values, one) for one in args]
     result = func(*own_args, **{key: _map(_values, one) for key, one in kwargs.items()})
+    if own and isinstance(result, bool | int | float):
+        _wait(name)
     if not on_device:
         return result
     wrapped = _map(_simulated, result)
@@ -256,9 +258,7 @@ def _check_indices(indices: Any) -> None:
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """``target.copy_(source)`` from one device to the other."""
-    if source.numel() == 0 or (not isinstance(source, SimulatedTensor) and source.dim() == 0):
-        pass  # such a number is an argument of the kernel that writes it
-    elif not non_blocking:
+    if source.numel() > 0 and not non_blocking:
         _wait("copy_")
     elif not isinstance(target, SimulatedTensor) and copies_are_late:
         _postpone(target, source)
@@ -297,14 +297,8 @@ def _build() -> str:
             built = Path(folder) / target.name
             command = [str(compiler()), "-std=c++20", "-w", "-shared", "-fPIC", str(_SOURCE)]
             command += [f"-I{path}" for path in include_paths()]
-            command += [
-                f"-L{library}",
-                f"-Wl,-rpath,{library}",
-                "-lc10",
-                "-ltorch_cpu",
-                "-o",
-                str(built),
-            ]
+            command += [f"-L{library}", f"-Wl,-rpath,{library}", "-lc10", "-ltorch_cpu"]
+            command += ["-o", str(built)]
             subprocess.run(command, check=True)
             built.replace(target)  # at once: other processes may do the same
     return str(target)

@@ -20,7 +20,7 @@ needs_simulation = [
 ]
 
 #: What is run there, besides this file.
-FILES = ["test_cuda.py", "test_residual_monitor.py"]
+FILES = ["test_cuda.py", "test_residual_monitor.py", "test_transfer.py"]
 
 
 @pytest.mark.skipif(is_simulated, reason="it would start itself")

@@ -75,9 +75,9 @@ class Circulant:
             values = torch.linalg.slogdet(symbol).logabsdet
         # A column of frequencies stands for its mirror image too, unless that is itself.
         weights = values.new_full(values.shape[1:], 2)
-        weights[0] = 1
+        weights[:1] = 1  # a slice: a single number would be copied to a GPU, which is waited for
         if self.image_size[1] % 2 == 0:
-            weights[-1] = 1
+            weights[-1:] = 1
         return (values.sum(0) * weights).sum()
 
     @cached_property

@@ -36,6 +36,7 @@ from pyro_snf.options import (
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
 from pyro_snf.tracing import is_traced, without_saved_tensor_hooks
+from pyro_snf.transfer import read
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
 
@@ -404,7 +405,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """Warn where det J has both signs: that of a bijection of ℝᴰ has one."""
         if self._context:  # each context has a map of its own
             return
-        positive, negative = int((sign > 0).sum()), int((sign < 0).sum())
+        positive, negative = (int(one) for one in read((sign > 0).sum(), (sign < 0).sum()))
         if positive > 0 and negative > 0:
             warnings.warn(
                 f"forward_net is not invertible: its Jacobian's determinant is positive at "
@@ -427,12 +428,12 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         return torch.compiler.is_dynamo_compiling()
 
     def _note_convergence(self, residual: Tensor, converged: Tensor) -> None:
-        count = int(converged.sum())
-        self._status.convergence = Convergence(len(converged), count, residual.max().item())
+        count, largest = (one.item() for one in read(converged.sum(), residual.max()))
+        self._status.convergence = Convergence(len(converged), int(count), largest)
         if count < len(converged):
             warnings.warn(
-                f"T.inv did not converge for {len(converged) - count} of {len(converged)} samples: "
-                f"‖y − T(x)‖/(‖y‖ + √D) is {residual.max().item():.2g} at most",
+                f"T.inv did not converge for {len(converged) - int(count)} of {len(converged)} "
+                f"samples: ‖y − T(x)‖/(‖y‖ + √D) is {largest:.2g} at most",
                 RuntimeWarning,
                 stacklevel=2,
             )
