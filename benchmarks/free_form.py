@@ -369,10 +369,10 @@ class _Point:
 
     def estimate(self, probes: Tensor, krylov_steps: int) -> tuple[Tensor, float]:
         """The gradient by probes, and the estimate of its error."""
-        surrogate, residual = probe_gradient(
+        found = probe_gradient(
             self.near, self.back, probes, tolerance=0.0, krylov_steps=krylov_steps
         )
-        return self.gradient(surrogate), residual.square().mean().sqrt().item()
+        return self.gradient(found.surrogate), found.residual.square().mean().sqrt().item()
 
 
 def race(methods: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:

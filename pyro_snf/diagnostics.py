@@ -251,14 +251,14 @@ def _pair_gradient_error(
     surrogate = torch.zeros_like(exact)
     for units in eye.split(max(1, _MAX_NUMBERS // rows.numel())):
         probes = units.view(-1, 1, *rows.shape[1:]).expand(-1, *rows.shape)
-        mean, _ = probe_gradient(
+        found = probe_gradient(
             near,
             back,
             probes,
             tolerance=method.tolerance,
             krylov_steps=method.krylov_steps,
         )
-        surrogate += len(units) * gradient_of(mean)
+        surrogate += len(units) * gradient_of(found.surrogate)
     return _compare(surrogate, exact)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
@@ -25,23 +25,30 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
 
     Θ, its gradient, its optimizer state and the tracked inverse R become DTensors with D/P rows on
     each of P ranks. No rank makes a D × D matrix from here on, neither in a training step nor in a
-    refactorization nor in ``eval()``. What the layer computes stays the same, up to rounding, and
-    so do its methods. The rest of a flow is replicated: **all ranks call it with the same inputs**,
-    as they do if they draw batches and samples from equal seeds.
+    refactorization nor in ``eval()``. What the layer computes stays the same, up to rounding. The
+    rest of a flow is replicated: **all ranks call it with the same inputs**, as they do if they
+    draw batches and samples from equal seeds. A refactorization, and a log-determinant in
+    ``eval()``, take O(D³/P) operations and ``3D²/P`` numbers of memory on each rank.
 
-    A layer that no device could hold is made on the device "meta", with ``device="meta"``, and
-    starts on the mesh as it would have started elsewhere. Of any other layer, that of the mesh's
-    first rank is distributed. Make optimizers afterwards, for Θ is another parameter then.
+    A layer that no device could hold is made with ``device="meta"``, without memory, and starts on
+    the mesh as it would have started elsewhere. Of any other layer, that of the mesh's first rank
+    is distributed. Make optimizers afterwards, for Θ is another parameter then.
 
-    >>> layer = SelfNormalizingLinear(4096, device="meta")
-    >>> mesh = init_device_mesh("cpu", (2,))  # doctest: +SKIP
-    >>> shard(layer, mesh)  # doctest: +SKIP
+    >>> torch.distributed.init_process_group(  # of one process; torchrun starts more
+    ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    ... )
+    >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    >>> layer = shard(SelfNormalizingLinear(4096, device="meta"), mesh)
+    >>> layer.theta.placements
+    (Shard(dim=0),)
+    >>> torch.distributed.destroy_process_group()
 
     :param SelfNormalizingLinear layer: with ``log_det="refined"`` or ``"exact"``.
     :param DeviceMesh mesh: of one dimension. Of a mesh with more, pass one of its dimensions,
         ``mesh["tensor"]``; the layer is replicated over the others.
     :return: the layer.
     :raises ValueError: for other layers, and unless D is a multiple of the number of ranks.
+    :raises RuntimeError: where a log-determinant is differentiated twice.
     """
     method: Any = getattr(layer, "log_det", None)
     fits = isinstance(layer, SelfNormalizingLinear) and isinstance(method, Refined | Exact)
@@ -55,41 +62,42 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
     expect(f"a layer on {' or '.join(devices)}", theta.device.type in devices, theta.device)
 
     if theta.is_meta:
-        start = _start_of(layer, mesh)
-        method.setup(ShardedDense(), start["theta"])
-        state = {**layer.state_dict(), **start}
+        for name, start in _starts_of(layer, mesh).items():
+            parameter = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(start, requires_grad=parameter.requires_grad))
+        method.setup(ShardedDense(), layer.theta.detach())
+        _replicate(state := dict(method.named_buffers()), mesh.get_group())
+        method.load_state_dict(state, strict=False)  # the seed of probes
     else:
         state = {
             name: distribute_tensor(value, mesh, [Shard(0)])
-            if isinstance(value, Tensor) and value.shape == theta.shape
+            if value.shape == theta.shape
             else value
             for name, value in layer.state_dict().items()
         }
         method.setup(ShardedDense(), state["theta"])
-    _replicate(state, mesh.get_group())
-    layer.load_state_dict(state, assign=True)
+        _replicate(state, mesh.get_group())
+        layer.load_state_dict(state, assign=True)
     layer.clear_cache()
     return layer
 
 
-def _start_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
+def _starts_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
     """What the parameters of a new layer start from."""
     theta, device = layer.theta, mesh.device_type
-    start: dict[str, Tensor] = {
+    starts: dict[str, Tensor] = {
         "theta": zeros(theta.shape, dtype=theta.dtype, device_mesh=mesh, placements=[Shard(0)]),
         "log_scale": torch.full_like(layer.log_scale, math.log(layer.init_scale), device=device),
     }
     if layer.bias is not None:
-        start["bias"] = torch.zeros_like(layer.bias, device=device)
-    return start
+        starts["bias"] = torch.zeros_like(layer.bias, device=device)
+    return starts
 
 
 def _replicate(state: dict[str, Any], group: dist.ProcessGroup) -> None:
     """Give all ranks what the first has, apart from DTensors."""
-    source = dist.get_global_rank(group, 0)
-    for value in state.values():
-        if isinstance(value, Tensor) and not isinstance(value, DTensor):
-            dist.broadcast(value, source, group=group)
-    others = [{name: value for name, value in state.items() if not isinstance(value, Tensor)}]
-    dist.broadcast_object_list(others, source, group=group)
-    state.update(others[0])
+    # Through the CPU: extra state lies there, and each rank has a device of its own.
+    plain = [{name: one.cpu() for name, one in state.items() if not isinstance(one, DTensor)}]
+    dist.broadcast_object_list(plain, dist.get_global_rank(group, 0), group=group)
+    for name, value in plain[0].items():
+        state[name] = value.to(state[name].device)

@@ -361,8 +361,9 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
         khat = math.inf
     else:
         # Relative to the cutoff's weight, so that rounding does not hide small differences.
-        khat, scale = fit_generalized_pareto(torch.expm1(shifted[tail] - cutoff))
-        probabilities = (torch.arange(len(tail)).double() + 0.5) / len(tail)
+        with torch.device("cpu"):  # Pyro's function makes tensors on the default device
+            khat, scale = fit_generalized_pareto(torch.expm1(shifted[tail] - cutoff))
+            probabilities = (torch.arange(len(tail)).double() + 0.5) / len(tail)
         excess = _pareto_quantiles(probabilities, khat, scale)
         shifted[tail] = (torch.log1p(excess) + cutoff).clamp(max=0.0)
     return (shifted - shifted.logsumexp(0)).to(log_weights), khat

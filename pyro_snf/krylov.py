@@ -18,10 +18,15 @@ bidiagonal, so that ``BᵀB`` is the matrix of Lanczos' process for ``JᵀJ``. W
 
 This is a Gauss quadrature of a logarithm. It is an upper bound, which decreases with every vector
 (Golub and Meurant, 2010, §6). (:func:`log_quadrature`)
+
+The vectors stay on their device. The small matrices are factorized on the CPU, in float64, and
+copied there at once: a GPU is waited for once.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +35,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["KrylovSpace", "krylov", "log_quadrature"]
+from pyro_snf.transfer import read, send
+
+__all__ = [
+    "KrylovSpace",
+    "bidiagonalize",
+    "krylov",
+    "log_quadrature",
+    "quadrature_of",
+    "recent_steps",
+]
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -50,11 +64,18 @@ class KrylovSpace:
     solution: Tensor
     """u, of the shape of v."""
     residual: Tensor
-    """``‖v − J u‖/‖v‖``, shape ``(B,)``."""
+    """``‖v − J u‖/‖v‖``, shape ``(B,)``, in float64 on the CPU."""
     hessenberg: Tensor
     """H, shape ``(B, n, n)``, in float64 on the CPU."""
     size: Tensor
     """‖v‖, shape ``(B,)``, in float64 on the CPU."""
+    beside: Tensor
+    """A copy of the tensor that was to be read beside it, in float64 on the CPU."""
+
+    @property
+    def num_steps(self) -> int:
+        """n, the dimension of the space."""
+        return self.hessenberg.shape[-1]
 
     @cached_property
     def _eigenpairs(self) -> tuple[Tensor, Tensor]:
@@ -89,11 +110,19 @@ def _first_entry_of_log(matrices: Tensor) -> Tensor:
 
     With ``N = M − I``, ``log(I + N) = ∫₀¹ N (I + tN)⁻¹ dt`` by Gauss' rule (a Padé approximant).
     """
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(_NUM_NODES))
     times = ((nodes + 1) / 2).view(-1, 1, 1, 1)
     columns = torch.linalg.solve_ex(eye + times * (matrices - eye), eye[:, :1]).result
     return weights / 2 @ ((matrices - eye)[:, :1] @ columns).flatten(1)
+
+
+def recent_steps(first: int) -> deque[int]:
+    """The numbers of steps of the latest eight solves: the most of them is expected of the next.
+
+    :param int first: what to expect of the first one.
+    """
+    return deque([first], maxlen=8)
 
 
 @torch.no_grad()
@@ -105,6 +134,8 @@ def krylov(
     preconditioned: Tensor | None = None,
     tolerance: float,
     max_steps: int,
+    expected_steps: int = 1,
+    beside: Tensor | None = None,
 ) -> KrylovSpace:
     """Solve ``J u = v`` for every v, until the residuals are below the tolerance.
 
@@ -116,21 +147,25 @@ def krylov(
     :param preconditioned: ``P⁻¹ v``, if it is known.
     :param float tolerance: of ``‖v − J u‖/‖v‖``.
     :param int max_steps: the largest dimension of the space, at least 1.
+    :param int expected_steps: on a GPU, which is waited for after so many steps, and then after
+        each. The result is that of the fewest steps that suffice, and does not depend on it.
+    :param beside: numbers that are to be read when the GPU is waited for.
     """
     rows = vectors.flatten(1)
-    failed = ~torch.isfinite(rows).all(1)
-    rows = torch.where(failed.unsqueeze(1), 0, rows)
+    failed = ~torch.isfinite(rows).all(1, keepdim=True)
+    rows = torch.where(failed, 0, rows)
     count, dim = rows.shape
     max_steps = min(max_steps, dim)
+    first_look = min(expected_steps, max_steps) if rows.is_cuda else 1
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     # The solution for a right-hand side of zeros is zero.
     divisor = size.clamp_min(torch.finfo(rows.dtype).tiny)
     basis = rows.new_empty(count, max_steps, dim)
     basis[:, 0] = rows / divisor
     images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which spans the solutions
-    hessenberg = torch.zeros(count, max_steps + 1, max_steps, dtype=torch.float64)
-    target = torch.zeros(count, max_steps + 1, 1, dtype=torch.float64)
-    target[:, 0] = 1
+    hessenberg = rows.new_zeros(count, max_steps + 1, max_steps, dtype=torch.float64)
+    has_failed = torch.zeros_like(rows[:, :max_steps], dtype=torch.bool)  # in a step, or before
+    num_solved = 0
     for step in range(max_steps):
         if step == 0 and preconditioned is not None:
             image = preconditioned.flatten(1) / divisor
@@ -138,35 +173,56 @@ def krylov(
             image = preconditioner(basis[:, step].view_as(vectors)).flatten(1)
         images_of_basis[:, step] = image
         vector = operator(image.view_as(vectors)).flatten(1)
-        finite = torch.isfinite(vector).all(1)
-        failed |= ~finite
-        vector = torch.where(finite.unsqueeze(1), vector, 0)
+        finite = torch.isfinite(vector).all(1, keepdim=True)
+        failed = failed | ~finite
+        has_failed[:, step : step + 1] = failed
+        vector = torch.where(finite, vector, 0)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
-        hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double().cpu()
+        hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double()
         # The column of an exhausted space is zero. With a 1 on the diagonal, H stays regular, and
         # the solution is the same.
         is_exhausted = ~(basis[:, step] != 0).any(1)
-        hessenberg[:, step, step].masked_fill_(is_exhausted.cpu(), 1.0)
-        current = hessenberg[:, : step + 2, : step + 1]
-        # The default driver, gelsy, reads pivots that torch leaves uninitialized, so that the last
-        # digits would differ from run to run.
-        weights = torch.linalg.lstsq(current, target[:, : step + 2], driver="gelsd").solution
-        residual = torch.linalg.vector_norm(target[:, : step + 2] - current @ weights, dim=(1, 2))
-        if residual.max() <= tolerance or step + 1 == max_steps:
-            break
+        hessenberg[:, step, step].masked_fill_(is_exhausted, 1.0)
+        if step + 1 >= first_look:
+            known, known_failed, known_size, known_beside = read(
+                hessenberg[:, : step + 2, : step + 1],
+                has_failed[:, : step + 1],
+                size.squeeze(1),
+                rows.new_empty(0) if beside is None else beside,
+            )
+            while num_solved <= step:
+                num_solved += 1
+                weights, residual = _least_squares(known[:, : num_solved + 1, :num_solved])
+                if residual.max() <= tolerance:
+                    break
+            if residual.max() <= tolerance or step + 1 == max_steps:
+                break
         basis[:, step + 1] = direction
-    weights = weights.to(rows).mT  # (B, 1, n)
-    solution = (weights @ images_of_basis[:, : step + 1]).squeeze(1) * size
-    solution = torch.where(failed.unsqueeze(1), torch.nan, solution)
+    weights = send(weights, rows).mT  # (B, 1, n)
+    solution = (weights @ images_of_basis[:, :num_solved]).squeeze(1) * size
+    solution = torch.where(has_failed[:, num_solved - 1 : num_solved], torch.nan, solution)
     return KrylovSpace(
         solution=solution.view_as(vectors),
-        residual=residual.masked_fill(failed.cpu(), torch.inf),
-        hessenberg=hessenberg[:, : step + 1, : step + 1],
-        size=size.flatten().double().cpu(),
+        residual=residual.masked_fill(known_failed[:, num_solved - 1] != 0, torch.inf),
+        hessenberg=known[:, :num_solved, :num_solved],
+        size=known_size,
+        beside=known_beside,
     )
 
 
-@torch.no_grad()
+def _least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
+    """The y that minimize ``‖e₁ − H y‖``, shape ``(B, n, 1)``, and the residuals, shape ``(B,)``.
+
+    :param Tensor hessenberg: H, shape ``(B, n + 1, n)``, on the CPU.
+    """
+    target = torch.zeros_like(hessenberg[:, :, :1])
+    target[:, 0] = 1
+    # The default driver, gelsy, reads pivots that torch leaves uninitialized, so that the last
+    # digits would differ from run to run.
+    weights = torch.linalg.lstsq(hessenberg, target, driver="gelsd").solution
+    return weights, torch.linalg.vector_norm(target - hessenberg @ weights, dim=(1, 2))
+
+
 def log_quadrature(
     operator: Operator, transposed: Operator, vectors: Tensor, *, max_steps: int
 ) -> Tensor:
@@ -180,6 +236,18 @@ def log_quadrature(
     :param Tensor vectors: v, shape ``(B, *event)``, none of them 0.
     :param int max_steps: products with J, and with Jᵀ one less.
     """
+    (numbers,) = read(bidiagonalize(operator, transposed, vectors, max_steps=max_steps))
+    return quadrature_of(numbers)
+
+
+@torch.no_grad()
+def bidiagonalize(
+    operator: Operator, transposed: Operator, vectors: Tensor, *, max_steps: int
+) -> Tensor:
+    """The first half of :func:`log_quadrature`, of the same arguments; it waits for no GPU.
+
+    :return: the bidiagonal matrix of every v, flattened, and ‖v‖, shape ``(B, n² + 1)``, float64.
+    """
     rows = vectors.flatten(1)
     count, dim = rows.shape
     max_steps = min(max_steps, dim)
@@ -187,26 +255,36 @@ def log_quadrature(
     right = rows.new_zeros(count, max_steps, dim)  # Q
     left = torch.zeros_like(right)  # P
     right[:, 0] = rows / size
-    bidiagonal = torch.zeros(count, max_steps, max_steps, dtype=torch.float64)
-    is_open = torch.ones(
-        count, 1, dtype=torch.bool, device=rows.device
-    )  # the space is not exhausted
+    bidiagonal = rows.new_zeros(count, max_steps, max_steps, dtype=torch.float64)
+    # Whether the space is not exhausted.
+    is_open = torch.ones(count, 1, dtype=torch.bool, device=rows.device)
     for step in range(max_steps):
         vector = operator(right[:, step].view_as(vectors)).flatten(1)
         left[:, step], length, _ = _orthogonalize(vector, left[:, :step])
         # In an exhausted space, the 1 on the diagonal has no weight in the quadrature.
-        bidiagonal[:, step, step] = torch.where(is_open, length, 1).squeeze(1).double().cpu()
+        bidiagonal[:, step, step] = torch.where(is_open, length, 1).squeeze(1).double()
         if step + 1 < max_steps:
             vector = transposed(left[:, step].view_as(vectors)).flatten(1)
             right[:, step + 1], length, _ = _orthogonalize(vector, right[:, : step + 1])
-            bidiagonal[:, step, step + 1] = length.squeeze(1).double().cpu()
+            bidiagonal[:, step, step + 1] = length.squeeze(1).double()
             is_open = is_open & (length != 0)
+    return torch.cat([bidiagonal.flatten(1), size.double()], dim=1)
+
+
+def quadrature_of(numbers: Tensor) -> Tensor:
+    """The second half of :func:`log_quadrature`.
+
+    :param Tensor numbers: from :func:`bidiagonalize`, on the CPU.
+    """
+    bidiagonal, size = numbers[:, :-1], numbers[:, -1]
+    steps = math.isqrt(bidiagonal.shape[1])
+    bidiagonal = bidiagonal.view(-1, steps, steps)
     finite = torch.isfinite(bidiagonal).flatten(1).all(1)
-    eye = torch.eye(max_steps, dtype=torch.float64)
+    eye = torch.eye(steps, dtype=bidiagonal.dtype, device=bidiagonal.device)
     bidiagonal = torch.where(finite.view(-1, 1, 1), bidiagonal, eye)
     _, values, right_vectors = torch.linalg.svd(bidiagonal)
     logarithm = torch.xlogy(right_vectors[:, :, 0].square(), values).sum(-1)
-    return torch.where(finite, size.squeeze(1).double().cpu().square() * logarithm, torch.nan)
+    return torch.where(finite, size.square() * logarithm, torch.nan)
 
 
 def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ and y, and every change of W is ``W ← W (I + P Qᵀ)`` of low rank.
 *Relative steps* (:func:`relative_step`) are these. For a Gaussian h and the posterior precision P,
 ``y = (N − I) h`` with ``N = Wᵀ P W``: the gradient vanishes with ``N − I``, in every sample.
 
-*Secant steps* (:func:`secant_step`) use more of it. ``u = y + h = N h`` tells N along h, exactly.
+*Secant steps* (:class:`Secants`) use more of it. ``u = y + h = N h`` tells N along h, exactly.
 Block BFGS finds the N nearest to I that agrees, and the new W has ``Wᵀ P W = I`` along the h of
 this step. There is no step size, and no stiffness for it to be too long for. Convergence takes
 about ``D/N`` times as many steps for a digit, at any condition number.
@@ -47,7 +47,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "SignalShare", "moments", "relative_step", "secant_step"]
+from pyro_snf.transfer import read, send
+
+__all__ = ["Moments", "Secants", "SignalShare", "moments", "relative_step", "secant_step"]
 
 # The shortest and the longest memory of the averages, in steps.
 _MIN_MEMORY, _MAX_MEMORY = 10.0, 100.0
@@ -110,13 +112,13 @@ class Covariance(NamedTuple):
     """H, shape ``(n, D)``."""
 
     @property
-    def trace(self) -> float:
-        """``tr M / D``."""
-        return (self.left * self.right).sum().item() / self.left.shape[-1]
+    def trace(self) -> Tensor:
+        """``tr M / D``, shape ``()``."""
+        return (self.left * self.right).sum() / self.left.shape[-1]
 
-    def inner(self, other: Covariance) -> float:
-        """``⟨M, M'⟩``."""
-        return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum().item()
+    def inner(self, other: Covariance) -> Tensor:
+        """``⟨M, M'⟩``, shape ``()``."""
+        return ((self.left @ other.left.mT) * (self.right @ other.right.mT)).sum()
 
 
 class Moments(NamedTuple):
@@ -179,30 +181,47 @@ def relative_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     return left * factor.unsqueeze(-1), h
 
 
-def secant_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+class Secants:
     """``I + P Qᵀ``, a block BFGS step: with it, ``N`` becomes I along h.
 
-    1. Orthonormal rows V of the span of h, and the same combinations U of ``u = h + η y``.
-    2. ``T = U Vᵀ``, which is ``V N Vᵀ``: made symmetric, its eigenvalues bounded from below.
-       ``U ← U + (T − U Vᵀ) V`` agrees with it.
+    1. Orthonormal rows V of the span of h, and the same combinations Y of y.
+    2. ``U = V + η Y`` are those of ``u = h + η y``, and ``T = U Vᵀ`` is ``V N Vᵀ``: made symmetric,
+       its eigenvalues bounded from below. ``U ← U + (T − U Vᵀ) V`` agrees with it.
     3. ``I + Vᵀ (T^{−1/2} V − T⁻¹ U)``. Its product with its transpose, which is the new covariance
        in the coordinates of h, maps ``U`` to ``V``.
 
     :param Tensor h: contrasts of a standard normal h, shape ``(n, D)``, n < D.
     :param Tensor y: contrasts, shape ``(n, D)``.
-    :param float rate: in [0, 1]; η is a share of it.
-    :return: ``Pᵀ`` and ``Qᵀ``, each of shape ``(n, D)``.
     """
-    eta = _SECANT_RATE * rate
-    y = _shorten(y, _MAX_SECANT_LENGTH * math.sqrt(h.shape[-1]))
-    orthogonal, triangle = torch.linalg.qr(h.mT)
-    basis = orthogonal.mT
-    images = torch.linalg.solve_triangular(triangle.mT, h + eta * y, upper=False)
-    found = images @ basis.mT
-    eigenvalues, vectors = torch.linalg.eigh((found + found.mT) / 2)
-    eigenvalues = eigenvalues.clamp(min=max(_LEAST_PRECISION, 1 - eta))
-    middle = (vectors * eigenvalues) @ vectors.mT
-    images = images + (middle - found) @ basis
-    root = (vectors / eigenvalues.sqrt()) @ vectors.mT
-    inverse = (vectors / eigenvalues) @ vectors.mT
-    return basis, root @ basis - inverse @ images
+
+    def __init__(self, h: Tensor, y: Tensor) -> None:
+        y = _shorten(y, _MAX_SECANT_LENGTH * math.sqrt(h.shape[-1]))
+        orthogonal, triangle = torch.linalg.qr(h.mT)
+        self._basis = orthogonal.mT
+        self._slopes = torch.linalg.solve_triangular(triangle.mT, y, upper=False)
+        #: ``Y Vᵀ``, made symmetric, shape ``(n, n)``. :meth:`step` needs a copy on the CPU.
+        product = self._slopes @ self._basis.mT
+        self.product = (product + product.mT) / 2
+
+    def step(self, rate: float, product: Tensor) -> tuple[Tensor, Tensor]:
+        """The step.
+
+        :param float rate: in [0, 1]; η is a share of it.
+        :param Tensor product: a copy of :attr:`product` on the CPU.
+        :return: ``Pᵀ`` and ``Qᵀ``, each of shape ``(n, D)``.
+        """
+        eta, basis = _SECANT_RATE * rate, self._basis
+        eigenvalues, vectors = torch.linalg.eigh(product)
+        eigenvalues = (1 + eta * eigenvalues).clamp(min=max(_LEAST_PRECISION, 1 - eta))
+        powers = torch.stack([eigenvalues, eigenvalues.rsqrt(), 1 / eigenvalues]).unsqueeze(1)
+        middle, root, inverse = send((vectors * powers) @ vectors.mT, basis)
+        images = basis + eta * self._slopes
+        images = images + (middle - images @ basis.mT) @ basis
+        return basis, root @ basis - inverse @ images
+
+
+def secant_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """The step of :class:`Secants`, of the same arguments."""
+    secants = Secants(h, y)
+    (product,) = read(secants.product)
+    return secants.step(rate, product)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.log_dets import Learned
-from pyro_snf.natural_step import Moments, SignalShare, moments, relative_step, secant_step
+from pyro_snf.natural_step import Moments, Secants, SignalShare, moments, relative_step
 from pyro_snf.options import as_count, as_positive, expect
 from pyro_snf.processes import check_one_process
 from pyro_snf.recording import Recording
+from pyro_snf.transfer import read
 
 __all__ = ["NaturalGradient"]
 
@@ -69,7 +70,8 @@ _LAST_DECAY = 0.01
 # Where the decay starts, as a share of all steps.
 _START_OF_DECAY = 0.5
 
-# A row of A may be longer or shorter by this factor until its length moves to the layer's scale.
+# A row of A may be longer or shorter by this factor until its length moves to the layer's scale. It
+# is looked for before each eighth step, with the rest of what is read.
 _MAX_ROW_LENGTH = 2.0
 _BALANCE_EVERY = 8
 
@@ -177,13 +179,11 @@ class NaturalGradient(PyroOptim):
         :param params: the parameters that were used in it.
         """
         params = list(params)
-        is_finite = self._recording.is_finite()
-        if not is_finite:
-            self.recover()
-        elif len(self._recording) >= _MIN_SAMPLES:
-            self._step_dense()
+        is_finite = self._step_dense()
         if is_finite:
             self._step_adam(params)
+        else:
+            self.recover()
         self.num_calls += 1
         self._update_phase()
 
@@ -217,10 +217,15 @@ class NaturalGradient(PyroOptim):
     )
 
     @torch.no_grad()
-    def _step_dense(self) -> None:
+    def _step_dense(self) -> bool:
+        """A step of the dense layer, if there are samples enough; whether all gradients are finite.
+
+        On a GPU all that is to be known is read at once.
+        """
+        if len(self._recording) < _MIN_SAMPLES:
+            return len(self._recording) == 0 or _are_finite(*read(self._recording.norms()))
         layer, decay = self.guide.last_layer, self.decay
-        if self._start is None and not self.trains_all_layers:
-            self._start = layer.weight.clone()
+        norms = self._recording.norms()
         h, y, have_scores = self._recording.take()
         # E[u hᵀ] = I at the optimum, where there are no scores; of a Gaussian, u − h is what
         # u is with scores.
@@ -229,20 +234,36 @@ class NaturalGradient(PyroOptim):
             y = y - h
         found = moments(h, y)
         count, dim = found.h.shape
-        uses_secants = self._is_gaussian and dim >= _DIMENSIONS_PER_SECANT * count
-        if uses_secants:
-            half = len(h) // 2
-            self._compare(moments(h[:half], y[:half]), moments(h[half:], y[half:]), found, offset)
-        elif self._last is not None:
-            self._compare(found, self._last, found, offset)
-        self._update_trust(found.mean)
+        secants, one, other = None, found, self._last
+        if self._is_gaussian and dim >= _DIMENSIONS_PER_SECANT * count:
+            secants, half = Secants(found.h, found.y), len(h) // 2
+            one, other = moments(h[:half], y[:half]), moments(h[half:], y[half:])
+        nothing = norms.new_empty(0)
+        looks_at_rows = (self.num_dense_steps + 1) % _BALANCE_EVERY == 0
+        norms, imbalance, comparison, turn, lengths, product = read(
+            norms,
+            layer.row_imbalance() if looks_at_rows else nothing,
+            nothing if other is None else _comparison(one, other, found),
+            nothing if self._last is None else _turn(found.mean, self._last.mean),
+            _lengths(found),
+            nothing if secants is None else secants.product,
+        )
+        if not _are_finite(norms):
+            return False
+        if self._start is None and not self.trains_all_layers:
+            self._start = layer.weight.clone()
+        if other is not None:
+            self._compare(comparison, dim, offset)
+        if self._last is not None:
+            self._update_trust(turn, dim)
+        longest_y, median_y, mean_length, trace = lengths.tolist()
         # What the share is for a Gaussian posterior, where the only noise is that of few samples.
         gaussian_share = count / (count + dim + 1)
         share = self._matrix_share.value
-        trace = min(max(found.bounded.trace - offset, -1.0), 1.0)
+        trace = min(max(trace - offset, -1.0), 1.0)
         growth = -_TRACE_RATE * decay * self._trace_share.value * trace
-        if uses_secants:
-            left, right = secant_step(found.h, found.y, decay * min(1.0, share / gaussian_share))
+        if secants is not None:
+            left, right = secants.step(decay * min(1.0, share / gaussian_share), product)
         else:
             rate = _RELATIVE_RATE * decay * share
             left, right = relative_step(found.h, found.y, rate)
@@ -251,51 +272,50 @@ class NaturalGradient(PyroOptim):
         mean = found.mean + right.mT @ (left @ found.mean)
         longest = self._trust * math.sqrt(dim)
         mean_rate = _MEAN_RATE * decay * max(self._mean_share.value, _LEAST_MEAN_RATE)
-        mean *= -mean_rate * min(1.0, longest / max(mean.norm().item(), _TINY))
+        mean *= -mean_rate * (longest / mean.norm().clamp(min=_TINY)).clamp(max=1.0)
         self._last, self._last_bias = found, layer.bias.clone()
         layer.multiply_input(left.to(h.dtype), right.to(h.dtype))
         layer.log_scale.add_(growth)
         layer.shift_input(mean.to(h.dtype))
         self.num_dense_steps += 1
-        if self.num_dense_steps % _BALANCE_EVERY == 0:
-            layer.balance(_MAX_ROW_LENGTH)
+        if looks_at_rows:
+            layer.balance(_MAX_ROW_LENGTH, imbalance.item())
         root = math.sqrt(dim)
-        lengths, mean_length = found.y.norm(dim=-1) / root, found.mean.norm().item() / root
-        self.is_at_posterior = max(lengths.max().item(), mean_length) < _NEGLIGIBLE_LENGTH
+        self.is_at_posterior = max(longest_y, mean_length) / root < _NEGLIGIBLE_LENGTH
         is_calm = (
-            lengths.median().item() < _CALM_LENGTH
+            median_y / root < _CALM_LENGTH
             and share < _CALM_MATRIX_SIGNAL * gaussian_share
-            and mean_length < _CALM_MEAN
+            and mean_length / root < _CALM_MEAN
             and self._mean_share.value < _CALM_MEAN_SIGNAL
         )
         self._num_calm = self._num_calm + 1 if is_calm else 0
+        return True
 
-    def _compare(self, one: Moments, other: Moments, both: Moments, offset: float) -> None:
-        """Estimate the signal from two independent estimates, and the power from the whole."""
-        dim = len(both.mean)
-        traces = [moments.bounded.trace for moments in (one, other, both)]
-        signal = one.bounded.inner(other.bounded) - dim * traces[0] * traces[1]
-        power = both.bounded.inner(both.bounded) - dim * traces[2] ** 2
-        self._matrix_share.update(signal, power)
+    def _compare(self, comparison: Tensor, dim: int, offset: float) -> None:
+        """Estimate the signal from two independent estimates, and the power from the whole.
+
+        :param Tensor comparison: from :func:`_comparison`.
+        """
+        *traces, inner, square, mean_inner, mean_square = comparison.tolist()
+        signal = inner - dim * traces[0] * traces[1]
+        self._matrix_share.update(signal, square - dim * traces[2] ** 2)
         traces = [trace - offset for trace in traces]
         self._trace_share.update(traces[0] * traces[1], traces[2] ** 2)
-        mean = both.bounded_mean
-        self._mean_share.update(
-            (one.bounded_mean @ other.bounded_mean).item(), (mean @ mean).item()
-        )
+        self._mean_share.update(mean_inner, mean_square)
 
     @property
     def _is_gaussian(self) -> bool:
         """Whether h is still standard normal."""
         return not self.trains_all_layers or self.guide.num_layers == 1
 
-    def _update_trust(self, mean: Tensor) -> None:
-        """Let the location's steps be longer while they agree, and shorter where they turn back."""
-        if self._last is None:
-            return
-        length, last = mean.norm(), self._last.mean
-        cosine = (mean @ last / (length * last.norm()).clamp(min=_TINY)).item()
-        if cosine < 0 or length.item() > self._trust * math.sqrt(len(mean)):
+    def _update_trust(self, turn: Tensor, dim: int) -> None:
+        """Let the location's steps be longer while they agree, and shorter where they turn back.
+
+        :param Tensor turn: from :func:`_turn`.
+        """
+        inner, length, last_length = turn.tolist()
+        cosine = inner / max(length * last_length, _TINY)
+        if cosine < 0 or length > self._trust * math.sqrt(dim):
             trust = self._trust * math.exp(_TRUST_CHANGE * cosine)
             self._trust = min(max(trust, _MIN_TRUST), _MAX_TRUST)
 
@@ -377,3 +397,31 @@ class NaturalGradient(PyroOptim):
     @property
     def _shares(self) -> list[SignalShare]:
         return [self._matrix_share, self._mean_share, self._trace_share]
+
+
+def _are_finite(norms: Tensor) -> bool:
+    return bool(torch.isfinite(norms).all())
+
+
+def _comparison(one: Moments, other: Moments, both: Moments) -> Tensor:
+    """Traces, inner products of M, and those of d, of estimates and the whole, shape ``(7,)``."""
+    return torch.stack(
+        [
+            *(part.bounded.trace for part in (one, other, both)),
+            one.bounded.inner(other.bounded),
+            both.bounded.inner(both.bounded),
+            one.bounded_mean @ other.bounded_mean,
+            both.bounded_mean @ both.bounded_mean,
+        ]
+    )
+
+
+def _turn(mean: Tensor, last: Tensor) -> Tensor:
+    """The inner product of two directions, and their lengths, shape ``(3,)``."""
+    return torch.stack([mean @ last, mean.norm(), last.norm()])
+
+
+def _lengths(found: Moments) -> Tensor:
+    """Of y, the largest and the median; of d; and the trace of the bounded M; shape ``(4,)``."""
+    lengths = found.y.norm(dim=-1)
+    return torch.stack([lengths.max(), lengths.median(), found.mean.norm(), found.bounded.trace])

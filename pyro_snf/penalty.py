@@ -83,21 +83,21 @@ class GECO(nn.Module):
         return self.log_weight.exp()
 
     @torch.no_grad()
-    def update(self, mean_square_error: Tensor) -> bool:
+    def update(self, mean_square_error: Tensor) -> None:
         """One step of the controller.
 
         :param Tensor mean_square_error: e of this process's batch, shape ``()``.
-        :return: whether a step was taken, that is, whether e is finite.
         """
         mean_square_error = mean_over_processes(mean_square_error)
-        if not torch.isfinite(mean_square_error):
-            return False
-        self.mean_square_error.lerp_(mean_square_error.to(self.mean_square_error), 1 - self.decay)
+        # Without a branch, for which a GPU would have to be waited for.
+        is_finite = torch.isfinite(mean_square_error)
+        average = self.mean_square_error
+        moved = average.lerp(mean_square_error.to(average), 1 - self.decay)
+        average.copy_(torch.where(is_finite, moved, average))
         # A floor, so that an error of exactly 0 steps down by the full rate.
-        error = self.mean_square_error.clamp_min(torch.finfo(self.mean_square_error.dtype).tiny)
+        error = average.clamp_min(torch.finfo(average.dtype).tiny)
         excess = (error.log() / 2 - math.log(self.tolerance)).clamp(-1, 1)
-        self.log_weight.add_(excess, alpha=self.rate)
-        return True
+        self.log_weight.add_(torch.where(is_finite, excess, 0), alpha=self.rate)
 
 
 #: λ: a number, a function of the number of optimizer steps taken, or a controller.

@@ -8,7 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "check_finite", "keep_float32", "soft_bound", "without_autocast"]
+__all__ = [
+    "at_least_float32",
+    "check_finite",
+    "keep_float32",
+    "soft_bound",
+    "without_autocast",
+    "zero_if_finite",
+]
 
 _NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
@@ -55,3 +62,14 @@ def check_finite(weight: Tensor) -> None:
     """
     if not torch.isfinite(weight).all():
         raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+
+
+def zero_if_finite(weight: Tensor) -> Tensor:
+    """0, shape ``()``; on a GPU, which is not waited for, NaN unless all entries are finite.
+
+    :raises torch.linalg.LinAlgError: elsewhere, if one is NaN or infinite.
+    """
+    if weight.is_cuda:
+        return torch.where(torch.isfinite(weight).all(), 0.0, torch.nan).to(weight.dtype)
+    check_finite(weight)
+    return weight.new_zeros(())

@@ -70,9 +70,12 @@ class Recording:
     def clear(self) -> None:
         self._samples = []
 
-    def is_finite(self) -> bool:
-        """Whether all gradients are finite, and their squares, of which steps are made."""
-        return all(math.isfinite(one.gradients.double().norm().item()) for one in self._samples)
+    def norms(self) -> Tensor:
+        """Of the gradients of each call, shape ``(n,)``; there has to be one.
+
+        Where a gradient is not finite, or its square, of which steps are made, a norm is not.
+        """
+        return torch.stack([one.gradients.double().norm() for one in self._samples])
 
     def state(self) -> list[tuple[Any, ...]]:
         """The samples, to be saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 
 from pyro_snf.maps import dense as dense_module
+from tests import simulated_cuda
 from tests.registry import CASES, Case
 
 # The tensors here are small: threads would wait for each other longer than they compute, and on a
 # busy machine much longer.
 torch.set_num_threads(1)
+
+if simulated_cuda.VARIABLE in os.environ:
+    simulated_cuda.install()
 
 #: For tests that run on every device: ``@pytest.mark.parametrize("device", DEVICES)``, or the
 #: fixture ``device``.

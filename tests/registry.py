@@ -90,7 +90,8 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return noise.to(tensor.device)
 
     with torch.no_grad():
         for part in module.modules():
@@ -706,7 +707,7 @@ def output_batch(case: Case, shape: tuple[int, ...] = (6,), seed: int = 0) -> Te
 
 def _standard_normal(shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 + seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def by_pickle(module: nn.Module) -> nn.Module:

@@ -155,7 +155,8 @@ def test_moments_in_one_dimension() -> None:
     found = moments(h, y).bounded
     covariance = torch.cov(torch.stack([h[:, 0], y[:, 0]]))[0, 1].item()
     assert found.trace == pytest.approx(covariance, abs=EXACT)
-    assert found.inner(found) == pytest.approx(found.trace**2, abs=EXACT)  # M is its trace
+    square = found.trace.item() ** 2  # M is its trace
+    assert found.inner(found).item() == pytest.approx(square, abs=EXACT)
 
 
 # --- The share of the signal --------------------------------------------------------------------

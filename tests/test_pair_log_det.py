@@ -222,13 +222,13 @@ def gradients_of_copies(
     """Draws of the surrogate's gradient in the event x, shape ``(count, D)``."""
     copies = x.expand(count, -1).contiguous().requires_grad_()
     near = linearize(f, copies, keep_graph=True)
-    surrogate, _ = probe_gradient(
+    surrogate = probe_gradient(
         near,
         linearize(g, near.output),
         probes(kind, options.get("num_probes", 1), *copies.shape),
         tolerance=EXACT,
         krylov_steps=options.get("krylov_steps", 0),
-    )
+    ).surrogate
     (found,) = torch.autograd.grad(surrogate.sum(), copies)
     return found
 

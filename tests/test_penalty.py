@@ -47,7 +47,7 @@ def test_weight_starts_where_it_is_told() -> None:
 @pytest.mark.parametrize("error", [0.0, 1e-12, 0.01, 0.0999, 0.1, 0.1001, 0.3, 1e12, 1e150])
 def test_one_step_is_the_formula(error: float) -> None:
     controller = GECO(0.1, weight=2.0, rate=0.05, decay=0.75)
-    assert controller.update(torch.tensor(error**2))
+    controller.update(torch.tensor(error**2))
     mean = 0.75 * 0.1**2 + 0.25 * error**2
     # No step is larger than the rate; at the tolerance there is none.
     excess = min(max(math.log(math.sqrt(mean) / 0.1), -1), 1)
@@ -60,7 +60,7 @@ def test_errors_that_are_not_finite_are_ignored(error: float) -> None:
     controller = GECO(0.1)
     controller.update(torch.tensor(4.0))
     state = copy.deepcopy(controller.state_dict())
-    assert not controller.update(torch.tensor(error))
+    controller.update(torch.tensor(error))
     assert all(torch.equal(controller.state_dict()[name], state[name]) for name in state)
 
 

@@ -70,18 +70,19 @@ def test_estimates_of_the_error(count: int) -> None:
     theta, inverse_t = pair()
     matrix, inverse, eye = Dense().weight(theta), inverse_t.mT, torch.eye(12)
     if count == 0:
-        probes = directions(4000, 12).unsqueeze(1)
+        probes = sources = directions(4000, 12).unsqueeze(1)
         found = torch.stack([_check_error(inverse_t, theta, one[0]) for one in probes])
         expected = (eye - matrix @ inverse).norm() / math.sqrt(12)
     else:
-        probes = normal(2000, count, 12, seed=2)
-        found = torch.stack([measure_error(inverse_t, theta, one)[1] for one in probes])
+        probes, sources = normal(2000, count, 12, seed=2), normal(2000, count, 12, seed=3)
+        pairs = zip(probes, sources, strict=True)
+        found = torch.stack([measure_error(inverse_t, theta, *one)[1] for one in pairs])
         expected = (eye - inverse @ matrix).norm() / math.sqrt(12)
     weights = probes.square().sum((1, 2))
     squares = (found[:, 0].square() * weights).mean() / weights.mean()
     assert squares.sqrt() == pytest.approx(expected.item(), rel=MEAN)
-    # The error of the gradient is relative to the images of the same probes.
-    weights = (probes[:, : (max(count, 1) + 1) // 2] @ inverse_t).square().sum((1, 2))
+    # The error of the gradient is relative to the images of the sources.
+    weights = (sources @ inverse_t).square().sum((1, 2))
     squares = (found[:, 1].square() * weights).mean() / weights.mean()
     expected = ((eye - inverse @ matrix) @ inverse).norm() / inverse.norm()
     assert squares.sqrt() == pytest.approx(expected.item(), rel=MEAN)
@@ -89,12 +90,12 @@ def test_estimates_of_the_error(count: int) -> None:
 
 def test_measurement_returns_the_residuals() -> None:
     theta, inverse_t = pair()
-    probes = normal(3, 12, seed=2)
-    residual, numbers = measure_error(inverse_t, theta, probes)
+    probes, sources = normal(3, 12, seed=2), normal(2, 12, seed=3)
+    residual, numbers = measure_error(inverse_t, theta, probes, sources)
     error = torch.eye(12) - inverse_t.mT @ Dense().weight(theta)
     assert residual.shape == (5, 12)
     assert torch.allclose(residual[:3], probes @ error.mT, atol=ROUNDING)
-    images = probes[:2] @ inverse_t
+    images = sources @ inverse_t
     ratio = (images @ error.mT).norm() / images.norm()
     assert torch.allclose(numbers[1], ratio, atol=ROUNDING)
 
@@ -104,7 +105,7 @@ def test_exact_inverse_has_no_error(dim: int) -> None:
     theta, inverse_t = pair(dim, error=0.0)
     error = check(ResidualMonitor(), inverse_t, theta, theta[0])
     assert max(error) < ROUNDING
-    assert measure_error(inverse_t, theta, normal(1, dim))[1].max() < ROUNDING
+    assert measure_error(inverse_t, theta, normal(1, dim), normal(1, dim))[1].max() < ROUNDING
 
 
 @pytest.mark.parametrize(

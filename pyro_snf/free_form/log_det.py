@@ -22,16 +22,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_snf.free_form.linearization import Context, Linearization, Network, linearize
-from pyro_snf.krylov import krylov, log_quadrature
+from pyro_snf.krylov import bidiagonalize, krylov, quadrature_of
 from pyro_snf.precision import at_least_float32
+from pyro_snf.transfer import read, send
 
-__all__ = ["estimated_log_abs_det", "exact_slogdet", "probe_gradient"]
+__all__ = [
+    "ProbeGradient",
+    "ValueEstimate",
+    "estimated_log_abs_det",
+    "exact_slogdet",
+    "probe_gradient",
+]
 
 # The most entries of Jacobians that are in memory at a time.
 _MAX_NUMBERS = 2**24
@@ -81,27 +89,65 @@ def _exact_slogdet(
     return sign.detach(), logarithm
 
 
-@torch.no_grad()
-def estimated_log_abs_det(near: Linearization, probes: Tensor, *, lanczos_steps: int) -> Tensor:
-    """An estimate of ``log|det J|`` for every x, shape ``(B,)``, a constant.
+class ProbeGradient(NamedTuple):
+    """The results of :func:`probe_gradient`."""
+
+    surrogate: Tensor
+    """``⟨v, Jᵀ w⟩`` (whose value is not that of a log-determinant), the mean over the probes, shape
+    ``(B,)``."""
+    residual: Tensor
+    """``‖v − Jᵀ w‖/‖v‖``, shape ``(k, B)``."""
+    num_steps: int
+    """Of the Krylov steps, those that were needed."""
+    beside: Tensor
+    """A copy of the tensor that was to be read beside the solves, in float64 on the CPU."""
+
+
+class ValueEstimate:
+    """An estimate of ``log|det J|`` for every x, a constant, of two halves.
 
     See :func:`~pyro_snf.krylov.log_quadrature`. Where the Jacobians themselves take no more
-    products, the value is exact.
+    products, the value is exact. A GPU is waited for in between; so one can read :attr:`numbers`
+    together with other ones.
 
     :param near: f, linearized at x.
     :param Tensor probes: v, shape ``(k, B, *event)``.
     :param int lanczos_steps: for each probe.
     """
-    num_products = 2 * lanczos_steps * len(probes)
-    if near.output[0].numel() <= num_products:
-        return torch.linalg.slogdet(at_least_float32(near.jacobian())).logabsdet
-    values = log_quadrature(
-        lambda vectors: _batched(near.jvp, vectors, probes),
-        lambda vectors: _batched(near.vjp, vectors, probes),
-        at_least_float32(probes).flatten(0, 1),
-        max_steps=lanczos_steps,
-    )
-    return values.view(len(probes), -1).mean(0).to(at_least_float32(near.output))
+
+    @torch.no_grad()
+    def __init__(self, near: Linearization, probes: Tensor, *, lanczos_steps: int) -> None:
+        like = at_least_float32(near.output)
+        self._num_probes = len(probes)
+        self._known: Tensor | None = None
+        #: What :meth:`value` needs to know.
+        self.numbers = like.new_empty(0)
+        if near.output[0].numel() <= 2 * lanczos_steps * len(probes):
+            self._known = torch.linalg.slogdet(at_least_float32(near.jacobian())).logabsdet
+        else:
+            self.numbers = bidiagonalize(
+                lambda vectors: _batched(near.jvp, vectors, probes),
+                lambda vectors: _batched(near.vjp, vectors, probes),
+                at_least_float32(probes).flatten(0, 1),
+                max_steps=lanczos_steps,
+            )
+
+    def value(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """The estimate, shape ``(B,)``.
+
+        :param Tensor numbers: a copy of :attr:`numbers` on the CPU.
+        :param Tensor like: of the device and the dtype that the value is to have.
+        """
+        if self._known is not None:
+            return self._known.to(like)
+        return send(quadrature_of(numbers).view(self._num_probes, -1).mean(0), like)
+
+
+def estimated_log_abs_det(near: Linearization, probes: Tensor, *, lanczos_steps: int) -> Tensor:
+    """The value of a :class:`ValueEstimate`, of the same arguments, shape ``(B,)``."""
+    estimate = ValueEstimate(near, probes, lanczos_steps=lanczos_steps)
+    (numbers,) = read(estimate.numbers)
+    return estimate.value(numbers, at_least_float32(near.output))
 
 
 def probe_gradient(
@@ -111,7 +157,9 @@ def probe_gradient(
     *,
     tolerance: float,
     krylov_steps: int,
-) -> tuple[Tensor, Tensor]:
+    expected_steps: int = 1,
+    beside: Tensor | None = None,
+) -> ProbeGradient:
     """A function of θ whose expected gradient is that of ``log|det J|``, up to the residual.
 
     :param near: f, linearized at x, with the graph of all that is to have a gradient.
@@ -119,9 +167,9 @@ def probe_gradient(
     :param Tensor probes: v, shape ``(k, B, *event)``.
     :param float tolerance: the residual ``‖v − Jᵀ w‖/‖v‖`` at which the Krylov steps end.
     :param int krylov_steps: the most; 0 for none.
-    :return: ``⟨v, Jᵀ w⟩`` (whose value is not that of a log-determinant), the mean over the probes,
-        shape ``(B,)``; and the residuals, shape ``(k, B)``.
+    :param int expected_steps: see :func:`~pyro_snf.krylov.krylov`, like ``beside``.
     """
+    num_steps = 0
     with torch.no_grad():
         solution = inverse.vjp(probes)
         if krylov_steps > 0:
@@ -132,13 +180,19 @@ def probe_gradient(
                 preconditioned=at_least_float32(solution).flatten(0, 1),
                 tolerance=tolerance,
                 max_steps=krylov_steps,
+                expected_steps=expected_steps,
+                beside=beside,
             )
             solution = space.solution.view_as(probes).to(probes)
+            num_steps, known = space.num_steps, space.beside
+        else:
+            known = probes.new_empty(0) if beside is None else read(beside)[0]
     product = near.vjp(solution, create_graph=True)
     with torch.no_grad():
         residual = torch.linalg.vector_norm((probes - product).flatten(2), dim=2)
         residual = residual / torch.linalg.vector_norm(probes.flatten(2), dim=2)
-    return at_least_float32(product * probes).flatten(2).sum(2).mean(0), residual
+    surrogate = at_least_float32(product * probes).flatten(2).sum(2).mean(0)
+    return ProbeGradient(surrogate, residual, num_steps, known)
 
 
 def _batched(product: Network, vectors: Tensor, probes: Tensor) -> Tensor:

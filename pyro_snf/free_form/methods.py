@@ -13,11 +13,11 @@ from torch import Tensor
 from pyro_snf.caching import ParameterState
 from pyro_snf.extra_state import SavesAttributes, saved_number
 from pyro_snf.free_form.linearization import Context, Linearization
-from pyro_snf.free_form.log_det import estimated_log_abs_det, exact_slogdet, probe_gradient
+from pyro_snf.free_form.log_det import ValueEstimate, exact_slogdet, probe_gradient
 from pyro_snf.free_form.network_pair import NetworkPair
+from pyro_snf.krylov import recent_steps
 from pyro_snf.options import as_count, as_number, as_seed, check_choice, expect
 from pyro_snf.penalty import StepCounter
-from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import PROBES, ProbeStream, draw_probes
 from pyro_snf.surrogate import with_surrogate
 
@@ -166,6 +166,7 @@ class PairLearned(PairMethod):
         self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
         self.error_estimate = math.nan
+        self._recent_steps = recent_steps(self.krylov_steps)
 
     def training_log_abs_det(
         self,
@@ -176,16 +177,24 @@ class PairLearned(PairMethod):
         state: Callable[[], ParameterState],
     ) -> Tensor:
         assert back is not None
-        surrogate, residual = probe_gradient(
+        probes = self._draw(near, self.probes.next_generator(near.output.device))
+        estimate = self._start_estimate(near, state) if self.lanczos_steps else None
+        found = probe_gradient(
             near,
             back,
-            self._draw(near, self.probes.next_generator(near.output.device)),
+            probes,
             tolerance=self.tolerance,
             krylov_steps=self.krylov_steps,
+            expected_steps=max(self._recent_steps),
+            beside=None if estimate is None else estimate.numbers,
         )
-        self._mean_square_residual = residual.square().mean()
+        self._recent_steps.append(found.num_steps)
+        self._mean_square_residual = found.residual.square().mean()
+        value = torch.zeros_like(found.surrogate)
+        if estimate is not None:
+            value = estimate.value(found.beside, found.surrogate)
         inputs = (near.source, *context, *pair.forward_net.parameters())
-        return with_surrogate(self._value(near, state).to(surrogate), surrogate, inputs)
+        return with_surrogate(value, found.surrogate, inputs)
 
     @property
     def error_estimate(self) -> float:
@@ -196,14 +205,13 @@ class PairLearned(PairMethod):
     def error_estimate(self, value: float) -> None:
         self._mean_square_residual = torch.tensor(value).square()
 
-    def _value(self, near: Linearization, state: Callable[[], ParameterState]) -> Tensor:
-        if self.lanczos_steps == 0:
-            return at_least_float32(near.output.new_zeros(len(near.output)))
+    def _start_estimate(
+        self, near: Linearization, state: Callable[[], ParameterState]
+    ) -> ValueEstimate:
         # The probes depend on the parameters' state alone: the same density is the same number.
         self.steps.count(state())
         generator = self.probes.generator(self.steps.num_states, near.output.device, stream=_VALUE)
-        probes = self._draw(near, generator)
-        return estimated_log_abs_det(near, probes, lanczos_steps=self.lanczos_steps)
+        return ValueEstimate(near, self._draw(near, generator), lanczos_steps=self.lanczos_steps)
 
     def _draw(self, near: Linearization, generator: torch.Generator) -> Tensor:
         dim = near.output[0].numel()

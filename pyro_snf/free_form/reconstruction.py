@@ -13,10 +13,11 @@ from pyro_snf.caching import ParameterState
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.options import as_number, as_seed, check_choice, expect
-from pyro_snf.penalty import PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
+from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import ProbeStream, draw_probes
 from pyro_snf.surrogate import gated
+from pyro_snf.transfer import send
 
 __all__ = ["Reconstruction"]
 
@@ -97,6 +98,8 @@ class Reconstruction(nn.Module):
         :param device: of the networks.
         """
         self._default_weight = default_weight
+        if isinstance(self.weight, GECO):
+            self.weight.to(device)
         self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
 
@@ -173,7 +176,7 @@ class Reconstruction(nn.Module):
         if self.latent_noise_std > 0:
             others.append(latent + self.latent_noise_std * _noise_like(latent, generator))
         if self.base is not None:
-            sample = self._sample_base(self.base, len(latent), latent.device, draw).to(latent)
+            sample = send(self._sample_base(self.base, len(latent), latent.device, draw), latent)
             if sample.shape != latent.shape:
                 raise ValueError(
                     f"expected a base of events of shape {tuple(latent.shape[1:])}; "

@@ -62,7 +62,7 @@ class LogDetMethod(SavesAttributes, ABC):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
-        """Make the state for a map; called once by each layer.
+        """Make the state for a map; called when a layer is made, and when it is sharded.
 
         :param Tensor theta: the layer's parameter θ = 0, for its shape, device and dtype.
         """

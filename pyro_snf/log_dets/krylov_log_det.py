@@ -43,10 +43,10 @@ from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number
-from pyro_snf.krylov import krylov
+from pyro_snf.krylov import KrylovSpace, krylov, recent_steps
 from pyro_snf.maps.base import ControlVariate, LinearMap
 from pyro_snf.options import as_event_shape
-from pyro_snf.precision import at_least_float32, check_finite, keep_float32
+from pyro_snf.precision import at_least_float32, keep_float32
 from pyro_snf.probes import ProbeStream, draw_probes
 from pyro_snf.surrogate import Surrogate
 
@@ -119,6 +119,8 @@ class KrylovLogDet(SavesAttributes):
     def _forget(self) -> None:
         """Drop what follows from the saved state."""
         self._anchor: _Anchor | None = None
+        self._has_moved = False  # whether θ has, since P was made
+        self._recent_steps = recent_steps(1)
         self._latest: StateCache[tuple[Tensor, Tensor]] = StateCache()
         self._inverse_weights: StateCache[Tensor] = StateCache()
 
@@ -140,7 +142,6 @@ class KrylovLogDet(SavesAttributes):
     @torch.no_grad()
     def _evaluate_at(self, theta: Tensor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
         theta = theta.detach().to(self.theta.dtype)
-        check_finite(theta)
         if tuple(event_shape) != self.event_shape:
             self._make_anchor(theta, event_shape)
         value, gradient = self._evaluate(theta, event_shape)
@@ -157,24 +158,56 @@ class KrylovLogDet(SavesAttributes):
         """The value, and the gradient in the weight."""
         linear_map = self.linear_map
         anchor = self._current_anchor(theta, event_shape)
-        factors, trace_gradient, is_exact = anchor.control_variate
         weight = linear_map.weight(theta)
-        change = weight - anchor.weight
-        if is_exact and not change.any():
+        if self._is_at(anchor, weight):
             self.error_estimate = 0.0
-            return anchor.value, trace_gradient
+            return anchor.value, anchor.control_variate.trace_gradient
         generator = self.probes.next_generator(theta.device)
         shape = tuple(event_shape)
         probes = draw_probes("rademacher", self.num_probes, shape, generator, theta.dtype)
-        start = factors.solve(probes)
-        drift = torch.linalg.vector_norm(linear_map.apply_weight(change, start))
-        if not drift <= _MAX_DRIFT * torch.linalg.vector_norm(probes):
+        found = self._solve(anchor, weight, probes)
+        if found is None:
             anchor = self._make_anchor(theta, event_shape)
-            factors, trace_gradient, is_exact = anchor.control_variate
-            if is_exact:
+            if anchor.control_variate.is_exact:
                 return self._evaluate(theta, event_shape)
-            change = torch.zeros_like(weight)
-            start = factors.solve(probes)
+            found = self._solve(anchor, weight, probes)
+        assert found is not None  # J has not moved from a P of its own
+        space, start = found
+        self.error_estimate = space.residual.square().mean().sqrt().item()
+        has_converged = self.error_estimate <= self.tolerance
+        if anchor.control_variate.is_exact:
+            if not (has_converged and space.smallest_eigenvalue >= _MIN_EIGENVALUE):
+                self._make_anchor(theta, event_shape)
+                return self._evaluate(theta, event_shape)
+        elif not has_converged:
+            self._warn()
+        trace_gradient = anchor.control_variate.trace_gradient
+        first_order = (trace_gradient.double() * (weight - anchor.weight)).sum()
+        second_order = space.second_order_log().mean().item()
+        factor = len(probes) * linear_map.theta_scale(theta)
+        correction = linear_map.gradient(theta, space.solution - start, probes) / factor
+        return anchor.value + first_order + second_order, trace_gradient + correction
+
+    def _is_at(self, anchor: _Anchor, weight: Tensor) -> bool:
+        """Whether J is P itself. Once it is not, a GPU is not waited for to see that again."""
+        if not self._has_moved:
+            is_exact = anchor.control_variate.is_exact
+            self._has_moved = not (is_exact and torch.equal(weight, anchor.weight))
+        return not self._has_moved
+
+    def _solve(
+        self, anchor: _Anchor, weight: Tensor, probes: Tensor
+    ) -> tuple[KrylovSpace, Tensor] | None:
+        """The solutions of ``J u = v``, and ``P⁻¹ v``; None where J has moved too far from P.
+
+        On a GPU all that is to be known is read at once.
+        """
+        linear_map, factors = self.linear_map, anchor.control_variate.factors
+        start = factors.solve(probes)
+        change = linear_map.apply_weight(weight - anchor.weight, start)
+        drift = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(probes)
+        if not (drift.is_cuda or drift <= _MAX_DRIFT):
+            return None
         space = krylov(
             partial(linear_map.apply_weight, weight),
             factors.solve,
@@ -182,20 +215,13 @@ class KrylovLogDet(SavesAttributes):
             preconditioned=start,
             tolerance=self.tolerance,
             max_steps=self.krylov_steps,
+            expected_steps=max(self._recent_steps),
+            beside=drift,
         )
-        self.error_estimate = space.residual.square().mean().sqrt().item()
-        has_converged = self.error_estimate <= self.tolerance
-        if is_exact:
-            if not (has_converged and space.smallest_eigenvalue >= _MIN_EIGENVALUE):
-                self._make_anchor(theta, event_shape)
-                return self._evaluate(theta, event_shape)
-        elif not has_converged:
-            self._warn()
-        first_order = (trace_gradient.double() * change).sum()
-        second_order = space.second_order_log().mean().to(first_order)
-        factor = len(probes) * linear_map.theta_scale(theta)
-        correction = linear_map.gradient(theta, space.solution - start, probes) / factor
-        return anchor.value + first_order + second_order, trace_gradient + correction
+        if not space.beside <= _MAX_DRIFT:
+            return None
+        self._recent_steps.append(space.num_steps)
+        return space, start
 
     def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
         if self._anchor is None:
@@ -210,7 +236,7 @@ class KrylovLogDet(SavesAttributes):
         anchor = self._anchor_of(theta, event_shape)
         self.theta.copy_(theta)
         self.event_shape = tuple(event_shape)
-        self._anchor = anchor
+        self._anchor, self._has_moved = anchor, False
         self.num_refactorizations += 1
         return anchor
 

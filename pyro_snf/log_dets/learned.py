@@ -21,8 +21,8 @@ from pyro_snf.caching import TensorState
 from pyro_snf.log_dets.base import LogDetMethod
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_number, check_choice
-from pyro_snf.penalty import PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
-from pyro_snf.precision import at_least_float32, check_finite, without_autocast
+from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
+from pyro_snf.precision import at_least_float32, without_autocast, zero_if_finite
 from pyro_snf.surrogate import Solver, attach_penalty, with_gradient
 
 __all__ = ["Learned"]
@@ -115,6 +115,8 @@ class Learned(LogDetMethod):
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         super().setup(linear_map, theta)
         self.steps = StepCounter()
+        if isinstance(self.reconstruction_weight, GECO):
+            self.reconstruction_weight.to(theta.device)
         #: The parameter of R, as θ is of A.
         self.theta = nn.Parameter(theta.new_zeros(linear_map.inverse_shape(theta.shape)))
 
@@ -128,13 +130,14 @@ class Learned(LogDetMethod):
     def training_log_abs_det(self, theta: Tensor, x: Tensor, state: TensorState) -> Tensor:
         """Zeros of shape ``(B,)``, with the surrogate gradients and the penalty.
 
+        On a GPU, which is not waited for, they are NaN if A is not finite.
+
         :raises torch.linalg.LinAlgError: if A is not finite. A singular A is not noticed.
         """
-        check_finite(theta)
         event_shape = x.shape[1:]
         fixed, fixed_inverse = theta.detach(), self.theta.detach()
         gradient = self.linear_map.trace_gradient(fixed, fixed_inverse, event_shape)
-        value = with_gradient(at_least_float32(theta.new_zeros(())), theta, gradient)
+        value = with_gradient(at_least_float32(zero_if_finite(fixed)), theta, gradient)
         if self._share:
             gradient = self.linear_map.trace_gradient(fixed_inverse, fixed, event_shape)
             value = with_gradient(value, self.theta, gradient, scale=-self._share)

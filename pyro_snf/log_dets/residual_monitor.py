@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_snf.caching import fixed_directions
 from pyro_snf.extra_state import saved_count, saved_number
 from pyro_snf.maps.dense import Dense
-from pyro_snf.options import expect
 
 __all__ = ["InverseError", "ResidualMonitor", "measure_error"]
 
@@ -48,20 +47,24 @@ class InverseError(NamedTuple):
 
 
 def measure_error(
-    inverse_t: Tensor, theta: Tensor, probes: Tensor, matrix_map: Dense = _DENSE
+    inverse_t: Tensor,
+    theta: Tensor,
+    probes: Tensor,
+    sources: Tensor,
+    matrix_map: Dense = _DENSE,
 ) -> tuple[Tensor, Tensor]:
-    """The error of R along some random directions g, and along their images R g.
+    """The error of R along some random directions g, and along the images R g of others.
 
     :param Tensor inverse_t: ``Rᵀ``, shape ``(D, D)``.
     :param Tensor theta: Θ, shape ``(D, D)``.
     :param Tensor probes: the directions as rows, shape ``(k, D)``.
+    :param Tensor sources: the others as rows, shape ``(h, D)``.
     :param Dense matrix_map: how to multiply with the matrices.
-    :return: the residuals ``(I − RA) g`` as rows, k for the directions and then half as many, at
-        least one, for the images; and the two numbers of :class:`InverseError`, shape ``(2,)``.
+    :return: the residuals ``(I − RA) g`` as rows, k for the directions and then h for the images;
+        and the two numbers of :class:`InverseError`, shape ``(2,)``.
     """
     count = len(probes)
-    halved = probes[: (count + 1) // 2]
-    images = matrix_map.apply_weight(inverse_t, halved, transposed=True)  # (R g)ᵀ
+    images = matrix_map.apply_weight(inverse_t, sources, transposed=True)  # (R g)ᵀ
     # Scaled like the directions, for an update uses the residuals of both.
     images = images * (math.sqrt(images.numel()) / torch.linalg.vector_norm(images))
     probes = torch.cat([probes, images])
@@ -90,14 +93,6 @@ def _check_error(
     residual = direction - image - matrix_map.apply_weight(theta, image / root)  # (I − AR) w
     error = matrix_map.apply_weight(inverse_t, residual, transposed=True)  # (I − RA)R w
     return torch.stack([norm(residual) / root, norm(error) / norm(image)])
-
-
-def _saved_fingerprint(name: str, value: Any) -> list[float] | None:
-    """The check of Θ w, or None, as plain values."""
-    if value is None:
-        return None
-    expect(f"{name}, a list or None", isinstance(value, list), value)
-    return [saved_number(name, number) for number in value]
 
 
 class ResidualMonitor:
@@ -229,30 +224,24 @@ class ResidualMonitor:
             self.steps_until_check = min(int((1.25 - size) / (2 * growth)), _MAX_STEPS_UNTIL_CHECK)
         self.latest_error, self.steps_since_check = size, 0
 
-    #: What a resumed run needs to take the same decisions.
+    #: What a resumed run needs to take the same decisions, besides the fingerprint.
     SAVED: ClassVar = {
         "num_checks": saved_count,
         "num_followed": saved_count,
         "steps_until_check": saved_count,
         "steps_since_check": saved_count,
         "latest_error": saved_number,
-        "fingerprint": _saved_fingerprint,
         "usual_step_norm": saved_number,
     }
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in self.SAVED}
-        if self.fingerprint is not None:
-            state["fingerprint"] = self.fingerprint.tolist()
-        return state
+        return {name: getattr(self, name) for name in self.SAVED}
 
-    def load_state_dict(self, state: dict[str, Any], *, like: Tensor) -> None:
-        """Go on from a state; its tensors are taken to the type and device of another one."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
         self._pending = None
         for name, value in state.items():
             setattr(self, name, value)
-        if self.fingerprint is not None:
-            self.fingerprint = like.new_tensor(self.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # it belongs to a device

@@ -5,9 +5,9 @@ only monitored, by a few matrix-vector products (:mod:`pyro_snf.log_dets.residua
 it exceeds the tolerance, it is measured with k random probes and removed where they found it. With
 vectors as columns, as on paper:
 
-1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of some. The
-   ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the error of the inverse; that of the
-   latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
+1. *Measure.* ``U = EG`` for fresh probes G: k Gaussian ones, and the images ``R g`` of k/2 more.
+   The ratio ``‖E g‖/‖g‖`` of the former estimates ``‖E‖_F/√D``, the error of the inverse; that of
+   the latter ``‖ER‖_F/‖R‖_F``, the relative error of the gradient.
 2. *Subspace iteration.* ``V = orth(EᵀU) = orth(EᵀE G)``: one iteration turns the probes towards the
    largest right singular vectors of E. Few directions dominate an optimizer's step, and so the
    error that it leaves in R: these probes remove most of it, random ones a share k/D.
@@ -131,6 +131,7 @@ class TrackedInverse(SavesAttributes):
     }
 
     inverse_t: Tensor  # Rᵀ: in A's own layout, it is added to A's gradient as it stands.
+    fingerprint: Tensor
     log_abs_det_inverse: Tensor  # log|det R|; in float64, for it is a sum over all steps.
 
     def __init__(
@@ -168,6 +169,11 @@ class TrackedInverse(SavesAttributes):
         self.register_buffer(
             "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
         )
+        # Θ w at the latest step, up to date when it is saved; NaN if there was none. A buffer, not
+        # a plain value: in a checkpoint that is loaded in place, the latter may not vary in length.
+        dtype = self.inverse_t.dtype
+        unknown = torch.full((dim,), math.nan, device=device, dtype=dtype)
+        self.register_buffer("fingerprint", unknown)
         self._forget()
 
     def _forget(self) -> None:
@@ -225,7 +231,8 @@ class TrackedInverse(SavesAttributes):
         log_factors = log_factors.to(self.inverse_t.dtype)
         log_abs_det_inverse = self.log_abs_det_inverse - log_factors.sum(dtype=torch.float64)
         with self._changing_to(log_abs_det_inverse):
-            self.inverse_t.mul_(torch.exp(-log_factors).unsqueeze(-1))
+            factors = torch.exp(-log_factors)
+            self.inverse_t.copy_(self.matrix_map.scale_rows(self.inverse_t, factors))
         self._has_followed(theta)
 
     @contextmanager
@@ -470,9 +477,14 @@ class TrackedInverse(SavesAttributes):
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = self.probes.next_generator(device)
         dim = len(self.inverse_t)
-        shape = (min(num_probes, dim), dim)
-        probes = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return measure_error(self.inverse_t, theta, probes, self.matrix_map)
+        count = min(num_probes, dim)
+        # Images of directions of their own: where R is near the identity, those of the probes would
+        # be the probes again, and an update would fill their places with rounding errors.
+        probes, sources = (
+            torch.randn(rows, dim, generator=generator, device=device, dtype=dtype)
+            for rows in (count, (count + 1) // 2)
+        )
+        return measure_error(self.inverse_t, theta, probes, sources, self.matrix_map)
 
     @property
     def rounding(self) -> dict[str, float]:
@@ -490,12 +502,19 @@ class TrackedInverse(SavesAttributes):
 
     @monitor.setter
     def monitor(self, value: dict[str, Any]) -> None:
-        self._monitor.load_state_dict(value, like=self.inverse_t)
+        self._monitor.load_state_dict(value)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        latest = self._monitor.fingerprint
+        self.fingerprint.fill_(math.nan) if latest is None else self.fingerprint.copy_(latest)
+        super()._save_to_state_dict(*args)
 
     def set_extra_state(self, state: Any) -> None:
         self._forget()
         self._is_loaded = True
         super().set_extra_state(state)
+        loaded = self.fingerprint  # torch loads buffers first
+        self._monitor.fingerprint = None if loaded.isnan().any() else loaded.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must not rely on R and Θ having been copied together.

@@ -126,6 +126,13 @@ class LinearMap(ABC):
         """One number for each channel, shape ``(C,)``, so that it broadcasts with events."""
         return numbers if self.event_dim == 1 else numbers.view(-1, *[1] * (self.event_dim - 1))
 
+    def scale_rows(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """``diag(f) a``, the weight of the map that A is followed by one factor for each channel.
+
+        :param Tensor factors: f, shape ``(C,)``.
+        """
+        return factors.view(-1, *[1] * (weight.dim() - 1)) * weight
+
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the parameter of an approximate inverse, from that of θ."""
         return shape

@@ -173,10 +173,14 @@ def elimination_flops(
     return (num_blocks.bit_length() - 1) * 45.0 * size**3 + 8 / 3 * size**3
 
 
-def _toeplitz(kernel_size: int, rows: int, columns: int, offset: int) -> Tensor:
+def _toeplitz(
+    kernel_size: int, rows: int, columns: int, offset: int, device: torch.device
+) -> Tensor:
     """``[a, r, s] = 1`` where ``s − r + offset = a``, else 0: shape ``(kernel, rows, columns)``."""
-    offsets = torch.arange(columns) - torch.arange(rows)[:, None] + offset
-    return (offsets == torch.arange(kernel_size)[:, None, None]).double()
+    entries, row, column = (
+        torch.arange(size, device=device) for size in (kernel_size, rows, columns)
+    )
+    return (column - row[:, None] + offset == entries[:, None, None]).double()
 
 
 class _Layout(NamedTuple):
@@ -192,12 +196,13 @@ class _Layout(NamedTuple):
     @classmethod
     def of(cls, kernel: Tensor, rows: int, width: int) -> _Layout:
         channels, _, kernel_height, kernel_width = kernel.shape
+        device = kernel.device
         # The columns of L belong to the h rows of the image above those of T.
-        vertical = _toeplitz(kernel_height, rows, 3 * rows, kernel_height // 2 - rows)
-        horizontal = _toeplitz(kernel_width, width, width, kernel_width // 2)
+        vertical = _toeplitz(kernel_height, rows, 3 * rows, kernel_height // 2 - rows, device)
+        horizontal = _toeplitz(kernel_width, width, width, kernel_width // 2, device)
         return cls(
-            vertical.flatten(1).mT.to(kernel.device),
-            horizontal.flatten(1).to(kernel.device),
+            vertical.flatten(1).mT,
+            horizontal.flatten(1),
             (channels, channels, rows, 3 * rows, width, width),
         )
 
@@ -229,6 +234,8 @@ def _is_negligible(lower: Tensor, upper: Tensor, diagonal: Tensor) -> bool:
     depends on the product of one of them with one of the previous level, of the order eps^1.5. Both
     are far below rounding.
     """
+    if diagonal.is_cuda:  # the remaining levels take less time than to wait for the answer
+        return False
     coupling = torch.maximum(lower.detach().abs().max(), upper.detach().abs().max())
     return bool(coupling <= torch.finfo(diagonal.dtype).eps * diagonal.detach().abs().max())
 

@@ -107,7 +107,6 @@ class ConvolutionFactors(Factors):
     def _made(self) -> tuple[Callable[[Tensor], _Method], _Method, float]:
         """The constructor of the factors, the factors, and the condition number."""
         kernel = at_least_float32(self.weight)
-        check_finite(kernel)
         eps = torch.finfo(kernel.dtype).eps
         allowed = max(
             _BACKWARD_ERROR * torch.finfo(torch.float64).eps, _BACKWARD_ERROR_OF_KERNEL * eps
@@ -121,7 +120,9 @@ class ConvolutionFactors(Factors):
                 error, condition = _examine(method, kernel.double(), self._folded_size)
             if error <= allowed:
                 break
+            check_finite(kernel)  # only here and below: a GPU is waited for once
         if not condition * eps < 1:
+            check_finite(kernel)
             raise torch.linalg.LinAlgError(
                 f"the convolution is singular in {kernel.dtype}: its condition number is about "
                 f"{math.inf if math.isnan(condition) else condition:.1g}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.precision import at_least_float32, check_finite
 from pyro_snf.surrogate import Solver, implicit_solve
+from pyro_snf.transfer import read
 
 __all__ = ["Dense", "LUFactors"]
 
@@ -94,12 +95,11 @@ class Dense(LinearMap):
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
         """``A ← diag(e^c) A`` in place."""
-        self.set_weight(theta, self.weight(theta) * torch.exp(log_factors).unsqueeze(-1))
+        self.set_weight(theta, self.scale_rows(self.weight(theta), log_factors.exp()))
 
     def set_weight(self, theta: Tensor, weight: Tensor) -> None:
         """``A ← weight`` in place, the inverse of :meth:`weight`."""
-        eye = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        theta.copy_((weight - eye) / self.theta_scale(theta))
+        theta.copy_((weight - self.identity(weight)) / self.theta_scale(theta))
 
     def matrix_of(self, theta: Tensor) -> Tensor:
         return theta
@@ -113,31 +113,40 @@ class LUFactors(Factors):
 
     @cached_property
     @torch.no_grad()
-    def _unchecked_factors(self) -> tuple[Tensor, Tensor]:
-        matrix = at_least_float32(self.weight)
-        check_finite(matrix)
-        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
-        if info != 0:
+    def _unchecked_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """LU, its pivots, and the number of a pivot that is zero, or 0."""
+        return torch.linalg.lu_factor_ex(at_least_float32(self.weight))
+
+    def _checked(self, number: Tensor) -> float:
+        """A number that was computed from the factors, if they exist. A GPU is waited for once."""
+        matrix, info = at_least_float32(self.weight), self._unchecked_factors[2]
+        is_finite, pivot, value = (
+            one.item() for one in read(torch.isfinite(matrix).all(), info, number)
+        )
+        if not is_finite:
+            check_finite(matrix)  # raises
+        if pivot != 0:
             raise torch.linalg.LinAlgError(
-                f"the weight is singular: pivot {int(info)} of its LU factorization is zero"
+                f"the weight is singular: pivot {int(pivot)} of its LU factorization is zero"
             )
-        return lu, pivots
+        return value
 
     @cached_property
     @torch.no_grad()
     def condition(self) -> float:
         """``‖A‖ ‖A⁻¹‖₂``, the latter from below, by inverse iteration on ``AᵀA``: O(D²)."""
-        lu, _ = self._unchecked_factors
-        return (_norm_bound(self.weight.to(lu.dtype)) * norm_of_inverse(self._solve, lu)).item()
+        lu, _, _ = self._unchecked_factors
+        norm = _norm_bound(self.weight.to(lu.dtype)) * norm_of_inverse(self._solve, lu)
+        return self._checked(norm)
 
     def _solve(self, right_side: Tensor, transposed: bool) -> Tensor:
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         return torch.linalg.lu_solve(lu, pivots, right_side.mT, adjoint=transposed).mT
 
     @cached_property
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         check_condition(self.condition, lu.dtype)
         return lu, pivots
 
@@ -151,12 +160,12 @@ class LUFactors(Factors):
     @torch.no_grad()
     def gradient(self) -> Tensor:
         """``A⁻ᵀ``, shape ``(D, D)``, contiguous."""
-        lu, pivots = self._unchecked_factors
+        lu, pivots, _ = self._unchecked_factors
         eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
         inverse_t = torch.linalg.lu_solve(lu, pivots, eye, adjoint=True).contiguous()
         # With the inverse, a bound of the condition number is cheaper than the estimate.
         norm = torch.linalg.matrix_norm
-        bound = norm(self.weight.to(lu.dtype)) * norm(inverse_t)
+        bound = self._checked(norm(self.weight.to(lu.dtype)) * norm(inverse_t))
         if bound * torch.finfo(lu.dtype).eps < 1:
             self.__dict__["_factors"] = lu, pivots
         else:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pyro_snf.caching import fingerprint_of
 from pyro_snf.iteration import refine_linear_solution
@@ -159,6 +159,11 @@ class ShardedDense(Dense):
         if cast(DTensor, weight).placements[0] != Shard(0):  # R, of which Rᵀ is kept by rows
             weight, transposed = weight.mT, not transposed
         return (_TransposedProduct if transposed else _Product).apply(weight, x)
+
+    def scale_rows(self, weight: Tensor, factors: Tensor) -> Tensor:
+        mesh = cast(DTensor, weight).device_mesh
+        replicated = DTensor.from_local(factors, mesh, [Replicate()], run_check=False)
+        return super().scale_rows(weight, replicated)
 
     def gradient(self, theta: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
         return _OuterProduct.apply(cotangent * self.theta_scale(theta), x, theta)

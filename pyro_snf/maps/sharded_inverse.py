@@ -77,7 +77,7 @@ def _next_panel(
     width = columns.stop - columns.start
     first = owner * size + columns.start
     if dist.get_rank(group) == owner:
-        panel = work[columns].mT.contiguous()
+        panel = work[columns].mT.clone(memory_format=torch.contiguous_format)
         pivots = torch.linalg.lu_factor_ex(panel[first:]).pivots
     else:
         panel = work.new_empty(dim, width)

@@ -39,6 +39,9 @@ __all__ = [
 # took 5 to 21 steps for α from 0.9 to 1e-8; the limit bounds the loop for input such as NaN.
 _MAX_NEWTON_STEPS = 25
 
+# On a GPU the end is looked for, and waited for, after each so many steps: more change nothing.
+_STEPS_UNTIL_LOOK = 8
+
 # As in Durkan et al.: the smallest share of the interval that a bin takes, and the smallest slope.
 _MIN_SHARE = 1e-3
 _MIN_SLOPE = 1e-3
@@ -147,11 +150,12 @@ class _InverseSmoothLeakyReLU(Function):
     def forward(y: Tensor, alpha: Tensor) -> Tensor:
         x = torch.where(y > 0, y, y / alpha)
         lowest = x - (1 - alpha) * math.log(2) / alpha  # a lower bound of the root
-        for _ in range(_MAX_NEWTON_STEPS):
+        for count in range(1, _MAX_NEWTON_STEPS + 1):
             step = (_smooth_leaky_relu(x, alpha) - y) / _slope(x, alpha)
             # Only downwards, and not below the lower bound; infinities stay where they are.
             smaller = torch.where(step > 0, x - step, x).clamp_min(lowest)
-            if not (is_traced() or (smaller < x).any()):
+            looks = not is_traced() and (not x.is_cuda or count % _STEPS_UNTIL_LOOK == 0)
+            if looks and not (smaller < x).any():
                 break
             x = torch.where(smaller < x, smaller, x)
         return x

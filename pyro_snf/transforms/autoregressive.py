@@ -160,9 +160,10 @@ class LowRankAutoregressive(InvertibleTransformModule):
             # u + diag(e⁻ˢ) Bᵀ M u = right:  first M u, from (I + M diag(e⁻ˢ) Bᵀ) M u = M right.
             small = (middle / scale.unsqueeze(-2)) @ weight_in.mT
             small.diagonal(dim1=-2, dim2=-1).add_(1)
-            product = torch.linalg.solve(
+            # Never singular, but for rounding: a check would wait for a GPU.
+            product = torch.linalg.solve_ex(
                 at_least_float32(small), at_least_float32(middle @ right.unsqueeze(-1))
-            ).to(x.dtype)
+            ).result.to(x.dtype)
             return right - F.linear(product.squeeze(-1), weight_in.mT) / scale
 
     def _apply(

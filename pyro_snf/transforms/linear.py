@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -129,7 +128,8 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         A constant to autograd.
         """
         inverse = self.log_det.inverse_weight(self.theta, self.event_shape)
-        return inverse * torch.exp(-self.log_scale).to(inverse.dtype)
+        factors = torch.exp(-self.log_scale).to(inverse.dtype)
+        return self.log_det.linear_map.scale_rows(inverse.mT, factors).mT
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Any]:
         recording = self.recording.get()
@@ -188,19 +188,28 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         self.bias.add_(self.log_scale.exp() * image)
 
     @torch.no_grad()
-    def balance(self, limit: float) -> None:
+    def balance(self, limit: float, imbalance: float | None = None) -> None:
         """Move the lengths of A's rows to ``log_scale``, if one is not within a factor of 1.
 
         ``W`` stays as it is. With rows of length 1, ``I + Θ/√D`` loses no digits to the identity.
 
         :param float limit: the factor.
+        :param imbalance: a recent :meth:`row_imbalance`, if it is known.
         """
-        weight = self.log_det.linear_map.weight(self.theta)
-        log_lengths = weight.norm(dim=-1).log()
-        if log_lengths.abs().max() <= math.log(limit):
+        imbalance = self.row_imbalance().item() if imbalance is None else imbalance
+        if imbalance <= limit:
             return
+        log_lengths = self._log_row_lengths()
         self.log_scale.add_(log_lengths)
         self.log_det.scale_output(self.theta, -log_lengths)
+
+    @torch.no_grad()
+    def row_imbalance(self) -> Tensor:
+        """The largest factor by which the length of a row of A differs from 1, shape ``()``."""
+        return self._log_row_lengths().abs().max().exp()
+
+    def _log_row_lengths(self) -> Tensor:
+        return self.log_det.linear_map.weight(self.theta).norm(dim=-1).log()
 
     def _pull(self, gradient: Tensor) -> Tensor:
         """``Wᵀ g`` for rows g."""

@@ -245,8 +245,8 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     @property
     def weight(self) -> Tensor:
         """The effective weight ``diag(e^s) a``, of θ's shape: a matrix or a kernel."""
-        weight = self.log_det.linear_map.weight(self.theta)
-        return self.log_scale.exp().view(-1, *[1] * (weight.dim() - 1)) * weight
+        linear_map = self.log_det.linear_map
+        return linear_map.scale_rows(linear_map.weight(self.theta), self.log_scale.exp())
 
     @property
     def uses_approximate_inverse(self) -> bool:
