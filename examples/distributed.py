@@ -13,7 +13,8 @@ With ``--max-restarts``, torchrun starts all processes again after one has died 
 they go on from the latest checkpoint. It has all that the layers know, and random numbers depend on
 the step and the process alone: the result is that of a run without failures.
 
-With the default seed, NUMBERS
+With the default seed, the density ends at 98.86 nats with one process as with two. The ELBO of the
+guide depends on its particles, of which two processes have twice as many: 3.26 nats.
 
 Results are in outputs/distributed: result.json, and loss.png.
 """
