@@ -36,7 +36,7 @@ from pyro_snf.maps.kernels import (
     matrix,
     norm_bound,
 )
-from pyro_snf.precision import at_least_float32, check_finite
+from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import first_order_only
 
 __all__ = ["ConvolutionFactors", "factorization_flops"]
@@ -122,7 +122,7 @@ class ConvolutionFactors(Factors):
             if error <= allowed:
                 break
         if not condition * eps < 1:
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the convolution is singular in {kernel.dtype}: its condition number is about "
                 f"{math.inf if math.isnan(condition) else condition:.1g}"
             )
@@ -328,7 +328,7 @@ class _Sparse(_Pivoted):
         try:
             return splu(sparse.csc_matrix(sum(terms[1:], terms[0])))
         except RuntimeError as error:
-            raise torch.linalg.LinAlgError(f"the convolution is singular: {error}") from error
+            raise singular(f"the convolution is singular: {error}") from error
 
     @cached_property
     def log_abs_det(self) -> Tensor:

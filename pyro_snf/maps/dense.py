@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_snf.maps.base import Factors, LinearMap
-from pyro_snf.precision import at_least_float32, check_finite
+from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import implicit_solve
 
 __all__ = ["Dense", "LUFactors"]
@@ -103,7 +103,7 @@ class LUFactors(Factors):
         check_finite(matrix)
         lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
         if info != 0:
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the weight is singular: pivot {int(info)} of its LU factorization is zero"
             )
         return lu, pivots
@@ -125,7 +125,7 @@ class LUFactors(Factors):
     def _factors(self) -> tuple[Tensor, Tensor]:
         lu, pivots = self._unchecked_factors
         if not self.condition * torch.finfo(lu.dtype).eps < 1:
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the weight is singular in {lu.dtype}: its condition number is about "
                 f"{self.condition:.1g}"
             )
