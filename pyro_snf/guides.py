@@ -160,7 +160,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         inverse: str | None = None,
     ) -> None:
         num_layers = as_count("num_layers", num_layers)
-        check_factory("activation, a function or a class that makes transforms", activation)
+        check_factory("activation, a factory of transforms", activation)
         expect("init_loc_fn, a function of a site", callable(init_loc_fn), init_loc_fn)
         if gradient is not None:
             check_choice("gradient, if not None,", gradient, GRADIENTS)

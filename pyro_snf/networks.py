@@ -50,7 +50,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         input_dim = as_count("input_dim", input_dim)
         context_dim = as_count("context_dim", context_dim, 0)
-        check_factory("activation, a function or a class that makes modules", activation)
+        check_factory("activation, a factory of modules", activation)
         check_device(device)
         check_dtype(dtype)
         fits = are_counts(hidden_dims) and len(hidden_dims) > 0

@@ -12,6 +12,7 @@ __all__ = [
     "at_least_float32",
     "check_finite",
     "keep_float32",
+    "singular",
     "soft_bound",
     "without_autocast",
     "zero_if_finite",
@@ -55,13 +56,24 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
+def singular(problem: str) -> torch.linalg.LinAlgError:
+    """The error of a map that is singular or not finite, with what helps against it.
+
+    :param str problem: what is the case.
+    """
+    return torch.linalg.LinAlgError(
+        f"{problem}. Where training led to it: scale the data (or begin the flow with ActNorm), "
+        "lower the learning rate, or use float64"
+    )
+
+
 def check_finite(weight: Tensor) -> None:
     """Raise unless all entries are finite.
 
     :raises torch.linalg.LinAlgError: if one is NaN or infinite.
     """
     if not torch.isfinite(weight).all():
-        raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+        raise singular("the weight has NaN or infinite entries")
 
 
 def zero_if_finite(weight: Tensor) -> Tensor:

@@ -270,6 +270,16 @@ def test_bad_parameters_surface(log_det: str, parameter: str, kind: Callable[...
             assert f"{type(layer).__name__}(4, " in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize("kind", [linear, conv], ids=["linear", "conv"])
+@pytest.mark.parametrize("entry", [0.0, math.nan])
+def test_error_of_a_singular_layer_says_what_helps(entry: float, kind: Callable[..., Any]) -> None:
+    layer, x = kind(4).eval(), torch.randn(3, 4, 4, 4)
+    with torch.no_grad():
+        layer.theta.copy_(layer.log_det.linear_map.theta_of(torch.full_like(layer.theta, entry)))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"ActNorm.*learning rate.*float64"):
+        layer.log_abs_det_jacobian(x, layer(x))
+
+
 # --- Lower precision ----------------------------------------------------------------------------
 
 

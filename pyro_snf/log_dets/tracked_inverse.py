@@ -51,7 +51,7 @@ from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number, sav
 from pyro_snf.log_dets.residual_monitor import InverseError, ResidualMonitor, measure_error
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.maps.dense import Dense
-from pyro_snf.precision import at_least_float32, keep_float32
+from pyro_snf.precision import at_least_float32, keep_float32, singular
 from pyro_snf.probes import ProbeStream
 from pyro_snf.surrogate import Surrogate
 
@@ -446,7 +446,7 @@ class TrackedInverse(SavesAttributes):
         _, self._rounding = self._measure(current, self.num_probes)
         self.error_estimate = self._rounding.inverse
         if not self.error_estimate < 1:
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the weight is numerically singular in {current.dtype}: its computed inverse R "
                 f"leaves ‖I − RW‖_F/√D = {self.error_estimate:.2g}"
             )

@@ -36,7 +36,7 @@ from pyro_snf.maps.kernels import (
     matrix,
     norm_bound,
 )
-from pyro_snf.precision import at_least_float32, check_finite
+from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import first_order_only
 
 __all__ = ["ConvolutionFactors", "factorization_flops"]
@@ -123,7 +123,7 @@ class ConvolutionFactors(Factors):
             check_finite(kernel)  # only here and below: a GPU is waited for once
         if not condition * eps < 1:
             check_finite(kernel)
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the convolution is singular in {kernel.dtype}: its condition number is about "
                 f"{math.inf if math.isnan(condition) else condition:.1g}"
             )
@@ -329,7 +329,7 @@ class _Sparse(_Pivoted):
         try:
             return splu(sparse.csc_matrix(sum(terms[1:], terms[0])))
         except RuntimeError as error:
-            raise torch.linalg.LinAlgError(f"the convolution is singular: {error}") from error
+            raise singular(f"the convolution is singular: {error}") from error
 
     @cached_property
     def log_abs_det(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_snf.maps.base import Factors, LinearMap
-from pyro_snf.precision import at_least_float32, check_finite
+from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import Solver, implicit_solve
 from pyro_snf.transfer import read
 
@@ -126,7 +126,7 @@ class LUFactors(Factors):
         if not is_finite:
             check_finite(matrix)  # raises
         if pivot != 0:
-            raise torch.linalg.LinAlgError(
+            raise singular(
                 f"the weight is singular: pivot {int(pivot)} of its LU factorization is zero"
             )
         return value

@@ -29,7 +29,7 @@ from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors
 from pyro_snf.maps.dense import Dense, check_condition, norm_of_inverse
 from pyro_snf.maps.sharded_inverse import inverse_transposed
-from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.precision import at_least_float32, singular, without_autocast
 
 __all__ = ["ShardedDense", "ShardedInverse"]
 
@@ -199,7 +199,7 @@ class ShardedInverse(Factors):
         rows = at_least_float32(_rows_of(self.weight))
         num_infinite = _summed((~torch.isfinite(rows)).sum(), self.weight)
         if num_infinite > 0:
-            raise torch.linalg.LinAlgError("the weight has NaN or infinite entries")
+            raise singular("the weight has NaN or infinite entries")
         inverse_rows, log_abs_det = inverse_transposed(rows, _group_of(self.weight))
         return _like(inverse_rows, self.weight), log_abs_det.to(rows.dtype)
 

@@ -14,7 +14,7 @@ from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
 from pyro_snf.log_dets.base import as_method
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_positive, check_choice, check_device, check_dtype, check_flag
-from pyro_snf.precision import at_least_float32, without_autocast
+from pyro_snf.precision import at_least_float32, singular, without_autocast
 from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
 from pyro_snf.tracing import is_traced, run_eagerly
 from pyro_snf.transforms.base import InvertibleTransformModule
@@ -276,7 +276,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         total = log_scale.sum()
         # A GPU is not waited for: there the caller gets a NaN.
         if not total.is_cuda and not is_traced() and not math.isfinite(total.item()):
-            raise torch.linalg.LinAlgError("log_scale has NaN or infinite entries")
+            raise singular("log_scale has NaN or infinite entries")
         copies = event_shape.numel() // len(log_scale)
         return total if copies == 1 else copies * total
 
