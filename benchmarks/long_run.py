@@ -8,9 +8,10 @@ one of the 50,000 steps. A row of the table tells, of the 1,000 steps before it,
   it is measured at every tenth step, at the step itself, in nats;
 - ‖I − RW‖_F/√D and the relative error of the gradient of log|det W|, exactly, at the last step;
 - how often R has been refactorized, and the loss;
-- milliseconds of a step, without the measurements, and the resident memory of the process.
+- milliseconds of processor time of a step, without the measurements (the machine may be shared),
+  and the resident memory of the process.
 
-    python benchmarks/long_run.py
+    OMP_NUM_THREADS=1 python benchmarks/long_run.py
 
 Rows are appended to a file as they come, JSON lines. Resident memory is read from /proc: Linux.
 """
@@ -50,7 +51,7 @@ class Mixture:
         self.mixings = scales * torch.linalg.qr(noise).Q.mT  # a component's samples: rows ε Mᵀ
 
     def sample(self, count: int) -> Tensor:
-        """All of one component each ``count`` draws: that moves W further than a mixed batch."""
+        """A batch of one component: its gradient is farther from the mean than a mixed batch's."""
         index = int(torch.randint(NUM_COMPONENTS, (), generator=self.generator))
         noise = torch.randn(count, self.means.shape[-1], generator=self.generator)
         return self.means[index] + noise @ self.mixings[index]
@@ -73,11 +74,11 @@ def run(args: argparse.Namespace) -> list[dict]:
     rows, losses, errors, seconds = [], [], [], 0.0
     for step in range(1, args.num_steps + 1):
         batch = data.sample(args.batch_size)
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.zero_grad()
         loss = -density.log_prob(batch).mean()
         loss.backward()
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if step % MEASURE_EVERY == 0:
             # The parameters are still those of the step: this is the value that it reported.
             point = batch[:1]
@@ -85,10 +86,10 @@ def run(args: argparse.Namespace) -> list[dict]:
             errors.append(abs(value - exact_log_abs_det(layer)))
         if step % args.print_every == 0:
             inverse, gradient = inverse_error(layer), gradient_error(layer).relative
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.step()
         losses.append(loss.item())
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if step % args.print_every == 0:
             row = {
                 "step": step,
@@ -118,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
 
     rows = run(args)
+    columns = "steps, loss, value in nats, ‖I − RW‖_F/√D, gradient, refactorizations, ms, MB"
     print_table(
-        ["steps", "loss", "value, nats", "‖I − RW‖_F/√D", "gradient", "refactorizations", "ms", "MB"],
+        columns.split(", "),
         [
             [
                 f"{row['step']:,}",
