@@ -61,6 +61,13 @@ class LogDetMethod(SavesAttributes, ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
+    def reset_parameters(self) -> None:
+        """Forget what is known of A. A subclass with a state starts it anew, too.
+
+        That of submodules is their own: after ``to_empty`` torch calls this method of each module.
+        """
+        self._factors.clear()
+
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         """Make the state for a map; called when a layer is made, and when it is sharded.
 
