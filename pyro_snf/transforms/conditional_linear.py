@@ -447,9 +447,10 @@ def conditional_self_normalizing_linear(
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
     fits = are_counts(widths) and len(widths) > 0  # a DenseNN has at least one hidden layer
     expect("hidden_dims, a non-empty list of integers >= 1", fits, hidden_dims)
-    network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
-    last: Any = network.layers[-1]
-    network.layers[-1] = _FirstOutputs(last.in_features, last.out_features, input_dim, rank)
+    with torch.device("cpu"):  # Pyro reads numbers off tensors, which "meta" ones do not have
+        network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
+        last: Any = network.layers[-1]
+        network.layers[-1] = _FirstOutputs(last.in_features, last.out_features, input_dim, rank)
     transform = ConditionalSelfNormalizingLinear(input_dim, network, rank=rank, **kwargs)
     network.to(transform.linear.theta)  # its device and dtype
     return transform
