@@ -1,9 +1,9 @@
-"""Whether a run of examples/images.py survives being killed, and a full disk.
+"""Whether a run of examples/images.py survives being killed, Ctrl-C, and a full disk.
 
-The run is made once in peace, and once with 20 accidents: its process is killed (SIGKILL) at a
-random moment, or while a checkpoint is being written, and resumed. Each life has to go on from a
-checkpoint and to write a later one. In the end, weights, optimizer, history and result of the two
-runs have to be equal, to the last bit.
+The run is made once without accidents, and twice with 20 of them: its process gets a SIGKILL, or a
+SIGINT as by Ctrl-C, at a random moment or while a checkpoint is being written, and is resumed. Each
+process has to go on from a checkpoint and to write a later one. In the end, weights, optimizer,
+history and result have to equal those of the first run, to the last bit.
 
 Then the space runs out (by a limit on the sizes of files, as on a full disk): the run has to end
 with one line and an exit code that is not 0, the latest checkpoint has to be whole, and no other
@@ -61,8 +61,10 @@ def finish(process: subprocess.Popen) -> None:
         raise SystemExit(f"the example failed:\n{errors}")
 
 
-def kill(folder: Path, process: subprocess.Popen, chance: random.Random, *, amid: bool) -> None:
-    """Kill it after its next checkpoint: at a random moment, or while it writes one more."""
+def end(
+    folder: Path, process: subprocess.Popen, number: int, chance: random.Random, *, amid: bool
+) -> None:
+    """Send it a signal after its next checkpoint: at a random moment, or while it writes one."""
     checkpoint, part = folder / "checkpoint.pt", folder / "checkpoint.pt.part"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     while process.poll() is None:
@@ -75,8 +77,8 @@ def kill(folder: Path, process: subprocess.Popen, chance: random.Random, *, amid
     else:
         time.sleep(chance.uniform(0, 0.5))
     if process.poll() is not None:
-        raise SystemExit("the run was over before it could be killed: take more --epochs")
-    process.send_signal(signal.SIGKILL)
+        raise SystemExit("the run was over before the signal: take more --epochs")
+    process.send_signal(number)
     process.communicate()
 
 
@@ -106,22 +108,23 @@ def outcome(folder: Path) -> list[Any]:
     return comparable([checkpoint, json.loads((folder / "result.json").read_text())])
 
 
-def survive_kills(folder: Path, args: argparse.Namespace) -> None:
-    finish(start(folder / "peace", args))
-    chance = random.Random(args.seed)
-    num_amid = 0
-    for life in tqdm(range(args.kills)):
-        before = steps_of(folder / "kills")
-        process = start(folder / "kills", args, *(["--resume"] if life else []))
-        kill(folder / "kills", process, chance, amid=life % 2 == 1)
-        num_amid += (folder / "kills" / "checkpoint.pt.part").exists()
-        if steps_of(folder / "kills") <= before:
-            raise SystemExit(f"life {life} did not go on from step {before}")
-    finish(start(folder / "kills", args, "--resume"))
-    is_equal = are_equal(outcome(folder / "peace"), outcome(folder / "kills"))
+def survive_signals(root: Path, args: argparse.Namespace, number: signal.Signals) -> None:
+    folder, chance, num_amid = root / number.name, random.Random(args.seed), 0
+    for index in tqdm(range(args.count), desc=number.name):
+        before = steps_of(folder)
+        process = start(folder, args, *(["--resume"] if index else []))
+        end(folder, process, number, chance, amid=index % 2 == 1)
+        is_amid = (folder / "checkpoint.pt.part").exists()
+        if is_amid and number == signal.SIGINT:
+            raise SystemExit("an interrupted process left a file that it had begun")
+        num_amid += is_amid
+        if steps_of(folder) <= before:
+            raise SystemExit(f"process {index} did not go on from step {before}")
+    finish(start(folder, args, "--resume"))
+    is_equal = are_equal(outcome(root / "peace"), outcome(folder))
     print(
-        f"killed {args.kills} times, {num_amid} of them in the middle of a write; "
-        f"resumed {args.kills} times; the outcome is "
+        f"{number.name} {args.count} times, {num_amid} of them left a file half written; "
+        f"resumed {args.count} times; the outcome is "
         + ("equal to that of the run in peace" if is_equal else "NOT that of the run in peace")
     )
     if not is_equal:
@@ -152,14 +155,16 @@ def survive_a_full_disk(folder: Path, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--count", type=int, default=20, help="of accidents of each kind")
     parser.add_argument("--model", default="conv")
     parser.add_argument("--log-det", default="refined")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        survive_kills(Path(folder), args)
+        finish(start(Path(folder) / "peace", args))
+        survive_signals(Path(folder), args, signal.SIGKILL)
+        survive_signals(Path(folder), args, signal.SIGINT)
         survive_a_full_disk(Path(folder), args)
 
 
