@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -64,7 +63,7 @@ from pyro_snf.images import LogitTransform, dequantize
 from pyro_snf.probes import PROBES, draw_probes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common import load_mnist  # found through the line above
+from common import load_mnist, save_json  # found through the line above
 from density_digits import load_data
 
 BATCH = 100
@@ -716,7 +715,7 @@ def densities(args: argparse.Namespace) -> None:
                 file = args.output / f"free_form_{name}_{seed}.json".replace(", ", "_").replace(
                     " ", ""
                 )
-                file.write_text(json.dumps(row, indent=1))
+                save_json(file, row)
 
 
 # --- Time ----------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ Needs ``pip install -e .[benchmarks]``.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -38,7 +37,7 @@ import numpy as np
 import pyro.distributions.transforms as pyro_transforms
 import torch
 import zuko.transforms
-from mnist_fc import load_mnist, preprocess
+from mnist_fc import load_mnist, preprocess, save_json
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -587,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dim, batch in bar:
         bar.set_description(f"D = {dim}, batch {batch}")
         rows.extend(measure(dim, batch, args))
-        (args.output / "result.json").write_text(json.dumps(rows, indent=1))
+        save_json(args.output / "result.json", rows)
     if args.paper:
         plot(rows, 128, args.output / "paper.png", logarithmic=False)
     else:

@@ -18,7 +18,6 @@ steps of Adam at 1e-3 (for kernels as they are; for θ that is 1e-3·√(C·9)),
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import load_mnist
+from mnist_fc import load_mnist, save_json
 from torch import Tensor
 from tqdm import tqdm
 
@@ -167,7 +166,7 @@ def train(args: argparse.Namespace) -> None:
         rows.append(row)
         args.output.mkdir(parents=True, exist_ok=True)
         name = f"mnist_conv_{args.activation}_{'_'.join(args.methods)}.json"
-        (args.output / name).write_text(json.dumps(rows, indent=1))
+        save_json(args.output / name, rows)
 
     steps = [step for step in EVALUATE_AT if step <= args.num_steps]
     print("| method | " + " | ".join(map(str, steps)) + " | ms a step |")

@@ -13,7 +13,6 @@ on every step; that is left out of the times.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ from pyro_snf import Compose, Refined, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.diagnostics import gradient_error, inverse_error, report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common import load_mnist  # found through the line above
+from common import load_mnist, save_json  # found through the line above
 
 LOG_DETS = ("exact", "refined", "learned")
 BATCH = 100
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for log_det in args.log_det:
         rows.append(train(log_det, args, images, test_images))
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(rows, indent=1))
+        save_json(args.output, rows)
 
     epochs = [str(epoch) for epoch, _ in rows[0]["test_nll"]]
     print("| log_det | " + " | ".join(f"epoch {e}" for e in epochs) + " | ms a step |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,18 +16,23 @@ Row = dict[str, Any]
 
 
 def load(path: Path) -> list[Row]:
-    """The results so far."""
+    """The results so far; not the beginning of a line, which a killed process may have left."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def append(path: Path, row: Row) -> None:
     """Add a result, and print it."""
     print(row, flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # see load
+        file.write(f"{json.dumps(row)}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyro.distributions as dist
 import torch
-from common import format_table, make_parser, positive_int, write_result
+from common import format_table, make_parser, positive_int, save_figure, write_result
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import trange
@@ -93,7 +93,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser = make_parser(__doc__, output_dir="outputs/amortized")
     parser.add_argument("--num-steps", type=positive_int, default=3000, help="default 3000")
     args = parser.parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     table, levels, figure = [], (0.05, 0.95), Figure(figsize=(10, 3.4), layout="constrained")
     with args.device:  # all tensors are made there
         epidemic = Epidemic()
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
             panel.fill_between(years, *np.quantile(infections, levels, axis=0), alpha=0.3)
             panel.semilogy(years, infections[:5].T, linewidth=1)
             panel.set(title=name, ylim=(1, 1e4), ylabel="infections in a quarter")
-    figure.savefig(args.output_dir / "posterior.png", dpi=150)
+    save_figure(args.output_dir / "posterior.png", figure)
     print(format_table(table))
     return write_result(args, table)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import json
 import math
 import os
@@ -12,12 +13,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 #: MNIST's images, as they are named where they are published; there with ".gz" at the end.
@@ -72,6 +74,16 @@ def image_folder(text: str) -> Path:
     return folder
 
 
+def output_folder(text: str) -> Path:
+    """An option's value that is a folder, made if it is not there: before any work is done."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
 def make_parser(docstring: str | None, *, output_dir: str) -> argparse.ArgumentParser:
     """A parser with the options of all examples, the docstring as its help.
 
@@ -86,8 +98,8 @@ def make_parser(docstring: str | None, *, output_dir: str) -> argparse.ArgumentP
     )
     parser.add_argument(
         "--output-dir",
-        type=Path,
-        default=Path(output_dir),
+        type=output_folder,
+        default=output_dir,
         help=f"where pictures and result.json go (default {output_dir})",
     )
     return parser
@@ -259,11 +271,55 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def save_whole(state: Mapping[str, object], path: Path) -> None:
-    """``torch.save`` to a file that is never seen half written."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half written, whatever happens meanwhile.
+
+    Until the new content is on the disk, the old file stays as it is.
+
+    :raises SystemExit: if it cannot be written, as on a full disk.
+    """
     part = path.with_name(f"{path.name}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name could outlive the content in a power cut
+        os.replace(part, path)
+        if os.name == "posix":  # elsewhere, folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # of the new name
+            finally:
+                os.close(folder)
+    except BaseException as error:  # Ctrl-C among them
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SystemExit(f"error: cannot write {path}: {error.strerror}") from error
+        raise
+
+
+# All contents are made in memory first: torch.save, for one, reports a full disk as an error of its
+# own that says nothing of disks.
+
+
+def save_state(path: Path, state: Mapping[str, object]) -> None:
+    """``torch.save``, by :func:`write_whole`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def save_figure(path: Path, figure: Figure, *, dpi: int = 150) -> None:
+    """``figure.savefig``, likewise."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=dpi)
+    write_whole(path, buffer.getvalue())
+
+
+def save_json(path: Path, value: object) -> None:
+    """``json.dump``, likewise."""
+    write_whole(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def write_result(args: argparse.Namespace, table: Sequence[Mapping[str, object]]) -> dict:
@@ -277,8 +333,7 @@ def write_result(args: argparse.Namespace, table: Sequence[Mapping[str, object]]
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "table": [{key: _json_value(value) for key, value in row.items()} for row in table],
     }
-    path = args.output_dir / "result.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_json(args.output_dir / "result.json", result)
     return result
 
 

@@ -55,7 +55,14 @@ import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
-from common import format_table, make_parser, positive_float, positive_int, write_result
+from common import (
+    format_table,
+    make_parser,
+    positive_float,
+    positive_int,
+    save_figure,
+    write_result,
+)
 from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm
@@ -500,7 +507,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @pyro.validation_enabled(False)  # a flow that has diverged is to be seen in the table
 def main(argv: Sequence[str] | None = None) -> dict:
     args = parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     densities = {name: DENSITIES[name]() for name in args.densities}
     runs = train(
         densities,
@@ -548,9 +554,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         + ", ".join(f"{fmean(values):.1f} {name}" for name, values in milliseconds.items())
     )
 
-    plotting.plot_densities(pictures, limit=VIEW, title="Samples, and exact log densities").savefig(
-        args.output_dir / "densities.png", dpi=100
-    )
+    title = "Samples, and exact log densities"
+    figure = plotting.plot_densities(pictures, limit=VIEW, title=title)
+    save_figure(args.output_dir / "densities.png", figure, dpi=100)
     result = write_result(args, table)
     print(f"\nThe picture and result.json are in {args.output_dir}")
     return result

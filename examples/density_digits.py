@@ -36,6 +36,7 @@ from common import (
     make_parser,
     positive_float,
     positive_int,
+    save_figure,
     write_result,
 )
 from matplotlib.figure import Figure
@@ -223,7 +224,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     args = parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     digits = load_data()
     runs = train(
         digits,
@@ -254,16 +254,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
     print(f"\nExact test NLL at the step with the best validation NLL:\n{format_table(table)}")
 
-    _plot_training(runs).savefig(args.output_dir / "test_nll.png", dpi=150)
+    save_figure(args.output_dir / "test_nll.png", _plot_training(runs))
     count = COLUMNS * ROWS
     groups = {"test data": digits.test[:count].reshape(count, 8, 8)}
     groups.update({name: sample_images(run.flow, count, args.seed) for name, run in runs.items()})
-    plotting.plot_image_grid(
+    samples = plotting.plot_image_grid(
         torch.cat(list(groups.values())),
         columns=COLUMNS,
         row_labels=[label if row == 0 else "" for label in groups for row in range(ROWS)],
         title="Test images, and samples of the three flows from the same latents",
-    ).savefig(args.output_dir / "samples.png", dpi=150)
+    )
+    save_figure(args.output_dir / "samples.png", samples)
     result = write_result(args, table)
     print(f"\nPictures and result.json are in {args.output_dir}")
     return result

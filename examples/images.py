@@ -32,14 +32,17 @@ that is fitted to the trained one; that of ``"learned"`` ones has been trained a
 Results are in outputs/images: result.json; history.csv and curves.png; samples.png and
 reconstructions.png, in which the flow is inverted in one pass, approximately, and exactly, from the
 same latents; kernels.png, of the layers and of their approximate inverses; and checkpoint.pt, from
-which ``--resume`` goes on after Ctrl-C as if nothing had happened.
+which ``--resume`` goes on as if nothing had happened: after Ctrl-C from the latest step, after a
+killed process or a power cut from the latest epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,8 +59,10 @@ from common import (
     make_parser,
     positive_float,
     positive_int,
-    save_whole,
+    save_figure,
+    save_state,
     write_result,
+    write_whole,
 )
 from density_digits import LEVELS as DIGIT_LEVELS
 from density_digits import LOG_DETS
@@ -337,13 +342,14 @@ def _copy(value: object) -> object:
 def train(run: Run, *, num_epochs: int, checkpoint: Path, show_progress: bool = True) -> None:
     """Train until so many epochs are over, from wherever the run is.
 
-    Each epoch ends with an evaluation and a checkpoint. Ctrl-C ends the training early: with a
-    checkpoint, and an evaluation that is not in it.
+    There is a checkpoint at the start, and each epoch ends with an evaluation and a checkpoint.
+    Ctrl-C ends the training early: with a checkpoint, and an evaluation that is not in it.
 
     :raises SystemExit: where a loss is not finite.
     """
     if not run.history:
         run.evaluate()
+        save_state(checkpoint, run.state())  # now, for a disk that is full should show at once
     num_steps = num_epochs * run.steps_per_epoch
     with (
         tqdm(
@@ -360,7 +366,7 @@ def train(run: Run, *, num_epochs: int, checkpoint: Path, show_progress: bool = 
                 )
             if run.num_steps % run.steps_per_epoch == 0:
                 run.evaluate()
-                save_whole(run.state(), checkpoint)
+                save_state(checkpoint, run.state())
             latest = run.history[-1]
             bar.set_postfix_str(
                 f"loss {loss:.1f}, validation {latest.validation:.2f} nats, "
@@ -369,7 +375,7 @@ def train(run: Run, *, num_epochs: int, checkpoint: Path, show_progress: bool = 
             )
             bar.update()
         if run.num_steps < num_steps:
-            save_whole(run.state(), checkpoint)
+            save_state(checkpoint, run.state())
             bar.write("Interrupted: going on with the flow as it is; --resume continues.")
             run.evaluate()
 
@@ -495,7 +501,7 @@ def draw_pictures(run: Run, seed: int, folder: Path) -> dict[str, float]:
         "curves": _plot_training(run),
     }
     for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        save_figure(folder / f"{name}.png", figure)
     return {
         "one-pass samples off by": _mean_difference(*samples),
         "one-pass reconstructions off by": _mean_difference(shown, again[0]),
@@ -599,23 +605,31 @@ def make_run(args: argparse.Namespace, checkpoint: Path) -> Run:
         if args.resume:
             if not checkpoint.is_file():
                 raise ValueError(f"expected a checkpoint to resume from; got no {checkpoint}")
-            run.load_state(torch.load(checkpoint, map_location=args.device, weights_only=True))
+            run.load_state(_load(checkpoint, args.device))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     return run
 
 
+def _load(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint, map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = "".join(str(error).splitlines()[:1])
+        raise ValueError(f"{checkpoint}: expected a whole checkpoint; got {reason}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     args = parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = args.output_dir / "checkpoint.pt"
     run = make_run(args, checkpoint)
     train(run, num_epochs=args.epochs, checkpoint=checkpoint)
 
-    with (args.output_dir / "history.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Epoch._fields)
-        writer.writerows(run.history)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Epoch._fields)
+    writer.writerows(run.history)
+    write_whole(args.output_dir / "history.csv", text.getvalue().encode())
     assert run.best is not None
     run.flow.load_state_dict(run.best.state)
     loss = run.negative_log_likelihood(run.data.test)

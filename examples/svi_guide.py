@@ -28,7 +28,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from common import format_table, make_parser, positive_int, write_result
+from common import format_table, make_parser, positive_int, save_figure, write_result
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -66,7 +66,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser = make_parser(__doc__, output_dir="outputs/svi_guide")
     parser.add_argument("--num-steps", type=positive_int, default=3000, help="default 3000")
     args = parser.parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     table, samples = [], {}
     with args.device:  # all tensors are made there
         years, counts = load_sunspots()
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
         ylabel="sunspot number",
         title="Sunspots: posterior of the intensity",
     )
-    figure.savefig(args.output_dir / "intensity.png", dpi=150)
+    save_figure(args.output_dir / "intensity.png", figure)
     print(format_table(table))
     return write_result(args, table)
 

@@ -247,6 +247,8 @@ def _make_activation(
 @torch.no_grad()
 def _rotate(layer: SelfNormalizingConv2d) -> None:
     """Make a 1 × 1 convolution start as a random orthogonal matrix, and know its inverse."""
+    if layer.theta.is_meta:  # which has no values: they come with a state_dict
+        return
     matrix = nn.init.orthogonal_(torch.empty(layer.channels, layer.channels, dtype=torch.float64))
     layer.theta.copy_(layer.log_det.linear_map.theta_of(matrix.view_as(layer.theta)))
     layer.refactorize()

@@ -13,6 +13,15 @@ from pyro_snf.options import are_counts, as_count, check_device, check_dtype, ch
 __all__ = ["ResidualMLP"]
 
 
+class _ZeroLinear(nn.Linear):
+    """A dense layer that starts at 0."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # whose draws are made in any case
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class ResidualMLP(nn.Module):
     r"""A residual network of vectors that starts as the identity,
 
@@ -69,9 +78,7 @@ class ResidualMLP(nn.Module):
                 linear = nn.Linear(width, hidden_dim, device=device, dtype=dtype)
                 layers += [linear, make_activation()]
                 width = hidden_dim
-            last = nn.Linear(width, input_dim, device=device, dtype=dtype)
-            init.zeros_(last.weight)
-            init.zeros_(last.bias)
+            last = _ZeroLinear(width, input_dim, device=device, dtype=dtype)
             self.blocks.append(nn.Sequential(*layers, last))
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:

@@ -65,10 +65,17 @@ class GECO(nn.Module):
         self.tolerance = as_number(expected, tolerance, lambda number: 0 < number < 1e18)
         self.rate = as_positive("rate", rate)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
-        log_weight = math.log(as_positive("weight", weight))
-        self.register_buffer("log_weight", torch.tensor(log_weight))
+        self._first_log_weight = math.log(as_positive("weight", weight))
+        self.register_buffer("log_weight", torch.empty(()))
+        self.register_buffer("mean_square_error", torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """λ as it was given, and an averaged error that is just tolerated."""
+        self.log_weight.fill_(self._first_log_weight)
         # Starting at the tolerance, the first errors move λ no faster than later ones.
-        self.register_buffer("mean_square_error", torch.tensor(self.tolerance**2))
+        self.mean_square_error.fill_(self.tolerance**2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GECO:
         # In half precision, steps of λ would be rounded away.
@@ -150,6 +157,10 @@ class StepCounter(SavesAttributes):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Count from 0 again."""
         #: Different states of the parameters seen so far.
         self.num_states = 0
         self._latest: StateCache[int] = StateCache()

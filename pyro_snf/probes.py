@@ -100,9 +100,15 @@ class ProbeStream(SavesAttributes):
     ) -> None:
         super().__init__()
         self.differs_by_process = differs_by_process
-        if seed is None:
-            seed = int(torch.randint(2**62, (), device="cpu"))
-        self.register_buffer("seed", torch.tensor(seed, device=device))
+        self._given_seed = seed
+        self.register_buffer("seed", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew: from the seed that was given, or else from a new one."""
+        seed = self._given_seed
+        self.seed.fill_(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         #: Generators made so far.
         self.count = 0
         self._known_seed: tuple[int, int] | None = None  # the buffer's version, and its value

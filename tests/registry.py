@@ -126,6 +126,11 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 make_inverse_near(part)
 
 
+def randomize_outputs(network: DenseNN) -> None:
+    """Make a context matter to a network that starts as the same map for all contexts."""
+    nn.init.normal_(network.layers[-1].weight, std=0.2)
+
+
 @torch.no_grad()
 def _randomize_network(network: nn.Module, normal: Callable[[Tensor], Tensor]) -> None:
     """Blocks whose layers' norms have the product :data:`BLOCK_SPREAD`, or a pair's matrices."""
@@ -641,8 +646,7 @@ def _conditional_case(
                 transform = conditional_self_normalizing_linear(
                     dim, 2, [6], rank=rank, **layer_options(options)
                 )
-                # It would start as the same map for all contexts.
-                nn.init.normal_(transform.nn.layers[-1].weight, std=0.2)
+                randomize_outputs(transform.nn)
             else:
                 sizes = [dim, dim, rank * dim, rank * dim][: 4 if rank else 2]
                 network = DenseNN(2, [6], sizes, nonlinearity=nn.Tanh())

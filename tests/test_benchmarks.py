@@ -495,3 +495,33 @@ def test_condition_numbers(
     assert all(len(line) == len(header) for line in lines)
     condition.main(["plot", *arguments])
     assert picture.stat().st_size > 1000
+
+
+def test_a_killed_process_costs_no_result_but_its_own(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    results, path = load("results"), tmp_path / "results.jsonl"
+    results.append(path, {"seed": 0})
+    with path.open("a") as file:
+        file.write('{"seed": 1, "el')
+    assert results.load(path) == [{"seed": 0}]
+    results.append(path, {"seed": 2})
+    assert results.load(path) == [{"seed": 0}, {"seed": 2}]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_long_runs_stay_accurate(
+    load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    path = tmp_path / "long_run.jsonl"
+    arguments = ["--dim", "16", "--num-steps", "150", "--print-every", "50", "--output", str(path)]
+    rows = load("long_run").main(arguments)
+    assert rows == rows_of(path)
+    assert [row["step"] for row in rows] == [50, 100, 150]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(0 < row["value_error"] < 0.1 for row in rows)
+    assert all(row["ms"] > 0 and row["megabytes"] > 0 for row in rows)
+    ((header, *lines),) = tables(capsys.readouterr().out)
+    assert len(lines) == 3
+    assert all(len(line) == len(header) for line in lines)

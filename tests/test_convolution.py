@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +16,7 @@ from torch.distributions import Transform, constraints
 from torch.nn import functional as F
 
 from pyro_snf import Learned, SelfNormalizingConv2d, SelfNormalizingLinear
+from pyro_snf.log_dets import base
 from pyro_snf.maps import kernels
 from pyro_snf.path_gradient import push_score
 from tests.registry import (
@@ -265,6 +268,33 @@ def test_one_pass_is_a_convolution_with_the_inverse_weight(log_det: str) -> None
     assert not kernel.requires_grad
     expected = kernels.convolve(y - layer.bias[:, None, None], kernel, "zeros")
     assert relative_error(layer.inv(y), expected) < EXACT
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_factors_of_many_image_sizes_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, padding_mode: str
+) -> None:
+    def count_kept(sizes: Iterable[int]) -> int:
+        layer, made = conv(2, padding_mode=padding_mode).eval(), []
+        method = layer.log_det
+        for size in sizes:
+            x = torch.randn(1, 2, size, size + 1)
+            layer.inv(layer(x))
+            layer.log_abs_det_jacobian(x, layer(x))
+            factors = method.factors(layer.theta, torch.Size([2, size, size + 1]))
+            assert factors is method.factors(layer.theta, torch.Size([2, size, size + 1]))
+            made.append(weakref.ref(factors))
+            del factors
+        gc.collect()
+        return sum(one() is not None for one in made)
+
+    assert count_kept(range(4, 14)) == 4
+    entries = conv(2, padding_mode=padding_mode).log_det.linear_map.num_factor_entries(
+        torch.zeros(2, 2, 3, 3), torch.Size([2, 10, 11])
+    )
+    monkeypatch.setattr(base, "_MAX_ENTRIES", entries)
+    assert count_kept(range(4, 14)) == 1  # the last ones are large, and kept alone
+    assert count_kept([12, 13, 4, 5]) == 2
 
 
 def test_large_convolution_is_inverted_without_factors() -> None:

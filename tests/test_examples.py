@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import importlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -514,12 +517,117 @@ def test_resume_needs_the_same_settings(run: Any) -> None:
             run("images", f"--resume --data-dir {options}")
 
 
-def test_checkpoints_are_never_half_written(tmp_path: Path) -> None:
+def test_runs_whose_process_was_killed_go_on_from_the_latest_epoch(npz: Path) -> None:
+    path = npz / "checkpoint.pt"
+
+    def train(num_epochs: int, more: str = "") -> Any:
+        example = _images_run(npz, f"--model fc --log-det exact {more}")
+        images.train(example, num_epochs=num_epochs, checkpoint=path, show_progress=False)
+        return example
+
+    expected = train(3)
+    for num_epochs in (0, 2):  # before the end of the first epoch, and after that of the second
+        train(num_epochs)
+        path.with_name("checkpoint.pt.part").write_bytes(b"what was begun of the next")
+        resumed = train(3, "--resume")
+        assert [one[:-1] for one in resumed.history[1:]] == [
+            one[:-1] for one in expected.history[1:]
+        ]
+        for one, other in zip(resumed.flow.parameters(), expected.flow.parameters(), strict=True):
+            assert torch.equal(one, other)
+        assert [one.name for one in npz.glob("checkpoint*")] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])
+def test_damaged_checkpoints_are_named(run: Any, tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "new" / "folder" / "checkpoint.pt"
+    common.output_folder(str(path.parent))
+    common.save_state(path, {"flow": torch.zeros(1000)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(SystemExit, match="pt: expected a whole checkpoint; got "):
+        run("images", "--resume --data-dir NPZ")
+
+
+# --- Files that are written ---------------------------------------------------------------------
+
+
+def _fail(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_files_that_cannot_be_written_stay_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
+) -> None:
     path = tmp_path / "checkpoint.pt"
-    common.save_whole({"step": 1}, path)
+    common.save_state(path, {"step": 1})
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    expected = KeyboardInterrupt if is_interrupt else SystemExit
+    message = "^$" if is_interrupt else r"^error: cannot write .*checkpoint.pt: No space left on"
+    with monkeypatch.context() as context:
+        context.setattr(os, function, _fail(error))
+        with pytest.raises(expected, match=message):
+            common.save_state(path, {"step": 2})
     with pytest.raises(AttributeError, match="pickle"):
-        common.save_whole({"step": lambda: 2}, path)
-    assert torch.load(path) == {"step": 1}
+        common.save_state(path, {"step": lambda: 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are those of Unix")
+def test_a_write_that_breaks_off_leaves_the_file_whole(tmp_path: Path) -> None:
+    import resource
+
+    path, size = tmp_path / "checkpoint.pt", 2**23
+    common.write_whole(path, b"whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        with pytest.raises(SystemExit, match=r"error: cannot write .*: File too large"):
+            common.write_whole(path, bytes(2 * size))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disks_end_a_run_with_one_line(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, replace = tmp_path / "new" / "folder", os.replace
+    for room in range(3):  # of files: two checkpoints, and then history.csv
+        left = iter(range(room))
+
+        def write(*paths: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise NO_SPACE
+            replace(*paths)
+
+        with monkeypatch.context() as context:
+            context.setattr(os, "replace", write)
+            with pytest.raises(SystemExit, match=r"^error: cannot write .*: No space left"):
+                run("images", "--epochs 1 --data-dir NPZ")
+        assert not list(folder.glob("*.part"))
+        if room:
+            checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+            assert checkpoint["num_steps"] == (room > 1)
+
+
+def test_folders_that_cannot_be_made_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        images.main(["--output-dir", str(tmp_path / "file")])
+    assert "--output-dir: cannot make " in capsys.readouterr().err
 
 
 def test_pictures_leave_the_layers_as_they_are(npz: Path) -> None:

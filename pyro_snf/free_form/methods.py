@@ -165,6 +165,10 @@ class PairLearned(PairMethod):
     def setup(self, device: torch.device | None) -> None:
         self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Before the first estimate."""
         self.error_estimate = math.nan
         self._recent_steps = recent_steps(self.krylov_steps)
 
@@ -203,7 +207,8 @@ class PairLearned(PairMethod):
 
     @error_estimate.setter
     def error_estimate(self, value: float) -> None:
-        self._mean_square_residual = torch.tensor(value).square()
+        # On a CPU, whatever the default: a layer that is made on the "meta" device has it, too.
+        self._mean_square_residual = torch.tensor(value, device="cpu").square()
 
     def _start_estimate(
         self, near: Linearization, state: Callable[[], ParameterState]

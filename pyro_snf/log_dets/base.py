@@ -24,6 +24,11 @@ from pyro_snf.tracing import is_traced
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
 
 
+# Of factors that are kept for several shapes of events: 16 MB in float32. Those of images of many
+# sizes would else take gigabytes.
+_MAX_ENTRIES = 2**22
+
+
 class LogDetMethod(SavesAttributes, ABC):
     """How a layer gets ``log|det A|`` in training, and its gradient; A is a linear map.
 
@@ -60,6 +65,13 @@ class LogDetMethod(SavesAttributes, ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+    def reset_parameters(self) -> None:
+        """Forget what is known of A. A subclass with a state starts it anew, too.
+
+        That of submodules is their own: after ``to_empty`` torch calls this method of each module.
+        """
+        self._factors.clear()
 
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
         """Make the state for a map; called when a layer is made, and when it is sharded.
@@ -175,9 +187,15 @@ class LogDetMethod(SavesAttributes, ABC):
     def factors(
         self, theta: Tensor, event_shape: torch.Size, state: TensorState | None = None
     ) -> Factors:
-        """The factors of A, kept until θ changes; those for the latest four shapes of events."""
+        """The factors of A, kept until θ changes; those for the latest four shapes of events.
+
+        Large ones are kept alone.
+        """
         state = TensorState(theta) if state is None else state
         make = partial(self.linear_map.factorize, theta, event_shape)
+        if self.linear_map.num_factor_entries(theta, event_shape) > _MAX_ENTRIES:
+            # Of another state than those for all other shapes.
+            return self._factors.get((state, tuple(event_shape)), make)
         return self._factors.get(state, make, tuple(event_shape))
 
     def one_pass_solver(self, theta: Tensor, event_shape: torch.Size) -> Solver:

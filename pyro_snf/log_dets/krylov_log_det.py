@@ -106,13 +106,19 @@ class KrylovLogDet(SavesAttributes):
         self.tolerance = tolerance
         self.krylov_steps = krylov_steps
         self.probes = ProbeStream(seed, device=theta.device)
+        self.register_buffer("theta", at_least_float32(torch.empty_like(theta)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The state for θ = 0, before the first estimate."""
+        self.theta.zero_()
         #: Control variates made so far.
         self.num_refactorizations = 0
         #: The residual of the latest solves, the root mean square of ``‖v − J u‖/‖v‖``.
         self.error_estimate = math.nan
         #: The events' shape that P is for, as a tuple; None before the first.
         self.event_shape: tuple[int, ...] | None = None
-        self.register_buffer("theta", at_least_float32(theta.detach().clone()))
         self._has_warned = False
         self._forget()
 

@@ -118,7 +118,13 @@ class Learned(LogDetMethod):
         if isinstance(self.reconstruction_weight, GECO):
             self.reconstruction_weight.to(theta.device)
         #: The parameter of R, as θ is of A.
-        self.theta = nn.Parameter(theta.new_zeros(linear_map.inverse_shape(theta.shape)))
+        self.theta = nn.Parameter(theta.new_empty(linear_map.inverse_shape(theta.shape)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.theta.zero_()
 
     def extra_repr(self) -> str:
         weight = self.reconstruction_weight

@@ -154,6 +154,27 @@ class TrackedInverse(SavesAttributes):
         self.num_probes = min(num_probes, dim)
         self.tolerance = tolerance
         self.probes = ProbeStream(seed, device=device)
+        # A refactorization costs as much as so many updates, which are about nine thin products.
+        refactorization_cost = 3 + dim / (12 * self.num_probes)
+        self._max_updates = round(_UPDATE_BUDGET * refactorization_cost)
+        self.register_buffer(
+            "inverse_t", at_least_float32(torch.empty_like(self._matrix_of(theta)))
+        )
+        self.register_buffer(
+            "log_abs_det_inverse", torch.empty((), device=device, dtype=torch.float64)
+        )
+        # Θ w at the latest step, up to date when it is saved; NaN if there was none. A buffer, not
+        # a plain value: in a checkpoint that is loaded in place, the latter may not vary in length.
+        unknown = torch.empty(dim, device=device, dtype=self.inverse_t.dtype)
+        self.register_buffer("fingerprint", unknown)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """R = I, the inverse for Θ = 0."""
+        self.inverse_t.copy_(self.matrix_map.identity(self.inverse_t))
+        self.log_abs_det_inverse.zero_()
+        self.fingerprint.fill_(math.nan)
         #: Exact O(D³) refactorizations so far.
         self.num_refactorizations = 0
         #: Updates since the last one.
@@ -164,19 +185,6 @@ class TrackedInverse(SavesAttributes):
         self._rounding = InverseError(0.0, 0.0)
         # Whether a change of R was interrupted, and whether it was loaded and not checked since.
         self._is_changing = self._is_loaded = False
-        # A refactorization costs as much as so many updates, which are about nine thin products.
-        refactorization_cost = 3 + dim / (12 * self.num_probes)
-        self._max_updates = round(_UPDATE_BUDGET * refactorization_cost)
-        identity = self.matrix_map.identity(self._matrix_of(theta))
-        self.register_buffer("inverse_t", at_least_float32(identity))
-        self.register_buffer(
-            "log_abs_det_inverse", torch.zeros((), device=device, dtype=torch.float64)
-        )
-        # Θ w at the latest step, up to date when it is saved; NaN if there was none. A buffer, not
-        # a plain value: in a checkpoint that is loaded in place, the latter may not vary in length.
-        dtype = self.inverse_t.dtype
-        unknown = torch.full((dim,), math.nan, device=device, dtype=dtype)
-        self.register_buffer("fingerprint", unknown)
         self._forget()
 
     def _forget(self) -> None:
@@ -538,7 +546,8 @@ class TrackedInverse(SavesAttributes):
 
         def keep_precision(tensor: Tensor) -> Tensor:
             if tensor is self.log_abs_det_inverse:
-                return tensor.to(fn(tensor).device)  # a sum over all steps stays in float64
+                moved = fn(tensor)  # a sum over all steps stays in float64
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             return keep_float32(fn)(tensor)
 
         return super()._apply(keep_precision, recurse)

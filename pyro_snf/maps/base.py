@@ -29,7 +29,8 @@ class LinearMap(ABC):
 
     Optional: :meth:`affine`, where scale and bias are cheaper together with A; :meth:`matrix_of`,
     where A consists of copies of one small matrix; :meth:`control_variate`,
-    :meth:`is_cheap_to_factorize` and :meth:`iterative_solver`, where factors can be too large.
+    :meth:`is_cheap_to_factorize`, :meth:`num_factor_entries` and :meth:`iterative_solver`, where
+    factors can be too large.
     """
 
     #: The number of dimensions of an event.
@@ -162,6 +163,10 @@ class LinearMap(ABC):
     def is_cheap_to_factorize(self, theta: Tensor, event_shape: torch.Size) -> bool:
         """Whether the factors take some seconds at most, and fit into memory."""
         return True
+
+    def num_factor_entries(self, theta: Tensor, event_shape: torch.Size) -> int:
+        """About how many numbers the factors consist of."""
+        return theta.numel()
 
     def iterative_solver(self, theta: Tensor, event_shape: torch.Size) -> Solver:
         """A solver to rounding without the factors, where these are not cheap.

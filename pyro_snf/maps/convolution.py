@@ -7,7 +7,11 @@ from torch import Tensor
 
 from pyro_snf.maps import kernels
 from pyro_snf.maps.base import ControlVariate, LinearMap
-from pyro_snf.maps.convolution_factors import ConvolutionFactors, factorization_flops
+from pyro_snf.maps.convolution_factors import (
+    ConvolutionFactors,
+    factorization_flops,
+    num_factor_entries,
+)
 from pyro_snf.maps.convolution_solve import iterative_solver, one_pass_kernel
 from pyro_snf.precision import at_least_float32
 from pyro_snf.surrogate import Solver
@@ -131,6 +135,10 @@ class Convolution(LinearMap):
 
     def is_cheap_to_factorize(self, theta: Tensor, event_shape: torch.Size) -> bool:
         return self._flops(theta, event_shape) <= _MAX_FLOPS
+
+    def num_factor_entries(self, theta: Tensor, event_shape: torch.Size) -> int:
+        size, image_size = _kernel_size(theta), _image_size(event_shape)
+        return num_factor_entries(size, len(theta), image_size, self.padding_mode)
 
     def iterative_solver(self, theta: Tensor, event_shape: torch.Size) -> Solver:
         kernel = self.weight(theta.detach())

@@ -39,7 +39,7 @@ from pyro_snf.maps.kernels import (
 from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import first_order_only
 
-__all__ = ["ConvolutionFactors", "factorization_flops"]
+__all__ = ["ConvolutionFactors", "factorization_flops", "num_factor_entries"]
 
 # The largest D for a dense factorization where cyclic reduction fails: 128 MiB a matrix, seconds.
 _MAX_DENSE = 4096
@@ -211,6 +211,19 @@ def factorization_flops(
         elimination_flops(channels, kernel_size, (height, width)),
         elimination_flops(channels, kernel_size[::-1], (width, height)),
     )
+
+
+def num_factor_entries(
+    kernel_size: tuple[int, int], channels: int, image_size: tuple[int, int], padding_mode: str
+) -> int:
+    """About how many numbers the factors of J consist of: its Fourier transform, or its blocks.
+
+    The parameters are those of :func:`factorization_flops`.
+    """
+    height, width = _folded_size(kernel_size, image_size)
+    if padding_mode == "circular":
+        return channels**2 * height * width
+    return max(height, width) * (channels * min(height, width)) ** 2
 
 
 def _folded_size(kernel_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:

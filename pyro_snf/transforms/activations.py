@@ -91,11 +91,19 @@ class SmoothLeakyReLU(InvertibleTransformModule):
         check_flag("learnable", learnable)
         check_device(device)
         check_dtype(dtype)
-        logit = torch.tensor(math.log(alpha) - math.log1p(-alpha), device=device, dtype=dtype)
+        self._first_logit_alpha = math.log(alpha) - math.log1p(-alpha)
+        logit = torch.empty((), device=device, dtype=dtype)
         if learnable:
             self.logit_alpha = nn.Parameter(logit)
         else:
             self.register_buffer("logit_alpha", logit)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """α as it was given."""
+        self.logit_alpha.fill_(self._first_logit_alpha)
+        self.clear_cache()
 
     def extra_repr(self) -> str:
         learnable = isinstance(self.logit_alpha, nn.Parameter)
@@ -249,12 +257,20 @@ class RationalQuadraticSpline(InvertibleTransformModule):
         self.num_bins = int(num_bins)
         self.bound = as_positive("bound", bound)
 
-        def zeros(count: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*self.event_shape, count, device=device, dtype=dtype))
+        def empty(count: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*self.event_shape, count, device=device, dtype=dtype))
 
-        self.unnormalized_widths = zeros(self.num_bins)
-        self.unnormalized_heights = zeros(self.num_bins)
-        self.unnormalized_slopes = zeros(self.num_bins - 1)
+        self.unnormalized_widths = empty(self.num_bins)
+        self.unnormalized_heights = empty(self.num_bins)
+        self.unnormalized_slopes = empty(self.num_bins - 1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.clear_cache()
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, num_bins={self.num_bins}, bound={self.bound:g}"

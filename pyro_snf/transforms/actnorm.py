@@ -89,9 +89,18 @@ class ActNorm(InvertibleTransformModule):
         self._event_dim = int(event_dim)
         self._is_sharded = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.log_scale = nn.Parameter(torch.zeros(self.num_channels, **factory))  # s
-        self.bias = nn.Parameter(torch.zeros(self.num_channels, **factory))  # b
-        self.register_buffer("initialized", torch.tensor(False, device=device))
+        self.log_scale = nn.Parameter(torch.empty(self.num_channels, **factory))  # s
+        self.bias = nn.Parameter(torch.empty(self.num_channels, **factory))  # b
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity, until the next first batch."""
+        self.log_scale.zero_()
+        self.bias.zero_()
+        self.initialized.fill_(False)
+        self.clear_cache()
         # The version of ``initialized`` at which it was last found True. To look at its value in
         # every call would be to wait for the GPU in every call.
         self._initialized_version: int | None = None

@@ -85,10 +85,10 @@ class LowRankAutoregressive(InvertibleTransformModule):
         check_dtype(dtype)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_in = nn.Parameter(torch.randn(hidden_dim, input_dim, **factory))  # B
-        self.bias_in = nn.Parameter(torch.zeros(hidden_dim, **factory))  # b
-        self.weight_out = nn.Parameter(torch.zeros(2 * input_dim, hidden_dim, **factory))  # C
-        self.bias_out = nn.Parameter(torch.zeros(2 * input_dim, **factory))  # c
+        self.weight_in = nn.Parameter(torch.empty(hidden_dim, input_dim, **factory))  # B
+        self.bias_in = nn.Parameter(torch.empty(hidden_dim, **factory))  # b
+        self.weight_out = nn.Parameter(torch.empty(2 * input_dim, hidden_dim, **factory))  # C
+        self.bias_out = nn.Parameter(torch.empty(2 * input_dim, **factory))  # c
         # The last input of each unit. The last feature is no unit's input: no output depends on it.
         self._last_inputs = [unit * (input_dim - 1) // hidden_dim for unit in range(hidden_dim)]
         # Ranges of outputs that depend on the same units.
@@ -96,7 +96,16 @@ class LowRankAutoregressive(InvertibleTransformModule):
         self._stages = list(pairwise(sorted(starts)))
         self.register_buffer("mask_in", None, persistent=False)
         self.register_buffer("mask_out", None, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity, with a random B."""
+        self.weight_in.normal_()
+        for parameter in (self.bias_in, self.weight_out, self.bias_out):
+            parameter.zero_()
         self._set_masks()
+        self.clear_cache()
 
     def _set_masks(self) -> None:
         """Masks for B and C, multiplied by the units of B and C."""

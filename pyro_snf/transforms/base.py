@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -350,7 +351,15 @@ class InverseTransformModule(TransformModule):
         """Make this module the ``.inv`` of the transform."""
         # Past nn.Module.__setattr__: as a registered child of the transform, this module, which
         # registers the transform in turn, would send .to() and state_dict() into endless recursion.
-        self.transform.__dict__["_inv"] = self
+        is_own = isinstance(self.transform, InvertibleTransformModule)
+        self.transform.__dict__["_inv"] = self if is_own else _as_torch_links(self)
+
+
+def _as_torch_links(inverse: Transform) -> Any:
+    """What torch's own ``Transform.inv`` expects in ``_inv``: earlier ones, a weak reference."""
+    plain = Transform()
+    _ = plain.inv
+    return weakref.ref(inverse) if isinstance(plain._inv, weakref.ref) else inverse
 
 
 def with_safe_cache(transform: Transform) -> Transform:

@@ -11,7 +11,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.nn import DenseNN
 from torch import Tensor
 from torch.distributions import Transform, constraints
-from torch.nn import init
+from torch.nn import Linear, init
 
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
@@ -138,13 +138,21 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         self.nn = nn
         #: The map x ↦ Wx that all contexts share.
         self.linear = SelfNormalizingLinear(input_dim, bias=False, **kwargs)
-        self._is_scale_checked = False
         if isinstance(nn, DenseNN):
             found, dims = list(nn.param_dims), _output_dims(input_dim, rank)
             expect(f"nn, a DenseNN with param_dims={dims}", found == dims, found)
             # A DenseNN sees (c − context_mean) / context_scale.
-            self.register_buffer("context_mean", self.linear.theta.new_zeros(nn.input_dim))
-            self.register_buffer("context_scale", self.linear.theta.new_ones(nn.input_dim))
+            self.register_buffer("context_mean", self.linear.theta.new_empty(nn.input_dim))
+            self.register_buffer("context_scale", self.linear.theta.new_empty(nn.input_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Contexts as they are: see :meth:`standardize_contexts`."""
+        if isinstance(self.nn, DenseNN):
+            self.context_mean.zero_()
+            self.context_scale.fill_(1.0)
+        self._is_scale_checked = False
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}"
@@ -354,6 +362,21 @@ def _small_matrix(u: Tensor, v: Tensor) -> Tensor:
     return torch.eye(u.shape[-2], dtype=u.dtype, device=u.device) + v @ u.mT
 
 
+class _FirstOutputs(Linear):
+    """A network's last layer, which gives ``b = s = 0``, ``U = 0`` and random V at the start."""
+
+    def __init__(self, in_features: int, out_features: int, input_dim: int, rank: int) -> None:
+        self.input_dim, self.rank = input_dim, rank  # first: nn.Linear resets the parameters
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+        if self.rank:
+            columns = self.bias[-self.rank * self.input_dim :]
+            init.normal_(columns, std=self.input_dim**-0.5)
+
+
 def _output_dims(input_dim: int, rank: int) -> list[int]:
     """The sizes of b, s and, with a rank, of U and V."""
     return [input_dim] * 2 + [rank * input_dim] * (2 if rank else 0)
@@ -424,12 +447,10 @@ def conditional_self_normalizing_linear(
     widths = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
     fits = are_counts(widths) and len(widths) > 0  # a DenseNN has at least one hidden layer
     expect("hidden_dims, a non-empty list of integers >= 1", fits, hidden_dims)
-    network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
-    last: Any = network.layers[-1]
-    init.zeros_(last.weight)
-    init.zeros_(last.bias)
-    if rank:
-        init.normal_(last.bias[-rank * input_dim :], std=input_dim**-0.5)
+    with torch.device("cpu"):  # Pyro reads numbers off tensors, which "meta" ones do not have
+        network = DenseNN(context_dim, list(widths), param_dims=_output_dims(input_dim, rank))
+        last: Any = network.layers[-1]
+        network.layers[-1] = _FirstOutputs(last.in_features, last.out_features, input_dim, rank)
     transform = ConditionalSelfNormalizingLinear(input_dim, network, rank=rank, **kwargs)
     network.to(transform.linear.theta)  # its device and dtype
     return transform

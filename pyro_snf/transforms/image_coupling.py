@@ -21,6 +21,15 @@ __all__ = ["CouplingNet", "ImageCoupling", "image_coupling"]
 # where it clips log-scales, the gradient is not that of the value.
 
 
+class _ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at 0."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # whose draws are made in any case
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class CouplingNet(nn.Sequential):
     """The network of Glow's couplings: convolutions 3×3, 1×1 and 3×3, with ReLU between them.
 
@@ -53,9 +62,7 @@ class CouplingNet(nn.Sequential):
         check_device(device)
         check_dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1, **factory)
-        for parameter in last.parameters():
-            nn.init.zeros_(parameter)
+        last = _ZeroConv2d(hidden_channels, out_channels, 3, padding=1, **factory)
         super().__init__(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1, **factory),
             nn.ReLU(),

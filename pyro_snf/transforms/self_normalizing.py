@@ -165,14 +165,24 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         count = theta_shape[0]
-        self.theta = nn.Parameter(torch.zeros(theta_shape, **factory))
-        self.log_scale = nn.Parameter(torch.full((count,), math.log(self.init_scale), **factory))
+        self.theta = nn.Parameter(torch.empty(theta_shape, **factory))
+        self.log_scale = nn.Parameter(torch.empty(count, **factory))
         if bias:
-            self.bias = nn.Parameter(torch.zeros(count, **factory))
+            self.bias = nn.Parameter(torch.empty(count, **factory))
         else:
             self.register_parameter("bias", None)
+        self.reset_parameters()
         method.setup(linear_map, self.theta.detach())
         self.log_det = method
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``init_scale`` times the identity. The method's state is its own."""
+        self.theta.zero_()
+        self.log_scale.fill_(math.log(self.init_scale))
+        if self.bias is not None:
+            self.bias.zero_()
+        self.clear_cache()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
