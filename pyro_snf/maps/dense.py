@@ -203,7 +203,7 @@ def check_condition(condition: float, dtype: torch.dtype) -> None:
     :raises torch.linalg.LinAlgError: if it is not.
     """
     if not condition * torch.finfo(dtype).eps < 1:
-        raise torch.linalg.LinAlgError(
+        raise singular(
             f"the weight is singular in {dtype}: its condition number is about {condition:.1g}"
         )
 

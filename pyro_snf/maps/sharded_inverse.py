@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyro_snf.precision import singular
+
 __all__ = ["inverse_transposed"]
 
 # Columns of a panel. From 72 on, an H100 spends more time on a panel's products in float32 than on
@@ -98,7 +100,7 @@ def _eliminate(work: Tensor, panel: Tensor, pivots: slice) -> Tensor:
     # All ranks have the same numbers here, and meet a zero pivot together.
     lu, exchanges, info = torch.linalg.lu_factor_ex(panel[pivots])
     if info != 0:
-        raise torch.linalg.LinAlgError(
+        raise singular(
             f"the weight is singular: pivot {pivots.start + int(info)} of its elimination is zero"
         )
     pivot_rows = torch.linalg.lu_solve(lu, exchanges, work[:, pivots].mT)
