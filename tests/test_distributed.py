@@ -260,9 +260,13 @@ def errors_in_one_process(rank: int) -> list[str]:
     return found
 
 
-def errors_of_fully_shard(rank: int) -> str:
+def errors_of_fully_shard(rank: int) -> list[str]:
     module = wrapped(Loss(ActNorm(3, event_dim=1), 3), "fully_shard")
-    return error_of(lambda: module(torch.randn(5, 3)))
+    layers = SelfNormalizingLinear(3), SelfNormalizingLinear(3).inv, pair()
+    return [
+        error_of(lambda: module(torch.randn(5, 3))),
+        *[error_of(lambda layer=layer: wrapped(layer, "fully_shard")) for layer in layers],
+    ]
 
 
 def errors_of_natural_gradients(rank: int) -> list[str]:
@@ -438,9 +442,13 @@ def test_errors_of_one_process_are_those_of_all(results: Any) -> None:
     assert first[1] == "none"
 
 
-def test_first_batch_after_fully_shard_is_an_error(results: Any) -> None:
-    for message in results["errors_of_fully_shard"]:
-        assert "RuntimeError: expected ActNorm(3, event_dim=1) to be initialized before" in message
+def test_errors_of_fully_shard(results: Any) -> None:
+    for first, *layers in results["errors_of_fully_shard"]:
+        assert "RuntimeError: expected ActNorm(3, event_dim=1) to be initialized before" in first
+        names = ["SelfNormalizingLinear", "InverseTransformModule", "SelfNormalizingPair"]
+        for name, message in zip(names, layers, strict=True):
+            assert "TypeError: expected fully_shard of the module whose forward()" in message
+            assert message.endswith(f"got fully_shard of a {name}")
 
 
 def test_natural_gradients_are_for_one_process(results: Any) -> None:

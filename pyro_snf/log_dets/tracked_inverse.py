@@ -470,10 +470,17 @@ class TrackedInverse(SavesAttributes):
         turned = residual - matrix_map.multiply_transposed(
             theta, matrix_map.apply_weight(inverse_t, residual)
         )
-        basis = torch.linalg.qr(turned.mT).Q.mT
+        basis, factor = torch.linalg.qr(turned.mT)
+        # Where the residuals are linearly dependent, as after Adam's first step from Θ = 0, which
+        # is a matrix of signs, the rest of the basis is rounding. An update along it would be
+        # valid, but not the same for another order of a sum, as in another number of processes.
+        lengths = factor.diagonal().abs()
+        is_known = lengths > math.sqrt(torch.finfo(lengths.dtype).eps) * lengths.max()
+        basis = basis.mT * is_known.unsqueeze(-1)
         products = matrix_map.multiply(theta, basis)
         image = matrix_map.apply_weight(inverse_t, products, transposed=True)
         middle = basis @ image.mT  # M
+        middle.diagonal().add_(~is_known)
         log_abs_det_middle = torch.linalg.slogdet(middle.double()).logabsdet
         is_usable = log_abs_det_middle.abs() < _MAX_LOG_ABS_DET_STEP
         step = torch.linalg.solve_ex(middle.mT, basis - image).result  # M⁻ᵀ (V − P)ᵀ

@@ -107,6 +107,10 @@ class InvertibleTransformModule(TransformModule):
         super().__init__(cache_size=cache_size)
         self._pair = PairCache()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_not_sharded(cls)
+
     def __repr__(self) -> str:
         # Transform.__repr__ comes first in the method resolution order, and says nothing.
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -198,6 +202,19 @@ class InvertibleTransformModule(TransformModule):
         self._pair.clear()
 
 
+def check_not_sharded(cls: type) -> None:
+    """Raise a TypeError for a class that ``fully_shard`` makes of the class of a transform.
+
+    It gathers the parameters in ``nn.Module.__call__``, through which transforms are not called.
+    """
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        name = cls.__mro__[2].__name__
+        raise TypeError(
+            "expected fully_shard of the module whose forward() returns log_prob or a loss, for "
+            f"transforms are not called through nn.Module; got fully_shard of a {name}"
+        )
+
+
 class SafelyCachedTransform(InvertibleTransformModule):
     """A transform of Pyro or torch, with this library's cache in the place of its own.
 
@@ -277,6 +294,10 @@ class InverseTransformModule(TransformModule):
     """
 
     _evaluator: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_not_sharded(cls)
 
     def __init__(self, transform: Transform) -> None:
         expect("transform, a transform", isinstance(transform, Transform), transform)
