@@ -185,7 +185,7 @@ def _contents(tensor: Tensor) -> tuple[Tensor, Tensor]:
     A fingerprint, and the sum of all entries, their bits taken for integers. The sum shows the
     smallest change of an entry; the fingerprint shows entries that have changed places.
     """
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()
     bits = tensor.view(_INTEGERS[tensor.element_size()])
     return fingerprint_of(tensor), bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32))
 
