@@ -156,6 +156,8 @@ class StateCache(Generic[Value]):
         :param key: distinguishes values of the same state; the latest four are kept.
         """
         known, values = self._entry
+        if is_transformed():  # whose tensors do not outlive it
+            return values[key] if known == state and key in values else compute()
         others = [] if known != state else [one for one in values.items() if one[0] != key]
         value = values[key] if known == state and key in values else compute()
         self._entry = state, dict([*others[-(_MAX_VALUES - 1) :], (key, value)])

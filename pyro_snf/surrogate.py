@@ -130,6 +130,8 @@ class Surrogate:
 
 
 class _WithLazyGradient(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, parameter: Tensor, surrogate: Surrogate) -> Tensor:
         return value.clone()
@@ -356,6 +358,8 @@ def gated(events: Tensor, is_open: Tensor) -> Tensor:
 
 
 class _ImplicitSolve(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         parameter: Tensor,

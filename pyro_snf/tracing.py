@@ -15,6 +15,7 @@ __all__ = [
     "is_recomputing",
     "is_traced",
     "is_transformed",
+    "is_wrapped",
     "run_eagerly",
     "without_saved_tensor_hooks",
 ]
@@ -47,6 +48,11 @@ def is_transformed() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Whether hooks replace what autograd saves, as in activation checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a functional transform is with respect to a tensor, or a function of it."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_recomputing() -> bool:

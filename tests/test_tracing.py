@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
-from torch.func import functional_call, jacfwd, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from pyro_snf import Compose, SelfNormalizingPair, SmoothLeakyReLU
@@ -49,6 +49,17 @@ def in_direction(case: Case, direction: str) -> tuple[Transform, Tensor]:
 def value_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     y = transform(x)
     return y, transform.log_abs_det_jacobian(x, y)
+
+
+class Module(nn.Module):
+    """A module whose call is T(x) and its log-determinant."""
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_log_det(self.transform, x)
 
 
 def has_pair(transform: nn.Module) -> bool:
@@ -122,12 +133,58 @@ def test_vmap(case: Case, mode: str, direction: str) -> None:
     transform.train(mode == "train")
     evaluate = vmap(partial(value_and_log_det, transform))
     if has_pair(transform):
-        with pytest.raises(RuntimeError, match="record the derivatives of a network"):
+        with pytest.raises(RuntimeError, match="cannot record the derivatives of a network"):
             evaluate(inputs)
         return
     y, log_det = evaluate(inputs)
     transform.eval()
     close((y, log_det), value_and_log_det(transform, inputs))
+
+
+@DIRECTION
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("case", OWN.values(), ids=OWN.keys())
+def test_gradients_of_functional_transforms(case: Case, mode: str, direction: str) -> None:
+    transform, inputs = in_direction(case, direction)
+    x = inputs[0]
+    transform.train(mode == "train")
+
+    def log_det(x: Tensor) -> Tensor:
+        return value_and_log_det(transform, x)[1].sum()
+
+    inverts = direction == "T.inv" or "inverse of" in str(case)
+    if has_pair(transform) and inverts and not str(transform).count("one_pass"):
+        with pytest.raises(RuntimeError, match="cannot record the derivatives of a network"):
+            jacrev(transform)(x)
+        return
+    expected = torch.autograd.functional.jacobian(transform, x)
+    close(jacrev(transform)(x), expected)
+    transform.eval()  # exact, as log-determinants are within
+    _, gradient = torch.autograd.functional.vjp(log_det, x)
+    transform.train(mode == "train")
+    if not has_pair(transform):  # whose gradients in training are random
+        close(grad(log_det)(x), gradient)
+
+
+@pytest.mark.parametrize("make", [linear, conv])
+def test_functional_call_leaves_no_trace(make: Callable) -> None:
+    # Gradients in the parameters, far from those that the state belongs to.
+    layer = make()
+    x = torch.randn(3, *(layer.event_shape or (2, 3, 4)))
+    value_and_log_det(layer, x)  # makes a state
+    state = copy.deepcopy(layer.state_dict())
+    theta = layer.theta.detach() + 0.2 * torch.randn_like(layer.theta)
+
+    def log_det(theta: Tensor) -> Tensor:
+        return functional_call(Module(layer), {"transform.theta": theta}, (x,))[1].sum()
+
+    gradient = grad(log_det)(theta)
+    close(dict(layer.state_dict()), dict(state))
+    with torch.no_grad():
+        layer.theta.copy_(theta)
+    layer.eval()
+    (expected,) = torch.autograd.grad(value_and_log_det(layer, x)[1].sum(), layer.theta)
+    close(gradient, expected)
 
 
 def test_vmap_over_parameters() -> None:
@@ -248,17 +305,9 @@ def test_exported_transform(name: str, mode: str) -> None:
     # Log-determinants are exact, as in eval().
     transform, x = in_direction(CASES[name], "T")
 
-    class Module(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.transform = transform
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return value_and_log_det(self.transform, x)
-
-    module = Module().train(mode == "train")
+    module = Module(transform).train(mode == "train")
     if has_pair(transform):
-        with pytest.raises(RuntimeError, match="record the derivatives of a network"):
+        with pytest.raises(RuntimeError, match="cannot record the derivatives of a network"):
             torch.export.export(module, (x,))
         return
     exported = torch.export.export(module, (x,)).module()

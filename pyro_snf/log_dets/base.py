@@ -19,7 +19,7 @@ from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.maps.dense import Dense
 from pyro_snf.options import shown
 from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
-from pyro_snf.tracing import is_traced
+from pyro_snf.tracing import is_traced, is_wrapped
 
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
 
@@ -101,7 +101,7 @@ class LogDetMethod(SavesAttributes, ABC):
 
         :raises torch.linalg.LinAlgError: if A is singular or not finite.
         """
-        if is_traced():
+        if is_traced() or is_wrapped(theta):
             return self.linear_map.exact_log_abs_det(theta, event_shape)
         factors = self.factors(theta, event_shape, state)
         if torch.is_grad_enabled() and theta.requires_grad:
@@ -127,7 +127,7 @@ class LogDetMethod(SavesAttributes, ABC):
         :param bool is_training: whether θ changes after every few solves, so that factors may cost
             more than they save.
         """
-        if is_traced():
+        if is_traced() or is_wrapped(theta):
             return self.linear_map.exact_solve(theta, h)
         solver = self._solver(theta, h, inverse, is_training=is_training)
         if torch.is_grad_enabled():

@@ -35,7 +35,7 @@ from pyro_snf.options import (
 )
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
-from pyro_snf.tracing import is_traced, without_saved_tensor_hooks
+from pyro_snf.tracing import is_traced, is_transformed, is_wrapped, without_saved_tensor_hooks
 from pyro_snf.transfer import read
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
@@ -229,7 +229,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         if self.inverse == "one_pass":
             # g is a map of its own here: gradients go to its parameters.
             return pair.inverse(rows, *context).view(shape)
-        self._refuse_trace()
+        self._refuse_trace(is_possible=not is_transformed())
         with without_autocast(y.device):
             rows, context = self._in_own_dtype(rows, context)
             tolerance = self.inverse_tolerance or torch.finfo(rows.dtype).eps ** 0.75
@@ -243,7 +243,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
             return x.view(shape)
 
     def _log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        self._refuse_trace()
+        self._refuse_trace(is_possible=is_wrapped(x) or not is_transformed())
         rows, context, shape = self._as_rows(x)
         pair = self._networks()
         with without_autocast(x.device), without_saved_tensor_hooks():
@@ -382,7 +382,8 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         )
         rows = x.expand(shape).reshape(-1, *event_shape)
         wanted = "derivatives" if torch.is_grad_enabled() else "values"
-        if self._status.checked not in (wanted, "derivatives") and not is_traced():
+        is_plain = not (is_traced() or is_transformed())
+        if self._status.checked not in (wanted, "derivatives") and is_plain:
             with without_autocast(x.device), without_saved_tensor_hooks():
                 self._networks().check(
                     *self._in_own_dtype(rows, context), derivatives=wanted == "derivatives"
@@ -416,12 +417,16 @@ class SelfNormalizingPair(SelfNormalizingTransform):
                 stacklevel=3,
             )
 
-    def _refuse_trace(self) -> None:
+    def _refuse_trace(self, *, is_possible: bool) -> None:
+        """Raise a RuntimeError where derivatives cannot be taken within a forward pass.
+
+        :param bool is_possible: in a functional transform, if that is at work.
+        """
         # A trace would record the result of a backward pass within it as a constant.
-        if is_traced():
+        if is_traced() or not is_possible:
             raise RuntimeError(
-                f"{self}: neither torch.jit nor torch.export nor torch.func.vmap can record the "
-                "derivatives of a network: use none of them, Trace_ELBO for JitTrace_ELBO"
+                f"{self}: torch.jit, torch.export and torch.func cannot record the derivatives of "
+                "a network: use torch.autograd, and Trace_ELBO for JitTrace_ELBO"
             )
 
     def _leaves_compiled_graph(self) -> bool:
