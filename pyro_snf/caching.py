@@ -218,7 +218,7 @@ class _Pair(NamedTuple):
         return all(map(operator.is_, parameters, self.parameters)) and self._has_contents()
 
     def waits_for_device(self) -> bool:
-        """Whether it would take long to compare contents.
+        """Whether it would take long to compare the parameters' contents.
 
         In training on a GPU it is not done: the backward pass, after which parameters are written
         to, drops the pair.
@@ -226,7 +226,7 @@ class _Pair(NamedTuple):
         return self.x.is_cuda and self.has_graph
 
     def _has_contents(self) -> bool:
-        if self.contents is None or self.waits_for_device():
+        if self.contents is None:
             return True
         return all(map(torch.equal, (*_contents(self.x), *_contents(self.y)), self.contents))
 
@@ -249,10 +249,11 @@ class PairCache:
 
     A pair is dropped when a parameter changes or is replaced, when the contents of ``x`` or ``y``
     change (autograd's counter does not see writes to the memory that a tensor shares with a NumPy
-    array), and when the graph between them would now be a different one: gradients are recorded and
-    were not (a pair from under ``no_grad`` has no graph), or ``x``, ``y`` or a parameter requires a
-    gradient and did not; and the other way round; likewise with autocast and inference mode. It is
-    also dropped when a backward pass frees its graph. Copies and pickles of a cache are empty.
+    array; it is relied on for GPUs where gradients are recorded), and when the graph between them
+    would now be a different one: gradients are recorded and were not (a pair from under ``no_grad``
+    has no graph), or ``x``, ``y`` or a parameter requires a gradient and did not; and the other way
+    round; likewise with autocast and inference mode. It is also dropped when a backward pass frees
+    its graph. Copies and pickles of a cache are empty.
     """
 
     # One attribute, which every method reads once: other threads may replace it.
@@ -281,8 +282,9 @@ class PairCache:
         if not can_remember():
             return
         has_graph = computed.grad_fn is not None
-        is_known = is_traced() or (x.is_cuda and has_graph)  # see _Pair.waits_for_device
-        contents = None if is_known else (*_contents(x), *_contents(y))
+        # Where gradients are recorded, a GPU is not waited for.
+        is_compared = not (is_traced() or (x.is_cuda and torch.is_grad_enabled()))
+        contents = (*_contents(x), *_contents(y)) if is_compared else None
         conditions = _conditions_of(x, y, parameters)
         self._pair = _Pair(x, y, contents, conditions, list(parameters), state, has_graph, memo)
         if has_graph and not is_traced():

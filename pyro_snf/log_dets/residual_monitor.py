@@ -163,8 +163,8 @@ class ResidualMonitor:
         previous, self.fingerprint = self.fingerprint, fingerprint
         writes = 0 if self._version is None else version - self._version
         is_unusual = self._usual_writes is not None and writes not in (0, self._usual_writes)
-        if writes != 0:
-            self._usual_writes = writes
+        if writes != 0 or (previous is not None and self._usual_writes is None):
+            self._usual_writes = writes  # none, if an optimizer writes through .data
         self._version = version
         self.is_external_change = previous is None
         if previous is None or fingerprint.is_cuda:  # whose step would have to be waited for
