@@ -372,8 +372,8 @@ class InverseTransformModule(TransformModule):
         """Make this module the ``.inv`` of the transform."""
         # Past nn.Module.__setattr__: as a registered child of the transform, this module, which
         # registers the transform in turn, would send .to() and state_dict() into endless recursion.
-        is_own = isinstance(self.transform, InvertibleTransformModule)
-        self.transform.__dict__["_inv"] = self if is_own else _as_torch_links(self)
+        is_torchs = type(self.transform).inv is Transform.inv
+        self.transform.__dict__["_inv"] = _as_torch_links(self) if is_torchs else self
 
 
 def _as_torch_links(inverse: Transform) -> Any:
