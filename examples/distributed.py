@@ -34,7 +34,7 @@ from common import (
     make_parser,
     positive_float,
     positive_int,
-    save_whole,
+    save_state,
     write_result,
 )
 from images import Data, load_data
@@ -134,7 +134,7 @@ def train(module: nn.Module, data: Data, args: argparse.Namespace) -> list[float
             if (step + 1) % SAVE_EVERY == 0:
                 model, optim = get_state_dict(module, optimizer, options=WHOLE)  # of all processes
                 if is_first:
-                    save_whole({"model": model, "optim": optim, "losses": losses}, checkpoint)
+                    save_state(checkpoint, {"model": model, "optim": optim, "losses": losses})
     return losses
 
 

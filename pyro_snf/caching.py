@@ -226,8 +226,8 @@ class _Pair(NamedTuple):
         return self.x.is_cuda and self.has_graph
 
     def _has_contents(self) -> bool:
-        if self.contents is None:
-            return True
+        if self.contents is None or is_traced():
+            return self.contents is None
         return all(map(torch.equal, (*_contents(self.x), *_contents(self.y)), self.contents))
 
 

@@ -52,7 +52,7 @@ def has_saved_tensor_hooks() -> bool:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a functional transform is with respect to a tensor, or a function of it."""
-    return _functorch.is_functorch_wrapped_tensor(tensor)
+    return isinstance(tensor, Tensor) and _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_recomputing() -> bool:

@@ -220,7 +220,9 @@ def test_density_model_learns_the_covariance(log_det: str) -> None:
         optimizer.step()
         schedule.step()
     weight = layer.weight.detach()
-    assert (torch.linalg.inv(weight.mT @ weight) - covariance).abs().max() < 0.05
+    # A tracked R may be off by its tolerance of 2 %, and so may the weight.
+    difference = torch.linalg.inv(weight.mT @ weight) - covariance
+    assert difference.abs().max() < 0.03 * covariance.abs().max()
     with torch.no_grad():
         best = dist.MultivariateNormal(data.mean(0), covariance).log_prob(data).mean().item()
         assert density.log_prob(data).mean().item() == pytest.approx(best, abs=0.01)

@@ -72,12 +72,10 @@ _MODERATE_ERROR = 2.0
 # On a GPU, the share of its limit from which the error of the step before gets an update.
 _EXPECTED_ERROR = 0.5
 
-# A loaded R whose error is more than this many times its limit is made exact at once. Smaller ones
-# are left to the next check, so that a resumed run repeats.
-_MAX_LOADED_ERROR = 4.0
-
-# The largest ‖I − RA‖_F/√D that a step of training may leave, at a high learning rate.
-_MAX_TRAINING_ERROR = 0.2
+# The largest ‖I − RA‖_F/√D that a step of training may leave, at a high learning rate. A loaded R
+# of a larger one is not that of the loaded weight; a smaller one is left to the next check, so that
+# a resumed run repeats.
+_MAX_LOADED_ERROR = 0.2
 
 # Nats by which a loaded log|det R| may be off, besides what an R that is not exact accounts for.
 _MAX_LOADED_DIFFERENCE = 0.1
@@ -292,8 +290,9 @@ class TrackedInverse(SavesAttributes):
         has_moved = monitor.observe(state.fingerprint.to(inverse_t.dtype), state.version)
         try:
             is_valid = is_own and not self._is_changing
-            if is_valid and self._is_loaded:
-                is_valid = self._is_inverse_of(theta, current)
+            if is_valid and self._is_loaded and not self._is_inverse_of(theta, current):
+                warnings.warn(_LOADED, RuntimeWarning, stacklevel=2)
+                is_valid = False
             if not is_valid:
                 self._refactorize(theta)
             elif has_moved and monitor.is_check_due():
@@ -343,8 +342,6 @@ class TrackedInverse(SavesAttributes):
     def _is_inverse_of(self, theta: Tensor, current: Tensor) -> bool:
         """Whether R, and log|det R|, are those of A: the former by products, the latter in O(D³).
 
-        If they are clearly not, that is said.
-
         :raises torch.linalg.LinAlgError: if A is singular or not finite.
         """
         error = self._monitor.look(self.inverse_t, current)
@@ -353,10 +350,10 @@ class TrackedInverse(SavesAttributes):
         value = self._add_trace(trace - self.log_abs_det_inverse, current)
         second_order = len(current) * error.inverse**2
         difference = abs((value - exact).item())
-        is_right = difference <= _MAX_LOADED_DIFFERENCE + second_order
-        if not (is_right and error.inverse <= _MAX_TRAINING_ERROR):
-            warnings.warn(_LOADED, RuntimeWarning, stacklevel=3)
-        return is_right and error.relative_to(self._limits()) <= _MAX_LOADED_ERROR
+        return (
+            error.inverse <= _MAX_LOADED_ERROR
+            and difference <= _MAX_LOADED_DIFFERENCE + second_order
+        )
 
     def _add_trace(self, offset: Tensor, theta: Tensor) -> Tensor:
         """``offset + tr(R Θ)/√D``, exactly and in O(D²); with tr R in the offset, ``tr(R A)``.
