@@ -92,7 +92,7 @@ class NaturalGradient(PyroOptim):
     ...     locs, scales = torch.tensor([3e4, -1e-3]), torch.tensor([1e3, 1e-4])
     ...     pyro.sample("x", dist.Normal(locs, scales).to_event(1))
     >>> guide = AutoSelfNormalizingFlow(model)
-    >>> elbo = pyro.infer.Trace_ELBO(num_particles=8)
+    >>> elbo = pyro.infer.Trace_ELBO(num_particles=8, vectorize_particles=True)
     >>> svi = pyro.infer.SVI(model, guide, NaturalGradient(guide, num_steps=300), elbo)
     >>> losses = [svi.step() for step in range(300)]
     >>> losses[-1] < 0.1  # the Kullback–Leibler divergence

@@ -7,7 +7,6 @@ a line in :data:`CONDITIONAL_CASES`; a test sees to it.
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from collections.abc import Callable
@@ -719,16 +718,8 @@ def by_pickle(module: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(module))
 
 
-def by_torch_save(module: nn.Module) -> nn.Module:
-    """A copy of the module."""
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 #: Ways to copy a module.
-COPIES = [copy.deepcopy, by_pickle, by_torch_save]
+COPIES = [copy.deepcopy, by_pickle]
 
 
 # --- Losses of every sample: all ways in which a log-determinant enters ---
@@ -836,3 +827,12 @@ def train(transform: nn.Module, case: Case, steps: int = 4, seed: int = 0) -> li
             loss.backward()
             optimizer.step()
     return losses
+
+
+def one_of_a_kind(fits: Callable[[Case], bool]) -> dict[str, Case]:
+    """The first case of every constructor and method, of those that fit."""
+    found: dict[object, str] = {}
+    for name, case in CASES.items():
+        if "factory" not in name and fits(case):
+            found.setdefault((case.api, *(set(name.split()) & set(LOG_DETS))), name)
+    return {name: CASES[name] for name in found.values()}
