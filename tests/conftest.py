@@ -44,6 +44,7 @@ def _clean_slate() -> Iterator[None]:
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+    pyro.settings.set(module_local_params=False)
     torch.set_default_dtype(torch.float32)
 
 

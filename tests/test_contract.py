@@ -49,6 +49,7 @@ from tests.registry import (
     linear,
     make_inverse_exact,
     nudge_inverses,
+    one_of_a_kind,
     output_batch,
     train,
 )
@@ -76,6 +77,7 @@ def over(fits: Callable[[Case], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
+ONE_OF_A_KIND = one_of_a_kind(lambda case: True)
 OWN = over(lambda case: not case.foreign)  # the caches are this library's own
 TRAINABLE = over(lambda case: len(list(case.make().parameters())) > 0)
 
@@ -342,15 +344,19 @@ def test_state_dict_round_trip(case: Case, trained: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "through"),
+    ("name", "stage", "through"),
     [
-        *[("trained", through) for through in (by_state_dict, copy.deepcopy, by_pickle)],
-        *[(stage, by_state_dict) for stage in ("fresh", "evaluated, in eval")],
+        *[(name, "trained", by_state_dict) for name in CASES],
+        *[(name, "trained", copy.deepcopy) for name in ONE_OF_A_KIND],
+        *[(name, "trained", by_pickle) for name in ONE_OF_A_KIND],
+        *[(name, "fresh", by_state_dict) for name in ONE_OF_A_KIND],
+        *[(name, "evaluated, in eval", by_state_dict) for name in ONE_OF_A_KIND],
     ],
 )
 def test_resumed_run_is_the_same_bit_for_bit(
-    case: Case, stage: str, through: Callable[..., Transform]
+    name: str, stage: str, through: Callable[..., Transform]
 ) -> None:
+    case = CASES[name]
     transform = prepare(case, trained=stage != "fresh")
     if stage == "evaluated, in eval":
         outputs(transform.eval(), case)

@@ -131,7 +131,7 @@ def run(mnist: Path, npz: Path, tmp_path: Path) -> Any:
         ("svi_guide", "--num-steps 100"),
         ("density_digits", "--num-steps 30"),
         ("density_2d", "--seconds 0.3 --densities moons checkerboard"),
-        ("amortized", "--num-steps 200"),
+        ("amortized", "--num-steps 80"),
         ("images", "--epochs 2"),
         ("images", "--epochs 2 --log-det learned --activation smooth_leaky_relu"),
         ("images", "--epochs 2 --model fc --log-det exact --data-dir MNIST"),

@@ -370,9 +370,9 @@ class TrackedInverse(SavesAttributes):
         """The error up to which R is not corrected."""
         # One direction in which A is singular is an error of 1/√D. And no refactorization could do
         # better than the last one did.
-        singular = 0.9 / math.sqrt(len(self.inverse_t))
+        one_direction = 0.9 / math.sqrt(len(self.inverse_t))
         return InverseError(
-            inverse=max(singular, 2 * self._rounding.inverse),
+            inverse=max(one_direction, 2 * self._rounding.inverse),
             gradient=max(self.tolerance, 2 * self._rounding.gradient),
         )
 
