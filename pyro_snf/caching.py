@@ -33,6 +33,7 @@ Value = TypeVar("Value")
 
 # Integers of as many bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SUMS = {2: torch.int32, 4: torch.int32, 8: torch.int64}
 
 # Values of one state that a cache keeps, such as the factors for images of several sizes.
 _MAX_VALUES = 4
@@ -181,15 +182,15 @@ class TensorMemo(NamedTuple):
     handle: Tensor
 
 
-def _contents(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _contents(tensor: Tensor) -> tuple[Tensor, ...]:
     """What to compare a tensor with later, to see whether it has been written to.
 
-    A fingerprint, and the sum of all entries, their bits taken for integers. The sum shows the
-    smallest change of an entry; the fingerprint shows entries that have changed places.
+    The sum of all entries, their bits taken for integers, which shows the smallest change of one.
+    And a fingerprint, which shows entries that have changed places, as rows of data may.
     """
-    tensor = tensor.detach().resolve_neg()
-    bits = tensor.view(_INTEGERS[tensor.element_size()])
-    return fingerprint_of(tensor), bits.sum(dtype=torch.promote_types(bits.dtype, torch.int32))
+    bits = tensor.detach().resolve_neg().view(_INTEGERS[tensor.element_size()])
+    total = bits.sum(dtype=_SUMS[tensor.element_size()])
+    return (total,) if tensor.grad_fn is not None else (total, fingerprint_of(tensor))
 
 
 class _Pair(NamedTuple):
@@ -205,17 +206,17 @@ class _Pair(NamedTuple):
     memo: Memo | None
 
     def is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
-        if not self.is_under_conditions(parameters):
+        if not (self.is_under_conditions(parameters) and self._has_contents()):
             return False
         if self.waits_for_device():
             return [one.version for one in state] == [one.version for one in self.state]
         return state == self.state
 
     def is_under_conditions(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether neither the tensors nor the modes have changed."""
+        """Whether the modes have not changed, nor the tensors, by autograd's counters."""
         if _conditions_of(self.x, self.y, parameters) != self.conditions:
             return False
-        return all(map(operator.is_, parameters, self.parameters)) and self._has_contents()
+        return all(map(operator.is_, parameters, self.parameters))
 
     def waits_for_device(self) -> bool:
         """Whether it would take long to compare the parameters' contents.
@@ -246,6 +247,8 @@ def _conditions_of(x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> list[o
 
 class PairCache:
     """The last pair ``(x, y = T(x))``, for as long as it is valid.
+
+    To be used where :func:`can_remember` says so.
 
     A pair is dropped when a parameter changes or is replaced, when the contents of ``x`` or ``y``
     change (autograd's counter does not see writes to the memory that a tensor shares with a NumPy
@@ -279,8 +282,6 @@ class PairCache:
         :param Tensor computed: the one of the two that was computed from the other.
         :param memo: a by-product of the computation.
         """
-        if not can_remember():
-            return
         has_graph = computed.grad_fn is not None
         # Where gradients are recorded, a GPU is not waited for.
         is_compared = not (is_traced() or (x.is_cuda and torch.is_grad_enabled()))
@@ -302,14 +303,14 @@ class PairCache:
     def y_of(self, x: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``y`` that belongs to this very tensor ``x``, or None."""
         pair = self._pair
-        if pair is None or pair.x is not x or not can_remember():
+        if pair is None or pair.x is not x:
             return None
         return pair.y if pair.is_valid(parameters, state) else None
 
     def x_of(self, y: Tensor, parameters: Sequence[Tensor], state: ParameterState) -> Tensor | None:
         """The ``x`` that belongs to this very tensor ``y``, or None."""
         pair = self._pair
-        if pair is None or pair.y is not y or not can_remember():
+        if pair is None or pair.y is not y:
             return None
         return pair.x if pair.is_valid(parameters, state) else None
 
@@ -319,7 +320,7 @@ class PairCache:
         It belongs to the pair even if parameters have been written to since then.
         """
         pair = self._pair
-        if pair is None or pair.x is not x or pair.y is not y or not can_remember():
+        if pair is None or pair.x is not x or pair.y is not y:
             return None
         return pair.memo if pair.is_under_conditions(parameters) else None
 
@@ -334,8 +335,6 @@ class PairCache:
         """
         pair = self._pair
         if pair is None or pair.x is not x or pair.y is not y or not pair.has_graph:
-            return None, None
-        if not can_remember():
             return None, None
         for state, parameter in zip(pair.state, parameters, strict=True):
             if state.version != version(parameter):

@@ -275,7 +275,7 @@ class TrackedInverse(SavesAttributes):
 
     def _log_abs_det(self, theta: Tensor, state: TensorState) -> Tensor:
         """The estimate of ``log|det A|``, shape ``()``, by an R that is up to date."""
-        if _is_shared(self.inverse_t) or _is_shared(self.log_abs_det_inverse):
+        if _is_shared(self.inverse_t):
             self._leave_shared_memory()
         inverse_t, known = self.inverse_t, self._known
         is_own = self._is_as_known()

@@ -14,7 +14,7 @@ from torch.distributions.constraints import Constraint, dependent_property
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pyro_snf.caching import Memo, PairCache, can_remember, state_of
+from pyro_snf.caching import Memo, PairCache, ParameterState, can_remember, state_of
 from pyro_snf.options import check_cache_size, expect, is_dense
 
 __all__ = [
@@ -151,6 +151,12 @@ class InvertibleTransformModule(TransformModule):
     def _memo_of(self, x: Tensor, y: Tensor) -> Any:
         """The by-product of the computation ``y = T(x)``, or None."""
         return self._pair.memo_of(x, y, self._map_parameters()) if can_remember() else None
+
+    def _state_at(self, x: Tensor, y: Tensor) -> tuple[ParameterState | None, Memo | None]:
+        """The parameters' state when ``y = T(x)`` was computed, and the by-product, or Nones."""
+        if not can_remember():
+            return None, None
+        return self._pair.state_at(x, y, self._map_parameters())
 
     def _map_parameters(self) -> list[Tensor]:
         """The tensors on which ``y = T(x)`` depends: a cached pair dies when one changes."""

@@ -10,7 +10,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_snf.caching import PairCache
+from pyro_snf.caching import PairCache, can_remember
 from pyro_snf.options import as_image_shape, as_list, expect
 from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
@@ -181,9 +181,10 @@ class _Partition:
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """The pieces of the whole, of shapes ``(*batch_shape, *shape)``."""
-        found = [pair.x_of(whole, (), ()) for pair in self._pairs]
+        pairs = self._pairs if can_remember() else []
+        found = [pair.x_of(whole, (), ()) for pair in pairs]
         known = [piece for piece in found if piece is not None]
-        if len(known) == len(found):
+        if found and len(known) == len(found):
             return known
         batch_shape = whole.shape[: whole.dim() - len(self.shape)]
         flat = whole.reshape(*batch_shape, self.shape.numel())
@@ -197,9 +198,11 @@ class _Partition:
 
     def join(self, pieces: list[Tensor]) -> Tensor:
         """The whole, of shape ``(*batch_shape, *shape)``."""
-        known = [pair.y_of(piece, (), ()) for pair, piece in zip(self._pairs, pieces, strict=True)]
-        if known[0] is not None and all(whole is known[0] for whole in known):
-            return known[0]
+        if can_remember():
+            pairs = zip(self._pairs, pieces, strict=True)
+            known = [pair.y_of(piece, (), ()) for pair, piece in pairs]
+            if known[0] is not None and all(whole is known[0] for whole in known):
+                return known[0]
         batch_shape = pieces[0].shape[:-3]
         flat = torch.cat([piece.reshape(*batch_shape, -1) for piece in pieces], dim=-1)
         whole = flat.reshape(batch_shape + self.shape)
@@ -211,7 +214,7 @@ class _Partition:
             pair.clear()
 
     def _store(self, pieces: list[Tensor], whole: Tensor, *, is_joined: bool) -> None:
-        if self.is_caching:
+        if self.is_caching and can_remember():
             for pair, piece in zip(self._pairs, pieces, strict=True):
                 pair.store(piece, whole, (), (), computed=whole if is_joined else piece)
 

@@ -354,7 +354,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
 
     def _evaluation_of(self, x: Tensor, y: Tensor) -> _Evaluation | None:
         """The by-product of the computation of y, if the parameters have not changed since."""
-        _, memo = self._pair.state_at(x, y, self._map_parameters())
+        _, memo = self._state_at(x, y)
         return memo  # type: ignore[return-value]  # see _call_with_memo
 
     def _as_rows(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], torch.Size]:

@@ -275,7 +275,7 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
 
     def _known_of(self, x: Tensor, y: Tensor) -> tuple[TensorState, SharedParameter | None]:
         """The state of θ, and the θ that y was computed from, if it is known."""
-        state, memo = self._pair.state_at(x, y, self._map_parameters())
+        state, memo = self._state_at(x, y)
         shared = memo if isinstance(memo, SharedParameter) else None  # see _call_with_memo
         if state is None or (shared is not None and shared.pending.is_used):
             return TensorState(self.theta), None
