@@ -40,9 +40,9 @@ _MAX_VALUES = 4
 
 
 def version(tensor: Tensor) -> int:
-    """Autograd's counter of writes in place; −1 where there is none, as for inference tensors."""
+    """Autograd's counter of writes in place; inference tensors have none."""
     # The name is private, but is the one that torch's own documentation of autograd gives.
-    return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=16)
@@ -103,11 +103,12 @@ class TensorState:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.version = version(tensor)
+        traced = is_traced()
+        self.version = -1 if traced else version(tensor)
         # A trace records operations on tensors, and would record the comparison's outcome as a
         # constant. Within one trace no parameter is written to.
         #: A copy of a vector; of a matrix M, its product ``M w`` with a fixed random w.
-        self.fingerprint = None if is_traced() else fingerprint_of(tensor)
+        self.fingerprint = None if traced else fingerprint_of(tensor)
 
     def __eq__(self, other: object) -> bool:
         """Whether the tensor was the same at both moments. NaNs never are."""
@@ -284,11 +285,12 @@ class PairCache:
         """
         has_graph = computed.grad_fn is not None
         # Where gradients are recorded, a GPU is not waited for.
-        is_compared = not (is_traced() or (x.is_cuda and torch.is_grad_enabled()))
+        traced = is_traced()
+        is_compared = not (traced or (x.is_cuda and torch.is_grad_enabled()))
         contents = (*_contents(x), *_contents(y)) if is_compared else None
         conditions = _conditions_of(x, y, parameters)
         self._pair = _Pair(x, y, contents, conditions, list(parameters), state, has_graph, memo)
-        if has_graph and not is_traced():
+        if has_graph and not traced:
             self.drop_at_backward(computed)
             handle = None if memo is None else memo.handle
             if handle is not None and handle.requires_grad:
