@@ -43,7 +43,7 @@ demo: setup ## Run the two main examples with their default options
 	$(PY) examples/density_digits.py
 
 test: setup ## Run the tests (PYTEST_ARGS="-k name" passes options on)
-	@$(PY) -m pytest -n auto $(PYTEST_ARGS)
+	@$(PY) -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: setup ## Check style, format and types
 	@$(PY) -m ruff check .

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Before torch is imported. The tensors of the tests are small: threads would wait for each other
+# longer than they compute, and on a busy machine much longer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pyro.distributions as dist

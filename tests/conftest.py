@@ -14,9 +14,7 @@ from pyro_snf.maps import dense as dense_module
 from tests import simulated_cuda
 from tests.registry import CASES, Case
 
-# The tensors here are small: threads would wait for each other longer than they compute, and on a
-# busy machine much longer.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # as conftest.py above does it for other processes
 
 if simulated_cuda.VARIABLE in os.environ:
     simulated_cuda.install()

@@ -369,8 +369,11 @@ def test_resumed_run_is_the_same_bit_for_bit(
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
 
-@TRAINED
-@COPIED
+@pytest.mark.parametrize(
+    ("trained", "make_copy"),
+    [(False, copy.deepcopy), *[(True, make) for make in COPIES]],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transform]) -> None:
     transform = prepare(case, trained)
     assert transform.inv.inv is transform
@@ -429,8 +432,9 @@ def test_repr(case: Case) -> None:
 # --- Types --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("through", ["T", "T.inv"])
-@TRAINED
+@pytest.mark.parametrize(
+    ("trained", "through"), [(False, "T"), (True, "T"), (True, "T.inv")], ids=str
+)
 def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> None:
     transform = prepare(case, trained)
     module = transform if through == "T" or not list(transform.parameters()) else transform.inv
