@@ -158,7 +158,9 @@ def trained(name: str, device: str, dtype: torch.dtype = torch.float64) -> Train
     for part in transform.modules():
         if isinstance(part, ProbeStream):
             part.generator(0, torch.device(device))  # it reads its seed once
-    for _ in range(4):  # the first checks of a tracked inverse are waited for
+    # The first checks of a tracked inverse are waited for.
+    tracks = any(isinstance(part, TrackedInverse) for part in transform.modules())
+    for _ in range(4 if tracks else 1):
         descend(transform, log_density, data[2].clone(), rate=STEADY)
     with counting_waits() if device == "cuda" else without_validation() as waits:
         losses.append(descend(transform, log_density, data[2].clone(), rate=STEADY))
