@@ -75,6 +75,7 @@ def test_state_is_on_the_cpu_whatever_the_default_device() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # older torch's own
 @pytest.mark.parametrize(
     "name", ["linear refined", "conv refined", "free form learned", "autoregressive"]
 )

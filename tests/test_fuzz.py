@@ -1021,8 +1021,20 @@ def load(module: nn.Module, state: dict[str, Any], key: str) -> None:
         raise
 
 
+def takes_first_entry() -> bool:
+    """Whether this torch loads the first entry of a vector into a scalar, as older ones do."""
+    module = nn.Module()
+    module.register_buffer("number", torch.zeros(()))
+    try:
+        module.load_state_dict({"number": torch.ones(2)})
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_states(name: str) -> None:
+    is_lax = takes_first_entry()
     make, state_of = STATES[name]
     state, wrong = state_of(), []
     module = make()
@@ -1031,6 +1043,8 @@ def test_states(name: str) -> None:
             value = odd()
             if isinstance(value, Tensor) and value.numel() == state[key].numel():
                 continue  # a tensor that torch takes
+            if is_lax and state[key].dim() == 0 and isinstance(value, Tensor) and value.dim() == 1:
+                continue
             got, _ = outcome(load, module, {**state, key: value}, key)
             if got != REFUSED:
                 wrong.append(f"{key} = {label}: expected {REFUSED}; got {got}")

@@ -25,6 +25,7 @@ FILES = ["test_cuda.py", "test_residual_monitor.py", "test_transfer.py"]
 
 @pytest.mark.skipif(is_simulated, reason="it would start itself")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real CUDA device")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is not built for the CPU")
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated device needs Linux")
 @pytest.mark.skipif(simulated_cuda.compiler() is None, reason="no C++ compiler (CXX, c++ or g++)")
 def test_gpu_tests_pass_on_a_simulated_device() -> None:

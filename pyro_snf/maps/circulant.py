@@ -138,7 +138,8 @@ class Circulant:
         In the kernel's precision, float32 at least: this often serves as a preconditioner.
         """
         inverse = self._solver_symbol.mH if transposed else self._solver_symbol
-        spectrum = torch.fft.rfft2(images.to(self._solver_type.to_real()))
+        # Contiguous: for other layouts, some releases of MKL have no transform.
+        spectrum = torch.fft.rfft2(images.to(self._solver_type.to_real()).contiguous())
         if len(self.kernel) == 1:
             spectrum = spectrum * inverse[..., 0, 0]
         else:
