@@ -576,7 +576,7 @@ def test_files_that_cannot_be_written_stay_as_they_were(
         context.setattr(os, function, _fail(error))
         with pytest.raises(expected, match=message):
             common.save_state(path, {"step": 2})
-    with pytest.raises(AttributeError, match="pickle|local object"):
+    with pytest.raises(AttributeError, match=r"pickle|local object"):
         common.save_state(path, {"step": lambda: 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
