@@ -158,11 +158,12 @@ class StateCache(Generic[Value]):
         :param key: distinguishes values of the same state; the latest four are kept.
         """
         known, values = self._entry
-        if is_transformed():  # whose tensors do not outlive it
-            return values[key] if known == state and key in values else compute()
-        others = [] if known != state else [one for one in values.items() if one[0] != key]
-        value = values[key] if known == state and key in values else compute()
-        self._entry = state, dict([*others[-(_MAX_VALUES - 1) :], (key, value)])
+        if known != state:
+            values = {}
+        value = values[key] if key in values else compute()
+        if not is_transformed():  # whose tensors do not outlive it
+            others = [one for one in values.items() if one[0] != key]
+            self._entry = state, dict([*others[1 - _MAX_VALUES :], (key, value)])
         return value
 
     def __reduce__(self) -> tuple[type[StateCache[Value]], tuple[()]]:
@@ -209,7 +210,9 @@ class _Pair(NamedTuple):
     def is_valid(self, parameters: Sequence[Tensor], state: ParameterState) -> bool:
         if not (self.is_under_conditions(parameters) and self._has_contents()):
             return False
-        if self.waits_for_device():
+        if self.x.is_cuda and self.has_graph:
+            # Comparing contents would wait for the device. In training it is not necessary: the
+            # backward pass, after which parameters are written to, drops the pair.
             return [one.version for one in state] == [one.version for one in self.state]
         return state == self.state
 
@@ -218,14 +221,6 @@ class _Pair(NamedTuple):
         if _conditions_of(self.x, self.y, parameters) != self.conditions:
             return False
         return all(map(operator.is_, parameters, self.parameters))
-
-    def waits_for_device(self) -> bool:
-        """Whether it would take long to compare the parameters' contents.
-
-        In training on a GPU it is not done: the backward pass, after which parameters are written
-        to, drops the pair.
-        """
-        return self.x.is_cuda and self.has_graph
 
     def _has_contents(self) -> bool:
         if self.contents is None or is_traced():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 
 from pyro_snf.log_dets import Exact, Refined
 from pyro_snf.maps.sharded_dense import ShardedDense
@@ -62,9 +61,15 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
     expect(f"a layer on {' or '.join(devices)}", theta.device.type in devices, theta.device)
 
     if theta.is_meta:
-        for name, start in _starts_of(layer, mesh).items():
-            parameter = getattr(layer, name)
-            setattr(layer, name, nn.Parameter(start, requires_grad=parameter.requires_grad))
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter is theta:
+                memory: Tensor = empty(
+                    theta.shape, dtype=theta.dtype, device_mesh=mesh, placements=[Shard(0)]
+                )
+            else:
+                memory = torch.empty_like(parameter, device=mesh.device_type)
+            setattr(layer, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        layer.reset_parameters()
         method.setup(ShardedDense(), layer.theta.detach())
         _replicate(state := dict(method.named_buffers()), mesh.get_group())
         method.load_state_dict(state, strict=False)  # the seed of probes
@@ -80,18 +85,6 @@ def shard(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> SelfNormalizingLine
         layer.load_state_dict(state, assign=True)
     layer.clear_cache()
     return layer
-
-
-def _starts_of(layer: SelfNormalizingLinear, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """What the parameters of a new layer start from."""
-    theta, device = layer.theta, mesh.device_type
-    starts: dict[str, Tensor] = {
-        "theta": zeros(theta.shape, dtype=theta.dtype, device_mesh=mesh, placements=[Shard(0)]),
-        "log_scale": torch.full_like(layer.log_scale, math.log(layer.init_scale), device=device),
-    }
-    if layer.bias is not None:
-        starts["bias"] = torch.zeros_like(layer.bias, device=device)
-    return starts
 
 
 def _replicate(state: dict[str, Any], group: dist.ProcessGroup) -> None:

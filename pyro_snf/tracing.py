@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "has_saved_tensor_hooks",
+    "is_plain",
     "is_recomputing",
     "is_traced",
     "is_transformed",
@@ -48,6 +49,11 @@ def is_transformed() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Whether hooks replace what autograd saves, as in activation checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_plain() -> bool:
+    """Whether operations are done here and now, once: neither traced nor transformed."""
+    return not (is_traced() or is_transformed())
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -933,16 +933,23 @@ def uses_of(name: str) -> dict[str, tuple[Callable[[Any], Any], Tensor]]:
     }
 
 
+def wrong_forms(use: Callable[[Any], Any], valid: Tensor, expected: Tensor) -> list[str]:
+    """The other forms of a valid tensor whose result is not the expected one."""
+    wrong = []
+    for label, odd in SAME.items():
+        got, result = outcome(use, odd(valid))
+        if got != ACCEPTED or not torch.allclose(result.detach(), expected, rtol=1e-9):
+            wrong.append(f"{label}: expected a right result; got {got}")
+    return wrong
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUZZED)
 def test_inputs(name: str) -> None:
     wrong = []
     for way, (use, valid) in uses_of(name).items():
         expected = use(valid).detach()
-        for label, odd in SAME.items():
-            got, result = outcome(use, odd(valid))
-            if got != ACCEPTED or not torch.allclose(result.detach(), expected, rtol=1e-9):
-                wrong.append(f"{way} of {label}: expected a right result; got {got}")
+        wrong += [f"{way} of {one}" for one in wrong_forms(use, valid, expected)]
         for label, odd in NEVER.items():
             got, result = outcome(use, odd(valid))
             is_ignored = way.startswith("log-det") and got == ACCEPTED  # one of both may be
@@ -974,10 +981,7 @@ def test_contexts(name: str) -> None:
         return transform.condition(context)(x)
 
     expected = use(valid).detach()
-    for label, odd in SAME.items():
-        got, result = outcome(use, odd(valid))
-        if got != ACCEPTED or not torch.allclose(result.detach(), expected, rtol=1e-9):
-            wrong.append(f"{label}: expected a right result; got {got}")
+    wrong += wrong_forms(use, valid, expected)
     for label, odd in NEVER.items():
         got, _ = outcome(use, odd(valid))
         if got != REFUSED:

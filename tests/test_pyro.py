@@ -208,7 +208,9 @@ def test_density_model_learns_the_covariance(log_det: str) -> None:
     data = torch.randn(400, 3) @ root.mT + torch.tensor([1.0, -2.0, 0.5])
     centred = data - data.mean(0)
     covariance = centred.mT @ centred / len(data)
-    layer = SelfNormalizingLinear(3, log_det=log_det)
+    # An error of R is one of the solution: by default up to 2 %, of variances up to 4.
+    method = Refined(tolerance=0.005) if log_det == "refined" else log_det
+    layer = SelfNormalizingLinear(3, log_det=method)
     base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     density = dist.TransformedDistribution(base, [layer.inv])
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
@@ -220,9 +222,7 @@ def test_density_model_learns_the_covariance(log_det: str) -> None:
         optimizer.step()
         schedule.step()
     weight = layer.weight.detach()
-    # A tracked R may be off by its tolerance of 2 %, and so may the weight.
-    difference = torch.linalg.inv(weight.mT @ weight) - covariance
-    assert difference.abs().max() < 0.03 * covariance.abs().max()
+    assert (torch.linalg.inv(weight.mT @ weight) - covariance).abs().max() < 0.05
     with torch.no_grad():
         best = dist.MultivariateNormal(data.mean(0), covariance).log_prob(data).mean().item()
         assert density.log_prob(data).mean().item() == pytest.approx(best, abs=0.01)

@@ -203,13 +203,16 @@ class ResidualMonitor:
         self.usual_step_norm = self.step_norm if math.isfinite(self.step_norm) else 0.0
         number = self.num_checks % _NUM_DIRECTIONS
         self.num_checks += 1
+        error = InverseError(*self._read(self._check_along(inverse_t, theta, number)))
+        self.plan_next_check(error, limits)
+        return error
+
+    def _check_along(self, inverse_t: Tensor, theta: Tensor, number: int) -> Tensor:
+        """The error along one of the fixed directions, shape ``(2,)``."""
         directions = fixed_directions(
             _NUM_DIRECTIONS, len(theta), inverse_t.dtype, inverse_t.device
         )
-        numbers = _check_error(inverse_t, theta, directions[number], self.matrix_map)
-        error = InverseError(*self._read(numbers))
-        self.plan_next_check(error, limits)
-        return error
+        return _check_error(inverse_t, theta, directions[number], self.matrix_map)
 
     def lags(self, tensor: Tensor) -> bool:
         """Whether the latest check was not waited for, on the device of a tensor."""
@@ -218,14 +221,11 @@ class ResidualMonitor:
 
     def look(self, inverse_t: Tensor, theta: Tensor) -> InverseError:
         """An estimate of the error now, which changes nothing."""
-        directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
-        numbers = _check_error(inverse_t, theta, directions[0], self.matrix_map)
-        return InverseError(*numbers.tolist())
+        return InverseError(*self._check_along(inverse_t, theta, 0).tolist())
 
     def check_update(self, inverse_t: Tensor, theta: Tensor) -> None:
         """Check R after an update, on a GPU: :meth:`error_after_update` is the outcome."""
-        directions = fixed_directions(1, len(theta), inverse_t.dtype, inverse_t.device)
-        self._updated = _Reading(_check_error(inverse_t, theta, directions[0], self.matrix_map))
+        self._updated = _Reading(self._check_along(inverse_t, theta, 0))
 
     def error_after_update(self) -> InverseError | None:
         """What was left of the error by an update in the step before; None if there was none."""

@@ -35,7 +35,13 @@ from pyro_snf.options import (
 )
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
-from pyro_snf.tracing import is_traced, is_transformed, is_wrapped, without_saved_tensor_hooks
+from pyro_snf.tracing import (
+    is_plain,
+    is_traced,
+    is_transformed,
+    is_wrapped,
+    without_saved_tensor_hooks,
+)
 from pyro_snf.transfer import read
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
@@ -382,8 +388,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         )
         rows = x.expand(shape).reshape(-1, *event_shape)
         wanted = "derivatives" if torch.is_grad_enabled() else "values"
-        is_plain = not (is_traced() or is_transformed())
-        if self._status.checked not in (wanted, "derivatives") and is_plain:
+        if self._status.checked not in (wanted, "derivatives") and is_plain():
             with without_autocast(x.device), without_saved_tensor_hooks():
                 self._networks().check(
                     *self._in_own_dtype(rows, context), derivatives=wanted == "derivatives"

@@ -16,7 +16,7 @@ from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_positive, check_choice, check_device, check_dtype, check_flag
 from pyro_snf.precision import at_least_float32, singular, without_autocast
 from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
-from pyro_snf.tracing import is_traced, is_transformed, run_eagerly
+from pyro_snf.tracing import is_plain, is_traced, run_eagerly
 from pyro_snf.transforms.base import InvertibleTransformModule
 
 __all__ = ["AffineSelfNormalizingTransform", "SelfNormalizingTransform"]
@@ -90,8 +90,7 @@ class SelfNormalizingTransform(InvertibleTransformModule):
         :param parameters: one of which has to require a gradient.
         """
         # A trace could not repeat what the method does, nor may a functional transform do it.
-        is_plain = not (is_traced() or is_transformed())
-        return is_plain and self._is_in_training_mode(*parameters)
+        return is_plain() and self._is_in_training_mode(*parameters)
 
     def _is_in_training_mode(self, *parameters: Tensor) -> bool:
         return (
