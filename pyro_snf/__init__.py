@@ -1,6 +1,7 @@
 """Self Normalizing Flows for Pyro: unconstrained layers without the O(D³) log-determinant."""
 
 from pyro_snf import diagnostics, flows, images, optim
+from pyro_snf.density_fitting import DensityFit, fit_density
 from pyro_snf.fitting import Fit, fit
 from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairRefined
 from pyro_snf.free_form.reconstruction import Reconstruction
@@ -11,9 +12,12 @@ from pyro_snf.penalty import GECO
 from pyro_snf.transforms import (
     ActNorm,
     Compose,
+    ConditionalCompose,
     ConditionalSelfNormalizingLinear,
     ConditionalSelfNormalizingPair,
+    ConditionalSplineAutoregressive,
     CouplingNet,
+    GaussianCopula,
     ImageCoupling,
     InverseTransformModule,
     InvertibleTransformModule,
@@ -24,10 +28,13 @@ from pyro_snf.transforms import (
     SelfNormalizingLinear,
     SelfNormalizingPair,
     SmoothLeakyReLU,
+    SplineAutoregressive,
     Squeeze2d,
     actnorm,
     conditional_self_normalizing_linear,
     conditional_self_normalizing_pair,
+    conditional_spline_autoregressive,
+    gaussian_copula,
     image_coupling,
     low_rank_autoregressive,
     rational_quadratic_spline,
@@ -35,6 +42,7 @@ from pyro_snf.transforms import (
     self_normalizing_linear,
     self_normalizing_pair,
     smooth_leaky_relu,
+    spline_autoregressive,
     squeeze2d,
 )
 
@@ -43,11 +51,15 @@ __all__ = [
     "ActNorm",
     "AutoSelfNormalizingFlow",
     "Compose",
+    "ConditionalCompose",
     "ConditionalSelfNormalizingLinear",
     "ConditionalSelfNormalizingPair",
+    "ConditionalSplineAutoregressive",
     "CouplingNet",
+    "DensityFit",
     "Exact",
     "Fit",
+    "GaussianCopula",
     "ImageCoupling",
     "InverseTransformModule",
     "InvertibleTransformModule",
@@ -67,13 +79,17 @@ __all__ = [
     "SelfNormalizingLinear",
     "SelfNormalizingPair",
     "SmoothLeakyReLU",
+    "SplineAutoregressive",
     "Squeeze2d",
     "actnorm",
     "conditional_self_normalizing_linear",
     "conditional_self_normalizing_pair",
+    "conditional_spline_autoregressive",
     "diagnostics",
     "fit",
+    "fit_density",
     "flows",
+    "gaussian_copula",
     "image_coupling",
     "images",
     "low_rank_autoregressive",
@@ -83,6 +99,7 @@ __all__ = [
     "self_normalizing_linear",
     "self_normalizing_pair",
     "smooth_leaky_relu",
+    "spline_autoregressive",
     "squeeze2d",
 ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,13 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import ClippedAdam, PyroOptim
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.optim import NaturalGradient
 from pyro_snf.options import as_count, as_positive, check_flag, expect, is_count
 from pyro_snf.plotting import plot_curves
 from pyro_snf.processes import check_one_process
+from pyro_snf.progress import Progress
 from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
 
 if TYPE_CHECKING:
@@ -61,9 +60,6 @@ _MIN_TRIAL = 25
 _SHARE_OF_TRIAL = 0.05
 # Of the first locations of further starts, each unconstrained number: as in Stan.
 _START_RADIUS = 2.0
-
-# Where there is no terminal, a line every so many seconds.
-_SECONDS_BETWEEN_LINES = 10.0
 
 # The loss is still falling where it does so by ten times the tolerance and three standard errors.
 _FALL, _FALL_ERRORS = 10.0, 3.0
@@ -206,7 +202,7 @@ def fit(
     expect("fewer starts: each takes 5 % of the steps", num_steps_of_best > 0, num_starts)
     start_losses: list[float] = []
     start = time.perf_counter()
-    with _Progress(progress, num_steps) as bar:
+    with Progress(progress, num_steps) as bar:
 
         def backward() -> float:
             return elbo.loss_and_grads(model, guide, *args, **kwargs)
@@ -248,7 +244,7 @@ def fit(
 class _Run:
     """Steps of an optimizer, and their losses."""
 
-    def __init__(self, backward: Callable[[], float], optim: Any, bar: _Progress) -> None:
+    def __init__(self, backward: Callable[[], float], optim: Any, bar: Progress) -> None:
         self.backward, self.optim, self.bar = backward, optim, bar
         self.losses: list[float] = []
         self.reason = "num_steps"
@@ -269,7 +265,7 @@ class _Run:
             has_started = self.may_fail_at_once or len(self.losses) > 0
             loss = self._step(may_fail=is_natural and has_started)
             self.losses.append(loss)
-            self.bar.update(loss)
+            self.bar.update(f"−ELBO {loss:.4g}")
             num_failures = 0 if math.isfinite(loss) else num_failures + 1
             if num_failures == _MAX_FAILURES:
                 self.reason = "diverged"
@@ -400,32 +396,3 @@ def _is_falling(losses: NDArray[np.float64], tolerance: float) -> bool:
         return True
     fall, error = _fall(losses, len(losses) // 10)
     return fall > max(_FALL * tolerance, _FALL_ERRORS * error)
-
-
-class _Progress:
-    """A bar in terminals and notebooks; elsewhere a line every ten seconds; or nothing."""
-
-    def __init__(self, is_shown: bool, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.num_done = 0
-        has_bar = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.bar = tqdm(total=num_steps, unit="step") if is_shown and has_bar else None
-        self.prints = is_shown and not has_bar
-        self.last_line = time.monotonic()
-
-    def update(self, loss: float) -> None:
-        self.num_done += 1
-        text = f"−ELBO {loss:.4g}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif self.prints and time.monotonic() - self.last_line >= _SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            print(f"step {self.num_done} of {self.num_steps}, {text}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

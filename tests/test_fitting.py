@@ -494,7 +494,7 @@ def test_progress_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(fitting, "_SECONDS_BETWEEN_LINES", seconds)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", seconds)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     fit(gaussian, ours(), num_steps=6, progress=progress)
     output = capsys.readouterr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
+from pyro_snf import rational_quadratic
 from pyro_snf.caching import TensorMemo
 from pyro_snf.options import (
     as_event_shape,
@@ -41,10 +42,6 @@ _MAX_NEWTON_STEPS = 25
 
 # On a GPU the end is looked for, and waited for, after each so many steps: more change nothing.
 _STEPS_UNTIL_LOOK = 8
-
-# As in Durkan et al.: the smallest share of the interval that a bin takes, and the smallest slope.
-_MIN_SHARE = 1e-3
-_MIN_SLOPE = 1e-3
 
 
 class SmoothLeakyReLU(InvertibleTransformModule):
@@ -279,94 +276,33 @@ class RationalQuadraticSpline(InvertibleTransformModule):
         return self._call_with_memo(x)[0]
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo]:
-        inside, values = self._clamp(x)
-        y, log_slope = _spline(values, _select(values, self._bins()))
-        y = torch.where(inside, y, x).to(x.dtype)
-        log_slope = torch.where(inside, log_slope, 0)
-        return y, TensorMemo(log_slope.sum(tuple(range(-len(self.event_shape), 0))))
+        values = self._values(x)
+        bins = rational_quadratic.of_elements(values, self._knots())
+        y, log_slope = rational_quadratic.apply(values, bins)
+        return y.to(x.dtype), TensorMemo(log_slope.sum(tuple(range(-len(self.event_shape), 0))))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        inside, values = self._clamp(y)
-        x = _inverse_spline(values, _select(values, self._bins(), inverse=True))
-        return torch.where(inside, x, y).to(y.dtype)
+        values = self._values(y)
+        bins = rational_quadratic.of_elements(values, self._knots(), inverse=True)
+        return rational_quadratic.apply_inverse(values, bins).to(y.dtype)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         memo = self._memo_of(x, y)
         return (self._call_with_memo(x)[1] if memo is None else memo).handle
 
-    def _bins(self) -> _Bins:
-        """The bins of all elements, each field of shape ``(*event_shape, K)``."""
-        x, width = self._knots(self.unnormalized_widths)
-        y, height = self._knots(self.unnormalized_heights)
-        offset = math.log(math.expm1(1 - _MIN_SLOPE))  # makes the slope 1 where the parameter is 0
-        slopes = _MIN_SLOPE + F.softplus(at_least_float32(self.unnormalized_slopes) + offset)
-        slopes = F.pad(slopes, (1, 1), value=1.0)
-        return _Bins(x, y, width, height, slopes[..., :-1], slopes[..., 1:])
+    def _knots(self) -> rational_quadratic.Knots:
+        """The knots of all elements, each field of shape ``(*event_shape, K + 1)``."""
+        return rational_quadratic.knots_between(
+            self.unnormalized_widths,
+            self.unnormalized_heights,
+            self.unnormalized_slopes,
+            self.bound,
+            dim=-1,
+        )
 
-    def _knots(self, unnormalized: Tensor) -> tuple[Tensor, Tensor]:
-        """The lower ends and the lengths of the bins."""
-        shares = torch.softmax(at_least_float32(unnormalized), dim=-1)
-        shares = _MIN_SHARE + (1 - _MIN_SHARE * self.num_bins) * shares
-        inner = self.bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
-        knots = F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
-        return knots[..., :-1], knots.diff(dim=-1)
-
-    def _clamp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each value lies in (−B, B), True for NaN; and the values clamped to [−B, B]."""
+    def _values(self, x: Tensor) -> Tensor:
         check_input(self, x, self.event_shape, self.unnormalized_widths.dtype)
-        return ~(x.abs() >= self.bound), at_least_float32(x).clamp(-self.bound, self.bound)
-
-
-class _Bins(NamedTuple):
-    """Bins of splines: their lower ends, their lengths, and the slopes at both ends."""
-
-    x: Tensor
-    y: Tensor
-    width: Tensor
-    height: Tensor
-    slope: Tensor
-    next_slope: Tensor
-
-
-def _select(values: Tensor, bins: _Bins, *, inverse: bool = False) -> _Bins:
-    """The bin that each value lies in, by x or, for the inverse, by y; fields of values' shape."""
-    *event_shape, num_bins = bins.x.shape
-    index = torch.zeros(values.shape, dtype=torch.long, device=values.device)
-    for inner_knot in (bins.y if inverse else bins.x).detach()[..., 1:].unbind(-1):
-        index = index + (values >= inner_knot)
-    offsets = torch.arange(0, bins.x.numel(), num_bins, device=values.device)
-    index = (index + offsets.view(event_shape)).flatten()
-    # In one dimension, index_select has torch's fastest gather and, backward, fastest scatter.
-    return _Bins(*(field.flatten().index_select(0, index).view(values.shape) for field in bins))
-
-
-def _spline(x: Tensor, bins: _Bins) -> tuple[Tensor, Tensor]:
-    """T(x) and log T'(x)."""
-    xi = (x - bins.x) / bins.width
-    s = bins.height / bins.width
-    product = xi * (1 - xi)
-    denominator = s + (bins.next_slope + bins.slope - 2 * s) * product
-    y = bins.y + bins.height * (s * xi**2 + bins.slope * product) / denominator
-    numerator = bins.next_slope * xi**2 + 2 * s * product + bins.slope * (1 - xi) ** 2
-    return y, 2 * (s / denominator).log() + numerator.log()
-
-
-def _inverse_spline(y: Tensor, bins: _Bins) -> Tensor:
-    """T⁻¹(y), by the root ξ in [0, 1] of ``a ξ² + b ξ + c``.
-
-    Of the two formulas for the root, the sign of b chooses the one without cancellation; b < 0
-    occurs near the upper end of a bin with a steep slope there.
-    """
-    s = bins.height / bins.width
-    eta = y - bins.y
-    curvature = eta * (bins.next_slope + bins.slope - 2 * s)
-    a = bins.height * (s - bins.slope) + curvature
-    b = bins.height * bins.slope - curvature
-    c = -s * eta
-    root = (b**2 - 4 * a * c).clamp_min(0).sqrt()  # rounding can make it negative
-    q = -(b + torch.where(b >= 0, root, -root)) / 2
-    xi = torch.where(b >= 0, c, q) / torch.where(b >= 0, q, a)
-    return bins.x + xi * bins.width
+        return at_least_float32(x)
 
 
 def rational_quadratic_spline(

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, dependent_property
 
-from pyro_snf.caching import version
 from pyro_snf.options import as_count, check_device, check_dtype, expect, is_count
 from pyro_snf.precision import at_least_float32
-from pyro_snf.processes import column_moments, is_dtensor
-from pyro_snf.tracing import is_traced
-from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
+from pyro_snf.processes import column_moments
+from pyro_snf.transforms.base import check_image, check_input
+from pyro_snf.transforms.first_batch import FirstBatchTransform
 
 __all__ = ["ActNorm", "actnorm"]
 
 
-class ActNorm(InvertibleTransformModule):
+class ActNorm(FirstBatchTransform):
     r"""Activation normalization (Kingma and Dhariwal, 2018): for every channel c,
 
     .. math::
@@ -65,8 +64,6 @@ class ActNorm(InvertibleTransformModule):
     NeurIPS 2018. [arXiv:1807.03039]
     """
 
-    initialized: Tensor
-
     @dependent_property(is_discrete=False)
     def domain(self) -> Constraint:
         return constraints.independent(constraints.real, self._event_dim)
@@ -87,11 +84,10 @@ class ActNorm(InvertibleTransformModule):
         check_device(device)
         check_dtype(dtype)
         self._event_dim = int(event_dim)
-        self._is_sharded = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.log_scale = nn.Parameter(torch.empty(self.num_channels, **factory))  # s
         self.bias = nn.Parameter(torch.empty(self.num_channels, **factory))  # b
-        self.register_buffer("initialized", torch.empty((), dtype=torch.bool, device=device))
+        self._make_initialized(device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -99,24 +95,10 @@ class ActNorm(InvertibleTransformModule):
         """The identity, until the next first batch."""
         self.log_scale.zero_()
         self.bias.zero_()
-        self.initialized.fill_(False)
-        self.clear_cache()
-        # The version of ``initialized`` at which it was last found True. To look at its value in
-        # every call would be to wait for the GPU in every call.
-        self._initialized_version: int | None = None
+        self._reset_initialized()
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, event_dim={self._event_dim}"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if is_dtensor(value):
-            self._is_sharded = True
-        super().__setattr__(name, value)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._is_training() and self._is_new():
-            self.initialize(x)
-        return super().__call__(x)
 
     def _call(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -142,13 +124,7 @@ class ActNorm(InvertibleTransformModule):
         :raises ValueError: if it is not finite, or a channel has equal values.
         :raises RuntimeError: if the parameters have been sharded.
         """
-        if self._is_sharded:
-            # In a forward pass fully_shard puts copies of the parameters in their place, and what
-            # is written to these is lost.
-            raise RuntimeError(
-                f"expected {self} to be initialized before its parameters are sharded: pass a "
-                "first batch through the flow, in train() mode, before fully_shard"
-            )
+        self._check_not_sharded()
         self._check(x)
         channels = x.movedim(-self._event_dim, -1).reshape(-1, self.num_channels)
         mean, deviation = column_moments(channels)
@@ -165,29 +141,10 @@ class ActNorm(InvertibleTransformModule):
             )
         self.log_scale.copy_(-deviation.log())
         self.bias.copy_(-mean)
-        self.initialized.fill_(True)
-        self.clear_cache()
+        self._note_initialized()
 
-    def _is_training(self) -> bool:
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and self.log_scale.requires_grad
-            and self.bias.requires_grad
-            and not is_traced()  # a trace would repeat the initialization in every call
-        )
-
-    @torch.no_grad()
-    def _is_new(self) -> bool:
-        """Whether the parameters have not been set by anything yet."""
-        if self._initialized_version == version(self.initialized):
-            return False
-        if not self.initialized:
-            if not self.log_scale.any() and not self.bias.any():
-                return True
-            self.initialized.fill_(True)
-        self._initialized_version = version(self.initialized)
-        return False
+    def _is_as_reset(self) -> bool:
+        return not self.log_scale.any() and not self.bias.any()
 
     def _per_channel(self, parameter: Tensor) -> Tensor:
         return parameter if self._event_dim == 1 else parameter.view(-1, 1, 1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from pyro.distributions.conditional import ConditionalTransform, ConditionalTransformModule
 from pyro.distributions.transforms import ComposeTransformModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from pyro_snf.options import as_list, check_cache_size, expect
 from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
 
-__all__ = ["Compose"]
+__all__ = ["Compose", "ConditionalCompose"]
 
 
 class Compose(ComposeTransformModule):
@@ -71,7 +73,75 @@ class Compose(ComposeTransformModule):
             return self
         return Compose(self.parts, cache_size=cache_size)
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Initialize the parts that data initialize, such as :class:`~pyro_snf.ActNorm`, one after
+        the other, as a first batch in training would.
+
+        :param Tensor x: data, the input of the first part: all of them, if they are at hand.
+        """
+        _initialize(self.parts, x)
+
     def clear_cache(self) -> None:
         """Drop the cached pairs of all parts."""
         for part in self.parts:
             part.clear_cache()  # type: ignore[attr-defined]  # Pyro adds it to torch's class
+
+
+class ConditionalCompose(ConditionalTransformModule):
+    """The composition of transforms some of which depend on a context.
+
+    >>> parts = [SelfNormalizingLinear(3), ConditionalSplineAutoregressive(3, 2)]
+    >>> flow = ConditionalCompose(parts)
+    >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    >>> density = dist.ConditionalTransformedDistribution(base, [flow.inv])
+    >>> density.condition(torch.ones(5, 2)).log_prob(torch.zeros(5, 3)).shape
+    torch.Size([5])
+
+    :param parts: transforms and conditional transforms, in the order in which they are applied. All
+        conditional ones have the same context.
+    :raises ValueError: if there are no parts, or other things among them.
+    """
+
+    def __init__(self, parts: Sequence[Transform | ConditionalTransform]) -> None:
+        super().__init__()
+        listed = as_list("transforms in a list", parts)
+        expect("at least one transform", len(listed) > 0, parts)
+        for part in listed:
+            fits = isinstance(part, Transform | ConditionalTransform)
+            expect("transforms or conditional transforms, in a list", fits, part)
+        safe = [with_safe_cache(one) if isinstance(one, Transform) else one for one in listed]
+        #: In the order in which they are applied.
+        self.parts = list(safe)
+        self.modules_of_parts = nn.ModuleList(one for one in safe if isinstance(one, nn.Module))
+
+    def condition(self, context: Tensor) -> Compose:
+        """The stack for a context, or for a batch of contexts.
+
+        :param Tensor context: of the conditional parts.
+        """
+        return Compose(
+            [
+                part.condition(context) if isinstance(part, ConditionalTransform) else part
+                for part in self.parts
+            ]
+        )
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor) -> None:
+        """Initialize the parts that data initialize, and standardize the contexts.
+
+        :param Tensor x: data, the input of the first part.
+        :param Tensor context: as many contexts.
+        """
+        for part in self.parts:
+            if hasattr(part, "standardize_contexts"):
+                part.standardize_contexts(context)
+        _initialize(self.condition(context).parts, x)
+
+
+def _initialize(parts: Sequence[Transform], x: Tensor) -> None:
+    for part in parts:
+        if hasattr(part, "initialize"):
+            part.initialize(x)
+        x = part(x)

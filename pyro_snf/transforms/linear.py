@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.maps import Dense
-from pyro_snf.options import as_count
+from pyro_snf.options import as_count, expect
 from pyro_snf.recording import RecordedCall, RecordingSlot
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.self_normalizing import AffineSelfNormalizingTransform
@@ -172,9 +172,26 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
         """
         weight = self.weight.double()
         triangle = torch.linalg.qr(torch.linalg.solve(start.double(), weight).mT).R.mT
-        weight = start.double() @ (triangle * triangle.diagonal().sign())
-        weight *= torch.exp(-self.log_scale.double()).unsqueeze(-1)
-        Dense().set_weight(self.theta, weight)
+        self._set_weight(start.double() @ (triangle * triangle.diagonal().sign()), self.log_scale)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Make ``weight`` the layer's W; R becomes its inverse. In O(D³).
+
+        :param Tensor weight: regular, shape ``(D, D)``.
+        :raises ValueError: for another shape.
+        """
+        fits = isinstance(weight, Tensor) and weight.shape == self.theta.shape
+        expect(f"weight, a tensor of shape {tuple(self.theta.shape)}", fits, weight)
+        weight = weight.to(self.theta.device, torch.float64)
+        # Rows of length 1 lose no digits to the identity in I + Θ/√D.
+        log_lengths = weight.norm(dim=-1).log()
+        self.log_scale.copy_(log_lengths)
+        self._set_weight(weight, log_lengths)
+
+    def _set_weight(self, weight: Tensor, log_scale: Tensor) -> None:
+        scaled = weight * torch.exp(-log_scale.double()).unsqueeze(-1)
+        Dense().set_weight(self.theta, scaled)
         self.refactorize()
 
     @torch.no_grad()

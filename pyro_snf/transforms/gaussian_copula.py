@@ -1,0 +1,351 @@
+"""A Gaussian copula: an increasing function of each feature, and a dense layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.special import ndtr, ndtri
+
+from pyro_snf import rational_quadratic
+from pyro_snf.options import as_count, expect, is_count
+from pyro_snf.precision import at_least_float32
+from pyro_snf.processes import gather
+from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.first_batch import FirstBatchTransform
+from pyro_snf.transforms.linear import SelfNormalizingLinear
+
+__all__ = ["GaussianCopula", "gaussian_copula"]
+
+# Rows that the first values are computed from. More would make them hardly more accurate.
+_MAX_ROWS = 20_000
+
+# Fewer rows than this many for each feature do not tell how features depend on each other.
+_ROWS_PER_FEATURE = 4
+
+# Before data are seen, the knots reach from −4 to 4.
+_FIRST_BOUND = 4.0
+
+# The narrowest bin to start from, in standard deviations of the feature.
+_MIN_WIDTH = 1e-5
+
+# A density of numbers that are equal in so many rows is not bounded, and its training runs away.
+_SHARE_OF_TIES = 0.05
+
+
+class _Memo(NamedTuple):
+    """Of a call: the sum of the splines' log slopes, shape ``(...)``, and their values."""
+
+    handle: Tensor
+    values: Tensor
+
+
+class GaussianCopula(FirstBatchTransform):
+    r"""An increasing spline of each feature, and a dense layer:
+
+    .. math::
+        T(x) = W\, h(x) + b, \qquad h_i(x) = S_i\bigl((x_i - \mu_i) / \sigma_i\bigr).
+
+    The density of :math:`T^{-1}(z)` with a standard normal z is a Gaussian copula with marginals of
+    its own: a good place to start from for tables, whose columns are skewed, bounded, or have gaps
+    and peaks. Each S is a rational-quadratic spline with K bins that goes on as a straight line
+    outside; the values and slopes at its knots are learned. The knots, μ and σ are constants.
+
+    **The first batch initializes it**, as it does :class:`~pyro_snf.ActNorm`, in training; or
+    :meth:`initialize` does, with all of the data. μ and σ become the mean and the standard
+    deviation. S becomes the function that makes the feature normal, by its quantiles; or it remains
+    the identity, if with that a normal distribution of h fits better, as with features that depend
+    on each other linearly. W and b become those that make the covariance of T(x) the identity, W
+    lower triangular; of fewer than 4 rows for each feature, W = I.
+
+    Value and inverse are exact, and so is the log-det of S. That of W is the dense layer's
+    (:class:`~pyro_snf.SelfNormalizingLinear`).
+
+    >>> copula = GaussianCopula(2)
+    >>> columns = torch.linspace(-2.0, 2.0, 100), torch.linspace(-1.0, 1.0, 100) ** 2
+    >>> y = copula(torch.stack(columns, dim=1))
+    >>> torch.allclose(y.mT.cov(), torch.eye(2), atol=1e-3)
+    True
+
+    :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
+    :param int num_bins: K, from 2 to 1000.
+    :param device: of the parameters.
+    :param dtype: of the parameters.
+    :param options: of the dense layer, such as ``log_det``.
+    :raises ValueError: for options outside these ranges; for inputs of other shapes or dtypes; and
+        for a first batch that is not finite, or has columns that are constant or linear functions
+        of others.
+    :warns UserWarning: for a first batch with a column in which one value is that of many rows.
+
+    References:
+
+    Scott S. Chen, Ramesh A. Gopinath. Gaussianization. NIPS 2000.
+
+    Han Liu, John Lafferty, Larry Wasserman. The Nonparanormal: Semiparametric Estimation of High
+    Dimensional Undirected Graphs. JMLR 10, 2009.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    has_continuous_log_det = True
+
+    mean: Tensor
+    deviation: Tensor
+    knots: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_bins: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.input_dim = as_count("input_dim", input_dim)
+        fits = is_count(num_bins, 2) and num_bins <= 1000
+        expect("num_bins, an integer from 2 to 1000", fits, num_bins)
+        self.num_bins = int(num_bins)
+        #: W and b.
+        self.linear = SelfNormalizingLinear(input_dim, device=device, dtype=dtype, **options)
+
+        def empty(*count: int) -> Tensor:
+            return torch.empty(self.input_dim, *count, device=device, dtype=dtype)
+
+        self.register_buffer("mean", empty())  # μ
+        self.register_buffer("deviation", empty())  # σ
+        # Where the knots are in x is not learned: peaks are narrow, and to move a knot by a
+        # thousandth of a deviation would be to miss one.
+        self.register_buffer("knots", empty(self.num_bins + 1))
+        self.first_y = nn.Parameter(empty())
+        self.log_heights = nn.Parameter(empty(self.num_bins))
+        self.log_slopes = nn.Parameter(empty(self.num_bins + 1))
+        self._make_initialized(device)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity, until the next first batch."""
+        self.mean.zero_()
+        self.deviation.fill_(1.0)
+        knots = torch.linspace(-_FIRST_BOUND, _FIRST_BOUND, self.num_bins + 1)
+        self._set_knots(slice(None), knots, knots, torch.ones_like(knots))
+        self.linear.reset_parameters()
+        self._reset_initialized()
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, num_bins={self.num_bins}, linear={self.linear}"
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_with_memo(x)[0]
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _Memo]:
+        values, log_slope = self._splines(self._standardized(x))
+        values = values.to(x.dtype)
+        return self.linear(values), _Memo(log_slope.sum(-1), values)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        values = at_least_float32(self.linear.inv(y))
+        bins = rational_quadratic.of_elements(values, self._knots(), inverse=True)
+        x = rational_quadratic.apply_inverse(values, bins)
+        return (x * self.deviation + self.mean).to(y.dtype)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        memo = self._memo_of(x, y)
+        if memo is None:
+            y, memo = self._call_with_memo(x)
+        log_det = self.linear.log_abs_det_jacobian(memo.values, y)
+        return log_det + memo.handle - at_least_float32(self.deviation).log().sum()
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Fit the copula to a batch, the larger the better: all of the data, if they are at hand.
+
+        In more than one process, all have to call it; the batch of the first one is what counts.
+
+        :param Tensor x: shape ``(..., D)``.
+        :raises ValueError: if it is not finite, or has columns that are constant or linear
+            functions of others.
+        :raises RuntimeError: if the parameters have been sharded.
+        """
+        self._check_not_sharded()
+        check_input(self, x, (self.input_dim,), self.mean.dtype)
+        rows = x.detach().reshape(-1, self.input_dim)
+        rows = rows[:: -(-len(rows) // _MAX_ROWS)].double()
+        self._check_columns(rows, torch.finfo(x.dtype).eps ** 0.5)
+        mean, deviation = rows.mean(0), rows.std(0)
+        z = (rows - mean) / deviation
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+        levels, quantiles = _normal_quantiles(z, self.num_bins + 1)
+        self._set_knots(slice(None), *_knots_through(quantiles, levels))
+        values, log_slope = (one.double() for one in self._splines(z.to(self.knots)))
+        dependent = len(rows) >= _ROWS_PER_FEATURE * self.input_dim
+        is_normalized = _choose(z, values, log_slope.mean(0), dependent=dependent)
+        identity = levels.expand(self.input_dim, -1)
+        self._set_knots(~is_normalized, identity[~is_normalized], identity[~is_normalized])
+        values = torch.where(is_normalized, values, z)
+        covariance = values.mT.cov(correction=0).view(self.input_dim, self.input_dim)
+        if not dependent:
+            covariance = covariance.diagonal().diag()
+        weight = torch.linalg.inv(torch.linalg.cholesky(covariance))
+        self.linear.reset_parameters()
+        if self.linear.bias is not None:
+            self.linear.bias.copy_(-weight @ values.mean(0))
+        self.linear.set_weight(weight)
+        for tensor in (*self.parameters(), self.mean, self.deviation, self.knots):
+            tensor.copy_(gather(tensor)[0])
+        self.linear.refactorize()
+        self._note_initialized()
+
+    def _check_columns(self, rows: Tensor, smallest: float) -> None:
+        if not torch.isfinite(rows).all():
+            columns = (~torch.isfinite(rows)).any(0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{self._name()}: expected finite data; got NaN or infinity in the columns "
+                f"{columns}: drop or impute these rows"
+            )
+        constant = (rows == rows[0]).all(0).nonzero().flatten().tolist()
+        if constant:
+            raise ValueError(
+                f"{self._name()}: expected columns that vary; got equal values in the columns "
+                f"{constant}, which have no density: drop them, x[:, keep], and keep the constants "
+                "to put them back into samples"
+            )
+        ties = rows.sort(0).values
+        share = max(2, int(_SHARE_OF_TIES * len(rows)))
+        tied = (ties[share:] == ties[:-share]).any(0).nonzero().flatten().tolist()
+        if tied and len(rows) > 2 * share:
+            warnings.warn(
+                f"{self._name()}: in the columns {tied}, one value is that of more than 5 % of the "
+                "rows. A density has no bound there, and its likelihood says nothing. If numbers "
+                "are rounded, add noise of the size of the rounding: x + step * torch.rand_like(x)",
+                stacklevel=5,
+            )
+        if len(rows) <= self.input_dim:
+            return
+        z = (rows - rows.mean(0)) / rows.std(0)
+        left_over = torch.linalg.qr(z, mode="r").R.diagonal().abs() / len(rows) ** 0.5
+        redundant = (left_over < smallest).nonzero().flatten().tolist()
+        if redundant:
+            raise ValueError(
+                f"{self._name()}: expected columns that are not linear functions of others; got "
+                f"such ones, copies perhaps, in the columns {redundant}, which have no density "
+                "given the columns before them: drop them, x[:, keep], or add noise of the size of "
+                "their rounding"
+            )
+
+    def _name(self) -> str:
+        return f"{type(self).__name__}({self.input_dim})"
+
+    def _is_as_reset(self) -> bool:
+        return not self.linear.theta.any() and bool((self.deviation == 1).all())
+
+    def _standardized(self, x: Tensor) -> Tensor:
+        check_input(self, x, (self.input_dim,), self.mean.dtype)
+        return (at_least_float32(x) - self.mean) / self.deviation
+
+    def _splines(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """h and its log slopes, each of z's shape."""
+        return rational_quadratic.apply(z, rational_quadratic.of_elements(z, self._knots()))
+
+    def _knots(self) -> rational_quadratic.Knots:
+        """Each field of shape ``(D, K + 1)``."""
+        first = at_least_float32(self.first_y).unsqueeze(-1)
+        heights = at_least_float32(self.log_heights).exp()
+        return rational_quadratic.Knots(
+            at_least_float32(self.knots),
+            torch.cat([first, first + heights.cumsum(-1)], dim=-1),
+            at_least_float32(self.log_slopes).exp(),
+        )
+
+    def _set_knots(self, columns: Any, x: Tensor, y: Tensor, slopes: Tensor | None = None) -> None:
+        slopes = torch.ones_like(x) if slopes is None else slopes
+        self.knots[columns] = x.to(self.knots)
+        self.first_y[columns] = y[..., 0].to(self.first_y)
+        self.log_heights[columns] = y.diff(dim=-1).log().to(self.first_y)
+        self.log_slopes[columns] = slopes.log().to(self.first_y)
+
+    def _map_parameters(self) -> list[Tensor]:
+        splines = [self.knots, self.first_y, self.log_heights, self.log_slopes]
+        return [self.mean, self.deviation, *splines, *self.linear._map_parameters()]
+
+
+def _normal_quantiles(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Quantiles of columns at the levels of a normal variable that are evenly spaced.
+
+    :return: the levels, shape ``(count,)``, and the quantiles, shape ``(D, count)``.
+    """
+    ordered = z.sort(0).values
+    num_rows = len(ordered)
+    last = -ndtri(torch.tensor(0.5 / num_rows, dtype=z.dtype, device=z.device))
+    levels = last * torch.linspace(-1, 1, count, dtype=z.dtype, device=z.device)
+    place = (ndtr(levels) * num_rows - 0.5).clamp(0, num_rows - 1)
+    before = place.floor().long().clamp_max(max(num_rows - 2, 0))
+    weight = (place - before).unsqueeze(1)
+    after = (before + 1).clamp_max(num_rows - 1)
+    return levels, ((1 - weight) * ordered[before] + weight * ordered[after]).mT
+
+
+def _knots_through(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Knots of increasing splines through the points, each of x's shape ``(D, K + 1)``.
+
+    A slope is the geometric mean of the slopes on both sides, and at most thrice the smaller one.
+    At the ends, from where straight lines go on, it is at most 1: on a steep line, a number only a
+    little larger than those of the first batch would be a great many deviations away.
+    """
+    widths = x.diff(dim=-1).clamp_min(_MIN_WIDTH)
+    x = x[..., :1] + torch.nn.functional.pad(widths.cumsum(-1), (1, 0))
+    y = y.expand_as(x)
+    secants = y.diff(dim=-1) / widths
+    left, right = secants[..., :-1], secants[..., 1:]
+    inner = torch.minimum((left * right).sqrt(), 3 * torch.minimum(left, right))
+    ends = secants.clamp_max(1)
+    return x, y, torch.cat([ends[..., :1], inner, ends[..., -1:]], dim=-1)
+
+
+def _choose(z: Tensor, normalized: Tensor, gain: Tensor, *, dependent: bool) -> Tensor:
+    """Of which columns to take the normalized values, shape ``(D,)``, for the greatest likelihood
+    of a normal distribution of all; of each column by itself, unless they are ``dependent``.
+
+    One column after the other is exchanged if that helps, from either end.
+
+    :param Tensor z: columns, shape ``(N, D)``.
+    :param Tensor gain: the mean log slope of the normalized values in z, shape ``(D,)``.
+    """
+    dim = z.shape[1]
+    covariance = torch.cat([z, normalized], dim=1).mT.cov(correction=0)
+    columns = torch.arange(dim, device=z.device)
+
+    def loss(chosen: Tensor) -> float:
+        index = columns + dim * chosen
+        part = covariance[index][:, index]
+        if not dependent:
+            part = part.diagonal().diag()
+        return (torch.linalg.slogdet(part).logabsdet / 2 - gain[chosen].sum()).item()
+
+    candidates = []
+    for start in (False, True):
+        chosen = torch.full((dim,), start, device=z.device)
+        best = loss(chosen)
+        for column in range(dim):
+            other = chosen.clone()
+            other[column] = ~other[column]
+            if (value := loss(other)) < best:
+                chosen, best = other, value
+        candidates.append((best, chosen))
+    return min(candidates, key=lambda one: one[0])[1]
+
+
+def gaussian_copula(input_dim: int, **kwargs: Any) -> GaussianCopula:
+    """A :class:`GaussianCopula`, in the style of Pyro's helper functions.
+
+    :param int input_dim: D, the number of features.
+    :param kwargs: the keyword arguments of :class:`GaussianCopula`.
+    """
+    return GaussianCopula(input_dim, **kwargs)
