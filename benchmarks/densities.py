@@ -176,13 +176,13 @@ class Model(NamedTuple):
 
 MODELS = {
     "tabular": Model(flows.tabular, 6e-3),
-    "pair": Model(pair, 3e-3),
+    "pair": Model(pair, 6e-3),
     "zuko-nsf": Model(zuko("NSF"), 6e-3),
     "zuko-maf": Model(zuko("MAF"), 6e-3),
     "nflows-rq-nsf-ar": Model(nflows_spline, 6e-3),
     "normflows-rq-nsf-c": Model(normflows_coupling, 6e-3),
     "pyro-spline-ar": Model(pyro_spline, 6e-3),
-    "free-form-flow": Model(autoencoder, 3e-3),
+    "free-form-flow": Model(autoencoder, 6e-3),
 }
 
 
