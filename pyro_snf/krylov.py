@@ -41,6 +41,7 @@ __all__ = [
     "KrylovSpace",
     "bidiagonalize",
     "krylov",
+    "krylov_of_powers",
     "log_quadrature",
     "quadrature_of",
     "recent_steps",
@@ -52,6 +53,9 @@ Operator = Callable[[Tensor], Tensor]
 # changed only in the entries by which one of two channels depends on the other has E² = 0, and no
 # basis of eigenvectors.
 _MAX_CONDITION = 1e7
+
+# The part of a power, squared, that the ones before do not span: above rounding in float32.
+_MIN_INDEPENDENT = 1e-4
 
 # The nodes of Gauss' rule. It is exact to rounding for eigenvalues between 0.1 and 10.
 _NUM_NODES = 24
@@ -207,6 +211,49 @@ def krylov(
         hessenberg=known[:, :num_solved, :num_solved],
         size=known_size,
         beside=known_beside,
+    )
+
+
+@torch.no_grad()
+def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace | None:
+    """:func:`krylov` after n steps, from products that are known: a space of few dimensions.
+
+    With ``E = J P⁻¹ − I``, a basis of the space is ``v, E v, …``. Of these vectors, written as
+    columns of ``V = Q R``, only the products with each other are needed, ``VᵀV = RᵀR``: there is
+    nothing to be orthogonalized. ``A V = V (I + shift)`` gives H. The residual is right to some
+    1e-3 of itself in float32.
+
+    :param powers: ``v, E v, …, Eⁿ v``, each of shape ``(B, *event)``, on the CPU.
+    :param images: ``P⁻¹ v, …, P⁻¹ Eⁿ⁻¹ v``.
+    :return: None where the vectors are linearly dependent or not finite, or nearly so.
+    """
+    count = len(images)
+    vectors = torch.stack([power.flatten(1) for power in powers], dim=1)
+    products = (vectors @ vectors.mT).double()
+    factor, info = torch.linalg.cholesky_ex(products)  # Rᵀ
+    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :count].square()
+    is_regular = diagonal > _MIN_INDEPENDENT * products.diagonal(dim1=1, dim2=2)[:, :count]
+    if info.any() or not is_regular.all():
+        return None
+    inverse = torch.linalg.inv(factor[:, :count, :count]).mT  # of the first n columns of R
+    upper = factor.mT
+    hessenberg = (upper[:, :, :count] + upper[:, :, 1:]) @ inverse
+    # H is near the identity, so that its normal equations serve.
+    target = torch.eye(count + 1, 1, dtype=hessenberg.dtype)
+    transposed = hessenberg.mT
+    weights = torch.linalg.solve_ex(transposed @ hessenberg, transposed @ target).result
+    residual = torch.linalg.vector_norm(target - hessenberg @ weights, dim=(1, 2))
+    size = factor[:, 0, 0]
+    coefficients = (inverse @ weights).squeeze(2) * size[:, None]
+    solution = torch.zeros_like(images[0])
+    for image, coefficient in zip(images, coefficients.to(solution).unbind(1), strict=True):
+        solution += coefficient.view(-1, *[1] * (image.dim() - 1)) * image
+    return KrylovSpace(
+        solution=solution,
+        residual=residual,
+        hessenberg=hessenberg[:, :count],
+        size=size,
+        beside=size.new_empty(0),
     )
 
 

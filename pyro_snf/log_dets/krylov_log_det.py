@@ -43,7 +43,7 @@ from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number
-from pyro_snf.krylov import KrylovSpace, krylov, recent_steps
+from pyro_snf.krylov import KrylovSpace, krylov, krylov_of_powers, recent_steps
 from pyro_snf.maps.base import ControlVariate, LinearMap
 from pyro_snf.options import as_event_shape
 from pyro_snf.precision import at_least_float32, keep_float32
@@ -209,14 +209,19 @@ class KrylovLogDet(SavesAttributes):
         On a GPU all that is to be known is read at once.
         """
         linear_map, factors = self.linear_map, anchor.control_variate.factors
-        start = factors.solve(probes)
+        start = factors.precondition(probes)
         change = linear_map.apply_weight(weight - anchor.weight, start)
         drift = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(probes)
-        if not (drift.is_cuda or drift <= _MAX_DRIFT):
-            return None
+        if not drift.is_cuda:
+            if not drift <= _MAX_DRIFT:
+                return None
+            if anchor.control_variate.is_exact:
+                space = self._solve_nearby(anchor, weight, [probes, change], [start])
+                if space is not None:
+                    return space, start
         space = krylov(
             partial(linear_map.apply_weight, weight),
-            factors.solve,
+            factors.precondition,
             probes,
             preconditioned=start,
             tolerance=self.tolerance,
@@ -228,6 +233,24 @@ class KrylovLogDet(SavesAttributes):
             return None
         self._recent_steps.append(space.num_steps)
         return space, start
+
+    def _solve_nearby(
+        self, anchor: _Anchor, weight: Tensor, powers: list[Tensor], images: list[Tensor]
+    ) -> KrylovSpace | None:
+        """The same in two steps; None where they do not suffice. ``E = (J − P) P⁻¹`` is small.
+
+        :param powers: ``v`` and ``E v``.
+        :param images: ``P⁻¹ v``.
+        """
+        difference = weight - anchor.weight
+        for step in range(min(2, self.krylov_steps)):
+            if step:
+                images.append(anchor.control_variate.factors.precondition(powers[-1]))
+                powers.append(self.linear_map.apply_weight(difference, images[-1]))
+            space = krylov_of_powers(powers, images)
+            if space is None or space.residual.max() <= self.tolerance:
+                return space
+        return None
 
     def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
         if self._anchor is None:
