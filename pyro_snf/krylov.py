@@ -99,11 +99,12 @@ class KrylovSpace:
         That is ``vᵀ log|A| v`` less its term of first order in ``A − I``.
         """
         values, vectors = self._eigenpairs
-        start = torch.zeros_like(values)
-        start[:, 0] = 1
-        weights = vectors[:, 0] * torch.linalg.solve_ex(vectors, start).result
+        inverse = torch.linalg.inv_ex(vectors).inverse
+        weights = vectors[:, 0] * inverse[:, :, 0]
         logarithm = (weights * values.log()).sum(-1).real  # det A < 0 adds a πi to tr log A
-        is_defective = ~(torch.linalg.cond(vectors) < _MAX_CONDITION)
+        # The vectors are of length 1.
+        condition = self.num_steps**0.5 * torch.linalg.matrix_norm(inverse)
+        is_defective = ~(condition < _MAX_CONDITION)
         if is_defective.any():
             logarithm = torch.where(is_defective, _first_entry_of_log(self.hessenberg), logarithm)
         return self.size.square() * (logarithm - self.hessenberg[:, 0, 0] + 1)
@@ -229,31 +230,36 @@ def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace 
     """
     count = len(images)
     vectors = torch.stack([power.flatten(1) for power in powers], dim=1)
-    products = (vectors @ vectors.mT).double()
-    factor, info = torch.linalg.cholesky_ex(products)  # Rᵀ
-    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :count].square()
-    is_regular = diagonal > _MIN_INDEPENDENT * products.diagonal(dim1=1, dim2=2)[:, :count]
-    if info.any() or not is_regular.all():
+    # By NumPy: for such small matrices it takes half of the time.
+    products = (vectors @ vectors.mT).double().numpy()
+    try:
+        factor = np.linalg.cholesky(products)  # Rᵀ
+    except np.linalg.LinAlgError:
         return None
-    inverse = torch.linalg.inv(factor[:, :count, :count]).mT  # of the first n columns of R
-    upper = factor.mT
+    squares = np.diagonal(factor, axis1=1, axis2=2)[:, :count] ** 2
+    lengths = np.diagonal(products, axis1=1, axis2=2)[:, :count]
+    if not (squares > _MIN_INDEPENDENT * lengths).all():
+        return None
+    upper = factor.transpose(0, 2, 1)
+    inverse = np.linalg.inv(upper[:, :count, :count])
     hessenberg = (upper[:, :, :count] + upper[:, :, 1:]) @ inverse
     # H is near the identity, so that its normal equations serve.
-    target = torch.eye(count + 1, 1, dtype=hessenberg.dtype)
-    transposed = hessenberg.mT
-    weights = torch.linalg.solve_ex(transposed @ hessenberg, transposed @ target).result
-    residual = torch.linalg.vector_norm(target - hessenberg @ weights, dim=(1, 2))
+    transposed = hessenberg.transpose(0, 2, 1)
+    weights = np.linalg.solve(transposed @ hessenberg, transposed[:, :, :1])
+    rest = hessenberg @ weights
+    rest[:, 0] -= 1
+    residual = np.sqrt((rest * rest).sum((1, 2)))
     size = factor[:, 0, 0]
-    coefficients = (inverse @ weights).squeeze(2) * size[:, None]
-    solution = torch.zeros_like(images[0])
-    for image, coefficient in zip(images, coefficients.to(solution).unbind(1), strict=True):
-        solution += coefficient.view(-1, *[1] * (image.dim() - 1)) * image
+    coefficients = torch.from_numpy((inverse @ weights)[..., 0] * size[:, None])
+    solution = (coefficients.to(vectors).unsqueeze(1) @ torch.stack(images, 1).flatten(2)).squeeze(
+        1
+    )
     return KrylovSpace(
-        solution=solution,
-        residual=residual,
-        hessenberg=hessenberg[:, :count],
-        size=size,
-        beside=size.new_empty(0),
+        solution=solution.view_as(images[0]),
+        residual=torch.from_numpy(residual),
+        hessenberg=torch.from_numpy(hessenberg[:, :count]),
+        size=torch.from_numpy(size),
+        beside=torch.empty(0),
     )
 
 

@@ -69,9 +69,11 @@ class _Solver(NamedTuple):
 
     inverse: Tensor  # Π⁻¹, shape (H + h, m, C, C)
     rows: Tensor  # R, shape (m, hC, hC)
-    down_waves: Tensor  # exp(2πi f y/(H + h)) at the margin's rows y, shape (h, H + h)
-    along_waves: Tensor  # exp(2πi f x/(W + w)) at its columns x, shape (w, m)
-    weights: Tensor  # of the frequencies along a row in a sum, shape (m,)
+    # From waves to the margin's rows and columns, and back.
+    at_rows: Tensor  # exp(2πi f y/(H + h))/(H + h), shape (h, H + h)
+    of_rows: Tensor  # its inverse, shape (H + h, h)
+    at_columns: Tensor  # exp(2πi f x/(W + w))/(W + w), with how often f counts, shape (w, m)
+    of_columns: Tensor  # its inverse, shape (m, w)
     down: Tensor  # X with these weights, on real and imaginary parts, shape (n, 2 m hC)
     up: Tensor  # Y, to real and imaginary parts, shape (2 m hC, n)
     columns: Tensor  # K, shape (n, n)
@@ -216,12 +218,14 @@ class EmbeddedConvolution:
             frequencies = torch.arange(self.size[0], device=rows.device)
             margin = torch.arange(self.above, device=rows.device)
             angles = (2 * math.pi / self.size[0]) * torch.outer(margin, frequencies).double()
+            waves = torch.polar(torch.ones_like(angles), angles)
             parts = (
                 inverse,
                 rows,
-                torch.polar(torch.ones_like(angles), angles),
-                self._waves,
-                weights,
+                waves / self.size[0],
+                waves.mH,
+                self._waves * weights,
+                self._waves.mH,
                 _as_real((weights[:, None] * down).conj()),
                 _as_real(up).mT,
                 columns,
@@ -251,11 +255,11 @@ class EmbeddedConvolution:
         spectrum = torch.fft.rfft2(padded).permute(2, 3, 1, 0).contiguous()  # (H + h, m, C, B)
         count, numbers = spectrum.shape[1], channels * batch
         values = (solver.inverse @ spectrum).view(height, count, numbers)
-        rows = solver.down_waves @ values.view(height, -1) / height
+        rows = solver.at_rows @ values.view(height, -1)
         rows = rows.view(above, count, channels, batch).transpose(0, 1)
         rows = solver.rows @ rows.reshape(count, above * channels, batch)  # R t_r
         if self.beside:
-            columns = torch.fft.ifft((solver.along_waves * solver.weights) @ values, dim=0).real
+            columns = torch.fft.ifft(solver.at_columns @ values, dim=0).real
             columns = columns[above:].transpose(0, 1).reshape(len(solver.columns), batch)
             parts = torch.view_as_real(rows).transpose(2, 3).reshape(-1, batch)
             columns = solver.columns @ (columns - solver.down @ parts)  # z_c
@@ -264,10 +268,10 @@ class EmbeddedConvolution:
             # z is subtracted in Fourier space. Its columns are waves along rows.
             columns = F.pad(columns.view(self.beside, self.height, numbers), (0, 0, above, 0))
             columns = torch.fft.fft(columns, dim=1).transpose(0, 1)
-            spectrum -= (solver.along_waves.mH @ columns).view_as(spectrum)
+            spectrum -= (solver.of_columns @ columns).view_as(spectrum)
         rows = rows.view(count, above, numbers).transpose(0, 1).reshape(above, count * numbers)
-        spectrum -= (solver.down_waves.mH @ rows).view_as(spectrum)
-        solution = (solver.inverse @ spectrum).permute(3, 2, 0, 1)
+        spectrum -= (solver.of_rows @ rows).view_as(spectrum)
+        solution = (solver.inverse @ spectrum).permute(3, 2, 0, 1).contiguous()
         solution = torch.fft.irfft2(solution, s=self.size)[..., above:, self.beside :]
         return (solution.mT if self.by_columns else solution).to(images.dtype).contiguous()
 
