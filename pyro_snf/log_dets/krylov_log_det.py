@@ -234,7 +234,7 @@ class KrylovLogDet(SavesAttributes):
             if not drift <= _MAX_DRIFT:
                 return None
             if anchor.control_variate.is_exact:
-                space = self._solve_nearby(anchor, weight, drift.item(), [probes, change], [start])
+                space = self._solve_nearby(anchor, weight, [probes, change], [start])
                 if space is not None:
                     return space
         space = krylov(
@@ -253,21 +253,14 @@ class KrylovLogDet(SavesAttributes):
         return space
 
     def _solve_nearby(
-        self,
-        anchor: _Anchor,
-        weight: Tensor,
-        drift: float,
-        powers: list[Tensor],
-        images: list[Tensor],
+        self, anchor: _Anchor, weight: Tensor, powers: list[Tensor], images: list[Tensor]
     ) -> KrylovSpace | None:
-        """The same in two steps; None where they do not suffice. ``E = (J − P) P⁻¹`` is small.
+        """The same in one or two steps; None where they do not suffice. ``E = (J − P) P⁻¹``.
 
-        :param float drift: the root mean square of ``‖E v‖/‖v‖``.
         :param powers: ``v`` and ``E v``.
         :param images: ``P⁻¹ v``.
         """
-        # The residual after a step is no more than the drift, and hardly less.
-        for step in range(0 if drift <= self.tolerance else 1, min(2, self.krylov_steps)):
+        for step in range(min(2, self.krylov_steps)):
             if step:
                 images.append(anchor.control_variate.factors.precondition(powers[-1]))
                 difference = weight - anchor.weight
