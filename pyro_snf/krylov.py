@@ -41,6 +41,7 @@ __all__ = [
     "KrylovSpace",
     "bidiagonalize",
     "krylov",
+    "krylov_of_powers",
     "log_quadrature",
     "quadrature_of",
     "recent_steps",
@@ -52,6 +53,9 @@ Operator = Callable[[Tensor], Tensor]
 # changed only in the entries by which one of two channels depends on the other has E² = 0, and no
 # basis of eigenvectors.
 _MAX_CONDITION = 1e7
+
+# The part of a power, squared, that the ones before do not span: above rounding in float32.
+_MIN_INDEPENDENT = 1e-4
 
 # The nodes of Gauss' rule. It is exact to rounding for eigenvalues between 0.1 and 10.
 _NUM_NODES = 24
@@ -95,11 +99,12 @@ class KrylovSpace:
         That is ``vᵀ log|A| v`` less its term of first order in ``A − I``.
         """
         values, vectors = self._eigenpairs
-        start = torch.zeros_like(values)
-        start[:, 0] = 1
-        weights = vectors[:, 0] * torch.linalg.solve_ex(vectors, start).result
+        inverse = torch.linalg.inv_ex(vectors).inverse
+        weights = vectors[:, 0] * inverse[:, :, 0]
         logarithm = (weights * values.log()).sum(-1).real  # det A < 0 adds a πi to tr log A
-        is_defective = ~(torch.linalg.cond(vectors) < _MAX_CONDITION)
+        # The vectors are of length 1.
+        condition = self.num_steps**0.5 * torch.linalg.matrix_norm(inverse)
+        is_defective = ~(condition < _MAX_CONDITION)
         if is_defective.any():
             logarithm = torch.where(is_defective, _first_entry_of_log(self.hessenberg), logarithm)
         return self.size.square() * (logarithm - self.hessenberg[:, 0, 0] + 1)
@@ -207,6 +212,54 @@ def krylov(
         hessenberg=known[:, :num_solved, :num_solved],
         size=known_size,
         beside=known_beside,
+    )
+
+
+@torch.no_grad()
+def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace | None:
+    """:func:`krylov` after n steps, from products that are known: a space of few dimensions.
+
+    With ``E = J P⁻¹ − I``, a basis of the space is ``v, E v, …``. Of these vectors, written as
+    columns of ``V = Q R``, only the products with each other are needed, ``VᵀV = RᵀR``: there is
+    nothing to be orthogonalized. ``A V = V (I + shift)`` gives H. The residual is right to some
+    1e-3 of itself in float32.
+
+    :param powers: ``v, E v, …, Eⁿ v``, each of shape ``(B, *event)``, on the CPU.
+    :param images: ``P⁻¹ v, …, P⁻¹ Eⁿ⁻¹ v``.
+    :return: None where the vectors are linearly dependent or not finite, or nearly so.
+    """
+    count = len(images)
+    vectors = torch.stack([power.flatten(1) for power in powers], dim=1)
+    # By NumPy: for such small matrices it takes half of the time.
+    products = (vectors @ vectors.mT).double().numpy()
+    try:
+        factor = np.linalg.cholesky(products)  # Rᵀ
+    except np.linalg.LinAlgError:
+        return None
+    squares = np.diagonal(factor, axis1=1, axis2=2)[:, :count] ** 2
+    lengths = np.diagonal(products, axis1=1, axis2=2)[:, :count]
+    if not (squares > _MIN_INDEPENDENT * lengths).all():
+        return None
+    upper = factor.transpose(0, 2, 1)
+    inverse = np.linalg.inv(upper[:, :count, :count])
+    hessenberg = (upper[:, :, :count] + upper[:, :, 1:]) @ inverse
+    # H is near the identity, so that its normal equations serve.
+    transposed = hessenberg.transpose(0, 2, 1)
+    weights = np.linalg.solve(transposed @ hessenberg, transposed[:, :, :1])
+    rest = hessenberg @ weights
+    rest[:, 0] -= 1
+    residual = np.sqrt((rest * rest).sum((1, 2)))
+    size = factor[:, 0, 0]
+    coefficients = torch.from_numpy((inverse @ weights)[..., 0] * size[:, None])
+    solution = (coefficients.to(vectors).unsqueeze(1) @ torch.stack(images, 1).flatten(2)).squeeze(
+        1
+    )
+    return KrylovSpace(
+        solution=solution.view_as(images[0]),
+        residual=torch.from_numpy(residual),
+        hessenberg=torch.from_numpy(hessenberg[:, :count]),
+        size=torch.from_numpy(size),
+        beside=torch.empty(0),
     )
 
 

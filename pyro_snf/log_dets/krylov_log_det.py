@@ -43,7 +43,7 @@ from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number
-from pyro_snf.krylov import KrylovSpace, krylov, recent_steps
+from pyro_snf.krylov import KrylovSpace, krylov, krylov_of_powers, recent_steps
 from pyro_snf.maps.base import ControlVariate, LinearMap
 from pyro_snf.options import as_event_shape
 from pyro_snf.precision import at_least_float32, keep_float32
@@ -125,6 +125,7 @@ class KrylovLogDet(SavesAttributes):
     def _forget(self) -> None:
         """Drop what follows from the saved state."""
         self._anchor: _Anchor | None = None
+        self._probes: tuple[Tensor, Tensor] | None = None  # v and P⁻¹ v, for an exact P
         self._has_moved = False  # whether θ has, since P was made
         self._recent_steps = recent_steps(1)
         self._latest: StateCache[tuple[Tensor, Tensor]] = StateCache()
@@ -168,17 +169,15 @@ class KrylovLogDet(SavesAttributes):
         if self._is_at(anchor, weight):
             self.error_estimate = 0.0
             return anchor.value, anchor.control_variate.trace_gradient
-        generator = self.probes.next_generator(theta.device)
-        shape = tuple(event_shape)
-        probes = draw_probes("rademacher", self.num_probes, shape, generator, theta.dtype)
-        found = self._solve(anchor, weight, probes)
-        if found is None:
+        probes, start = self._probes_for(anchor, event_shape)
+        space = self._solve(anchor, weight, probes, start)
+        if space is None:
             anchor = self._make_anchor(theta, event_shape)
             if anchor.control_variate.is_exact:
                 return self._evaluate(theta, event_shape)
-            found = self._solve(anchor, weight, probes)
-        assert found is not None  # J has not moved from a P of its own
-        space, start = found
+            start = anchor.control_variate.factors.precondition(probes)
+            space = self._solve(anchor, weight, probes, start)
+        assert space is not None  # J has not moved from a P of its own
         self.error_estimate = space.residual.square().mean().sqrt().item()
         has_converged = self.error_estimate <= self.tolerance
         if anchor.control_variate.is_exact:
@@ -201,22 +200,46 @@ class KrylovLogDet(SavesAttributes):
             self._has_moved = not (is_exact and torch.equal(weight, anchor.weight))
         return not self._has_moved
 
+    def _probes_for(self, anchor: _Anchor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """v and ``P⁻¹ v``, shape ``(k, *event)``.
+
+        New ones for every P, of which half of the solves are then known; and for every estimate
+        where P is not exact, because what is left to estimate is not small there.
+        """
+        is_exact, device = anchor.control_variate.is_exact, anchor.weight.device
+        if self._probes is None or not is_exact:
+            stream = self.probes
+            if is_exact:  # also where P is made again, from a saved state
+                generator = stream.generator(max(stream.count - 1, 0), device)
+            else:
+                generator = stream.next_generator(device)
+            shape = tuple(event_shape)
+            probes = draw_probes("rademacher", self.num_probes, shape, generator, self.theta.dtype)
+            self._probes = probes, anchor.control_variate.factors.precondition(probes)
+        return self._probes
+
     def _solve(
-        self, anchor: _Anchor, weight: Tensor, probes: Tensor
-    ) -> tuple[KrylovSpace, Tensor] | None:
-        """The solutions of ``J u = v``, and ``P⁻¹ v``; None where J has moved too far from P.
+        self, anchor: _Anchor, weight: Tensor, probes: Tensor, start: Tensor
+    ) -> KrylovSpace | None:
+        """The solutions of ``J u = v``; None where J has moved too far from P.
 
         On a GPU all that is to be known is read at once.
+
+        :param Tensor start: ``P⁻¹ v``.
         """
         linear_map, factors = self.linear_map, anchor.control_variate.factors
-        start = factors.solve(probes)
         change = linear_map.apply_weight(weight - anchor.weight, start)
         drift = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(probes)
-        if not (drift.is_cuda or drift <= _MAX_DRIFT):
-            return None
+        if not drift.is_cuda:
+            if not drift <= _MAX_DRIFT:
+                return None
+            if anchor.control_variate.is_exact:
+                space = self._solve_nearby(anchor, weight, [probes, change], [start])
+                if space is not None:
+                    return space
         space = krylov(
             partial(linear_map.apply_weight, weight),
-            factors.solve,
+            factors.precondition,
             probes,
             preconditioned=start,
             tolerance=self.tolerance,
@@ -227,7 +250,25 @@ class KrylovLogDet(SavesAttributes):
         if not space.beside <= _MAX_DRIFT:
             return None
         self._recent_steps.append(space.num_steps)
-        return space, start
+        return space
+
+    def _solve_nearby(
+        self, anchor: _Anchor, weight: Tensor, powers: list[Tensor], images: list[Tensor]
+    ) -> KrylovSpace | None:
+        """The same in one or two steps; None where they do not suffice. ``E = (J − P) P⁻¹``.
+
+        :param powers: ``v`` and ``E v``.
+        :param images: ``P⁻¹ v``.
+        """
+        for step in range(min(2, self.krylov_steps)):
+            if step:
+                images.append(anchor.control_variate.factors.precondition(powers[-1]))
+                difference = weight - anchor.weight
+                powers.append(self.linear_map.apply_weight(difference, images[-1]))
+            space = krylov_of_powers(powers, images)
+            if space is None or space.residual.max() <= self.tolerance:
+                return space
+        return None
 
     def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
         if self._anchor is None:
@@ -242,7 +283,9 @@ class KrylovLogDet(SavesAttributes):
         anchor = self._anchor_of(theta, event_shape)
         self.theta.copy_(theta)
         self.event_shape = tuple(event_shape)
-        self._anchor, self._has_moved = anchor, False
+        self._anchor, self._probes, self._has_moved = anchor, None, False
+        if anchor.control_variate.is_exact:
+            self.probes.next_generator(theta.device)  # the latest from now on
         self.num_refactorizations += 1
         return anchor
 
@@ -275,7 +318,7 @@ class KrylovLogDet(SavesAttributes):
         super().set_extra_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_anchor": None}
+        return {**self.__dict__, "_anchor": None, "_probes": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KrylovLogDet:
         self._forget()

@@ -207,6 +207,13 @@ class Factors(ABC):
     def solve(self, right_side: Tensor, transposed: bool = False) -> Tensor:
         """``A⁻¹ h`` (or ``A⁻ᵀ h``) for every h of a batch, shape ``(B, *event)``."""
 
+    def precondition(self, right_side: Tensor) -> Tensor:
+        """``A⁻¹ h`` to the precision of a's type, where :meth:`solve` is more accurate and slower.
+
+        For iterations that correct it.
+        """
+        return self.solve(right_side)
+
     @abstractmethod
     def differentiable_gradient(self, weight: Tensor) -> Tensor:
         """:attr:`gradient` as a function of a.

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_snf.maps.kernels import flip
 from pyro_snf.precision import at_least_float32
 
-__all__ = ["Circulant"]
+__all__ = ["Circulant", "invert"]
 
 
 class Circulant:
@@ -42,7 +42,7 @@ class Circulant:
     def _symbol(self) -> Tensor:
         """ŵ at the frequencies of ``rfft2``, shape ``(H, W // 2 + 1, C, C)``."""
         *channels, height, width = self.kernel.shape
-        rows, columns = self._positions((height, width))
+        rows, columns = self.positions((height, width))
         images = self.kernel.new_zeros(*channels, *self.image_size)
         # Accumulated: a kernel larger than the image overlaps itself.
         images = images.index_put(
@@ -59,34 +59,39 @@ class Circulant:
         return torch.fft.rfft2(images).conj().permute(2, 3, 0, 1).contiguous()
 
     @cached_property
-    def _inverse_symbol(self) -> Tensor:
-        """``ŵ⁻¹``, of the same shape."""
-        if len(self.kernel) == 1:
-            return self._symbol.reciprocal()
-        return torch.linalg.inv_ex(self._symbol).inverse
+    def _inverse(self) -> tuple[Tensor, Tensor]:
+        """``ŵ⁻¹`` and ``log|det ŵ|``."""
+        return invert(self._symbol)
+
+    @property
+    def inverse_symbol(self) -> Tensor:
+        """``ŵ⁻¹`` at the frequencies of ``rfft2``, shape ``(H, W // 2 + 1, C, C)``."""
+        return self._inverse[0]
 
     @cached_property
-    def log_abs_det(self) -> Tensor:
-        """``log|det J|``, shape ``()``."""
-        symbol = self._symbol
-        if len(self.kernel) == 1:
-            values = symbol[..., 0, 0].abs().log()
-        else:
-            values = torch.linalg.slogdet(symbol).logabsdet
-        # A column of frequencies stands for its mirror image too, unless that is itself.
-        weights = values.new_full(values.shape[1:], 2)
+    def weights(self) -> Tensor:
+        """How often a column of these frequencies counts, shape ``(W // 2 + 1,)``.
+
+        It stands for its mirror image too, unless that is itself.
+        """
+        weights = self.kernel.new_full((self.image_size[1] // 2 + 1,), 2)
         weights[:1] = 1  # a slice: a single number would be copied to a GPU, which is waited for
         if self.image_size[1] % 2 == 0:
             weights[-1:] = 1
-        return (values.sum(0) * weights).sum()
+        return weights
+
+    @property
+    def log_abs_det(self) -> Tensor:
+        """``log|det J|``, shape ``()``."""
+        return (self._inverse[1].sum(0) * self.weights).sum()
 
     @cached_property
     def _inverse_images(self) -> Tensor:
         """r with ``(J⁻¹ x)[o, p] = Σ_q r[o, i, q] x[i, p + q]``, shape ``(C, C, H, W)``."""
-        spectrum = self._inverse_symbol.permute(2, 3, 0, 1).conj()
+        spectrum = self.inverse_symbol.permute(2, 3, 0, 1).conj()
         return torch.fft.irfft2(spectrum, s=self.image_size)
 
-    def _positions(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def positions(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The rows and columns of a periodic image at a kernel's offsets from its centre."""
         device = self.kernel.device
         rows, columns = (
@@ -96,7 +101,7 @@ class Circulant:
         return rows, columns
 
     def _window(self, size: tuple[int, int]) -> Tensor:
-        rows, columns = self._positions(size)
+        rows, columns = self.positions(size)
         return self._inverse_images[:, :, rows[:, None], columns]
 
     def inverse_kernel(self, size: tuple[int, int]) -> Tensor:
@@ -123,13 +128,13 @@ class Circulant:
     @torch.no_grad()
     def condition(self) -> float:
         """An upper bound of ``‖J‖₂ ‖J⁻¹‖₂``, at most C times too large."""
-        norms = [torch.linalg.matrix_norm(x).max() for x in (self._symbol, self._inverse_symbol)]
+        norms = [torch.linalg.matrix_norm(x).max() for x in (self._symbol, self.inverse_symbol)]
         return (norms[0] * norms[1]).item()
 
     @cached_property
     @torch.no_grad()
     def _solver_symbol(self) -> Tensor:
-        return self._inverse_symbol.to(self._solver_type)
+        return self.inverse_symbol.to(self._solver_type)
 
     @torch.no_grad()
     def solve(self, images: Tensor, transposed: bool = False) -> Tensor:
@@ -145,3 +150,16 @@ class Circulant:
         else:
             spectrum = (inverse @ spectrum.permute(2, 3, 1, 0)).permute(3, 2, 0, 1)
         return torch.fft.irfft2(spectrum, s=self.image_size).to(images.dtype)
+
+
+def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``A⁻¹`` and ``log|det A|`` of every matrix; neither is finite if A is singular.
+
+    :param Tensor matrix: A, shape ``(*, b, b)``, real or complex.
+    """
+    if matrix.shape[-1] == 1:
+        return matrix.reciprocal(), matrix[..., 0, 0].abs().log()
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    log_abs_det = lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    return torch.linalg.lu_solve(lu, pivots, eye.expand_as(lu)), log_abs_det

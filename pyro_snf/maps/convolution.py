@@ -121,9 +121,7 @@ class Convolution(LinearMap):
 
         In the latter case P differs from A at the edges only.
         """
-        products = 2 * num_probes * theta.numel() * event_shape[-2] * event_shape[-1]
-        is_exact = self._flops(theta, event_shape) <= _MAX_COST_IN_PRODUCTS * products
-        if is_exact or self.padding_mode == "circular":
+        if self.padding_mode == "circular" or self.pays_in_training(theta, event_shape, num_probes):
             return super().control_variate(theta, event_shape, num_probes)
         size, image_size = _kernel_size(theta), _image_size(event_shape)
         factors = ConvolutionFactors(self.weight(theta.detach()), image_size, "circular")
@@ -132,6 +130,11 @@ class Convolution(LinearMap):
             size, image_size, self.padding_mode, inverse.dtype, inverse.device
         )
         return ControlVariate(factors, inverse * count, is_exact=False)
+
+    def pays_in_training(self, theta: Tensor, event_shape: torch.Size, num_probes: int) -> bool:
+        """Whether A's factors cost little enough to be made once in several steps."""
+        products = 2 * num_probes * theta.numel() * event_shape[-2] * event_shape[-1]
+        return self._flops(theta, event_shape) <= _MAX_COST_IN_PRODUCTS * products
 
     def is_cheap_to_factorize(self, theta: Tensor, event_shape: torch.Size) -> bool:
         return self._flops(theta, event_shape) <= _MAX_FLOPS

@@ -4,14 +4,13 @@ J is a D×D matrix with ``D = C H W``. It is not formed:
 
 - ``"circular"``: one C×C matrix for each frequency (:mod:`pyro_snf.maps.circulant`),
   O(H W (C³ + C² log H W));
-- ``"zeros"``: cyclic reduction of a block tridiagonal matrix
-  (:mod:`pyro_snf.maps.block_tridiagonal`), O((h C W)³ log H) for kernels that reach h rows up and
-  down, or the same with rows and columns exchanged if that is less.
+- ``"zeros"``: a periodic convolution of a larger image, of which J is a part
+  (:mod:`pyro_snf.maps.embedded`), O((C W)³) for the shorter side W.
 
-The latter does not pivot. Its backward error is measured. If it is too large for rows and for
-columns, which happens with some random kernels of a condition number of 1000 or more, J is
-factorized as a whole with pivoting. That is exact in all cases, and slow: ``torch.linalg`` up to
-``D = 4096``, SciPy's ``splu`` on the CPU above.
+The latter does not pivot, and its backward error is measured. If it is too large, which it is where
+the periodic convolution is singular and J is not, J is factorized as a whole with pivoting. That is
+exact in all cases, and slow: ``torch.linalg`` up to ``D = 4096``, SciPy's ``splu`` on the CPU
+above.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_snf.maps.base import Factors
-from pyro_snf.maps.block_tridiagonal import BlockTridiagonal, elimination_flops
 from pyro_snf.maps.circulant import Circulant
+from pyro_snf.maps.embedded import EmbeddedConvolution, embedding_entries, embedding_flops
 from pyro_snf.maps.kernels import (
     convolve,
     convolve_transposed,
@@ -41,14 +40,15 @@ from pyro_snf.surrogate import first_order_only
 
 __all__ = ["ConvolutionFactors", "factorization_flops", "num_factor_entries"]
 
-# The largest D for a dense factorization where cyclic reduction fails: 128 MiB a matrix, seconds.
+# The largest D for a dense factorization where the embedding fails: 128 MiB a matrix, seconds.
 _MAX_DENSE = 4096
 
-# ‖J u − h‖ / (‖J‖ ‖u‖) up to which cyclic reduction is as good as if it pivoted: in units of
-# float64's eps (the gradient is then right to some 1e-10, measured for condition numbers up to 1e6
-# on small images), and in units of the kernel's own eps, if that is more.
-_BACKWARD_ERROR = 1e3
-_BACKWARD_ERROR_OF_KERNEL = 0.01
+# ‖J u − h‖ / (‖J‖ ‖u‖) up to which the embedding is as good as if it pivoted: in units of
+# float64's eps, and in units of the kernel's own eps, if that is more. Where the periodic
+# convolution is nearly singular, the error of the gradient grows with the square of this one; these
+# bounds leave some 1e-9, and 1e-7 in float32 (measured).
+_BACKWARD_ERROR = 100.0
+_BACKWARD_ERROR_OF_KERNEL = 2e-6
 
 # Columns of J⁻ᵀ that are computed at a time.
 _CHUNK = 256
@@ -89,18 +89,8 @@ class ConvolutionFactors(Factors):
         size = self._folded_size
         if self.padding_mode == "circular":
             return [partial(Circulant, image_size=size)]
-        channels, _, *kernel_size = self.weight.shape
-        costs = [
-            elimination_flops(channels, (kernel_size[0], kernel_size[1]), size),
-            elimination_flops(channels, (kernel_size[1], kernel_size[0]), size[::-1]),
-        ]
-        by_columns = costs[1] < costs[0]
-        pivoted = _Dense if channels * math.prod(size) <= _MAX_DENSE else _Sparse
-        return [
-            partial(BlockTridiagonal, image_size=size, by_columns=by_columns),
-            partial(BlockTridiagonal, image_size=size, by_columns=not by_columns),
-            partial(pivoted, image_size=size),
-        ]
+        pivoted = _Dense if len(self.weight) * math.prod(size) <= _MAX_DENSE else _Sparse
+        return [partial(EmbeddedConvolution, image_size=size), partial(pivoted, image_size=size)]
 
     @cached_property
     @torch.no_grad()
@@ -153,14 +143,24 @@ class ConvolutionFactors(Factors):
     @torch.no_grad()
     def solve(self, images: Tensor, transposed: bool = False) -> Tensor:
         """``J⁻¹ y`` (or ``J⁻ᵀ y``) for every image y, shape ``(B, C, H, W)``."""
+        return self._by_parts(partial(self._method.solve, transposed=transposed), images)
+
+    @torch.no_grad()
+    def precondition(self, right_side: Tensor) -> Tensor:
+        method, solve = self._method, self._method.solve
+        if isinstance(method, EmbeddedConvolution):
+            solve = partial(method.solve, dtype=at_least_float32(self.weight).dtype)
+        return self._by_parts(solve, right_side)
+
+    def _by_parts(self, solve: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Rows, columns or pixels that do not interact are solved for as separate images."""
         if self._copies == 1:
-            return self._method.solve(images, transposed)
-        # Rows, columns or pixels that do not interact are solved for as separate images.
+            return solve(images)
         batch, channels, height, width = images.shape
         rows, columns = self._folded_size
         shape = (batch, channels, height // rows, rows, width // columns, columns)
         parts = images.reshape(shape).permute(0, 2, 4, 1, 3, 5)
-        solutions = self._method.solve(parts.reshape(-1, channels, rows, columns), transposed)
+        solutions = solve(parts.reshape(-1, channels, rows, columns))
         return solutions.view(parts.shape).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
     @torch.no_grad()
@@ -207,23 +207,20 @@ def factorization_flops(
         # Fourier transforms of C² images.
         pixels = height * width
         return pixels / 2 * 32 / 3 * channels**3 + 5 * channels**2 * pixels * math.log2(2 * pixels)
-    return min(
-        elimination_flops(channels, kernel_size, (height, width)),
-        elimination_flops(channels, kernel_size[::-1], (width, height)),
-    )
+    return embedding_flops(channels, kernel_size, (height, width))
 
 
 def num_factor_entries(
     kernel_size: tuple[int, int], channels: int, image_size: tuple[int, int], padding_mode: str
 ) -> int:
-    """About how many numbers the factors of J consist of: its Fourier transform, or its blocks.
+    """About how many numbers the factors of J consist of: Fourier transforms, and blocks of S.
 
     The parameters are those of :func:`factorization_flops`.
     """
     height, width = _folded_size(kernel_size, image_size)
     if padding_mode == "circular":
         return channels**2 * height * width
-    return max(height, width) * (channels * min(height, width)) ** 2
+    return channels**2 * height * width + embedding_entries(channels, kernel_size, (height, width))
 
 
 def _folded_size(kernel_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from pyro_snf.tracing import is_traced
+
 __all__ = [
     "PADDING_MODES",
     "convolve",
@@ -46,12 +48,19 @@ def theta_scale(theta: Tensor) -> float:
 
 def near_identity(theta: Tensor) -> Tensor:
     """``a = δ + θ/√(C kh kw)``, of the shape of ``theta``, ``(C, C, kh, kw)``."""
-    kernel = theta_scale(theta) * theta
-    delta = torch.zeros_like(kernel)
-    row, column = kernel.shape[2] // 2, kernel.shape[3] // 2
-    # Not fill_diagonal_, which torch.compile cannot do on a view.
-    delta[:, :, row, column] = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    return kernel + delta
+    make = _delta.__wrapped__ if is_traced() else _delta
+    return theta_scale(theta) * theta + make(theta.shape, theta.dtype, theta.device)
+
+
+@lru_cache(maxsize=16)
+def _delta(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """δ, the kernel of the identity. Not to be written to."""
+    with torch.inference_mode(False):  # an inference tensor could not be used in training
+        delta = torch.zeros(shape, dtype=dtype, device=device)
+        delta[:, :, shape[2] // 2, shape[3] // 2] = torch.eye(
+            len(delta), dtype=dtype, device=device
+        )
+        return delta
 
 
 def _pad(images: Tensor, kernel_size: tuple[int, int]) -> Tensor:

@@ -36,13 +36,13 @@ class SelfNormalizingConv2d(AffineSelfNormalizingTransform):
     "refined"     of a recent J, exactly, and probes     estimate, by the same   some convolutions
                   for what has changed since             probes                  of the probes
     "learned"     flip(r) ⊙ m, r a parameter: biased     exactly 0               a convolution
-    "exact"       exact                                  exact                   O((CW)³ log H)
+    "exact"       exact                                  exact                   O((CW)³)
     ============  =====================================  ======================  ==================
 
     *In training* means in ``train()`` mode, with gradients recorded and parameters that require
     them. Otherwise value and gradient are exact, computed once and cached until a parameter
-    changes. ``T(x)`` is always exact. Exact log-determinants are those of block tridiagonal
-    matrices (``"zeros"``) or of a Fourier transform (``"circular"``): see
+    changes. ``T(x)`` is always exact. Exact log-determinants are those of Fourier transforms,
+    for ``"zeros"`` of a larger image, of which J is a part: see
     :mod:`pyro_snf.maps.convolution_factors`. (W is the shorter side.)
 
     Each name stands for an object with options of its own: :class:`~pyro_snf.Refined`,
