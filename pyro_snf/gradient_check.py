@@ -1,7 +1,9 @@
 """An error of the backward pass where a gradient is not finite, before an optimizer sees it.
 
 A value that is not finite passes through the layers, so that the loss shows it. A gradient must
-not: an optimizer would write it to the parameters, and all later losses were NaN.
+not: an optimizer would write it to the parameters, and all later losses were NaN. (Stacks of layers
+do not wait for the backward pass if their input is finite and their output is not: Pyro's check of
+the latter would be an error that does not know where it began.)
 
 Gradients that are not finite stay so on their way back through a flow. So it is enough to look at
 the last gradient of a backward pass, that in the output of the first layer, and at the output of
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from pyro_snf.precision import singular
 from pyro_snf.processes import is_dtensor
 from pyro_snf.tracing import has_saved_tensor_hooks, is_plain
 
-__all__ = ["check_gradient"]
+__all__ = ["check_gradient", "check_value"]
 
 _BAD = "NaN, infinite, or too large for its square to be a number"
 
@@ -44,9 +45,11 @@ def check_gradient(layer: nn.Module, source: Tensor, result: Tensor) -> None:
     :param Tensor result: its output.
     :raises torch.linalg.LinAlgError: in the backward pass, with what helps.
     """
+    if not is_plain() or has_saved_tensor_hooks():
+        return
     before: Any = source.grad_fn
     node: Any = result.grad_fn
-    if node is None or not is_plain() or has_saved_tensor_hooks():
+    if node is None:
         return
     check = None if before is None else before.metadata.get(_KEY)
     if check is None:
@@ -60,6 +63,21 @@ def check_gradient(layer: nn.Module, source: Tensor, result: Tensor) -> None:
     # Weakly, and detached: a strong reference in the graph would keep what keeps the graph.
     check.calls.append(_Call(weakref.ref(layer), source.detach(), result.detach()))
     node.metadata[_KEY] = check
+
+
+def check_value(result: Tensor) -> None:
+    """Raise if the output of some layers is not finite, though their input is.
+
+    Where :func:`check_gradient` has been called for the layers.
+
+    :param Tensor result: a function of the last output.
+    :raises torch.linalg.LinAlgError: which names the layer where it began.
+    """
+    if not is_plain() or result.grad_fn is None or result.is_cuda or _is_fine(result):
+        return
+    calls = _calls_before(result.grad_fn)
+    if any(not _is_fine(call.result) for call in calls) and _is_fine(calls[0].source):
+        raise _error(calls)
 
 
 class _Call(NamedTuple):
@@ -85,28 +103,25 @@ class _Check:
         if not calls or gradient is None or not is_plain():  # None stands for 0
             return
         if not (_is_fine(gradient) and _is_fine(calls[-1].result)):
-            earlier = [check.calls for check in _checks_before(self.before)]
-            raise _error([call for part in [*reversed(earlier), calls] for call in part])
+            raise _error([*_calls_before(self.before), *calls])
 
 
 def _is_fine(tensor: Tensor) -> bool:
     return math.isfinite(torch.linalg.vector_norm(tensor.detach()).item())
 
 
-def _checks_before(node: Any) -> Iterator[_Check]:
-    """The checks of layers that come before, the latest first."""
-    seen, found = {None}, []
-    nodes = [node]
+def _calls_before(node: Any) -> list[_Call]:
+    """The calls of which a node of autograd's graph is a function, in their order."""
+    seen, checks, nodes = {None}, [], [node]
     while nodes:
         node = nodes.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        nodes.extend(following for following, _ in node.next_functions)
-        check = node.metadata.get(_KEY)
-        if check is not None and check not in found:
-            found.append(check)
-            yield check
+        if node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            check = node.metadata.get(_KEY)
+            if check is not None and check not in checks:
+                checks.append(check)
+    return [call for check in reversed(checks) for call in check.calls]
 
 
 def _error(calls: list[_Call]) -> torch.linalg.LinAlgError:
