@@ -84,7 +84,7 @@ from pyro_snf import (
 )
 
 #: Of Adam, for each model. On Θ; on a raw kernel or matrix that is a small fraction.
-LEARNING_RATES = {"fc": 3e-3, "conv": 1e-2, "glow": 1e-3}
+LEARNING_RATES = {"fc": 3e-3, "conv": 1e-2, "glow": 3e-3}
 #: Options that not all models have, and what they are unless given.
 MODEL_OPTIONS = {
     "fc": {"activation": "spline"},

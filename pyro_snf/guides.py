@@ -35,6 +35,7 @@ from pyro_snf.processes import gather
 from pyro_snf.recording import Recording, RecordingSlot
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.autoregressive import low_rank_autoregressive
+from pyro_snf.transforms.base import InvertibleTransformModule
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 from pyro_snf.vectorization import is_subsampled
@@ -239,7 +240,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         transform = Compose(parts).train(self.training)
         self._choose_gradient(transform)
         self.transform = transform
-        self.last_layer.recording.set(self._recording.get())
+        self.record(self._recording.get())
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(device))
 
@@ -356,6 +357,10 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         self._recording.set(recording)
         if self.transform is not None:
             self.last_layer.recording.set(recording)
+            for module in self._flow.modules():
+                if isinstance(module, InvertibleTransformModule):
+                    # Whose owner returns to where gradients were finite.
+                    module.checks_gradients = recording is None
 
     def get_base_dist(self) -> Distribution:
         """The distribution of z, ``N(0, I)`` in D dimensions."""

@@ -15,6 +15,7 @@ from torch.distributions import Transform
 
 from pyro_snf import (
     GECO,
+    ActNorm,
     AutoSelfNormalizingFlow,
     Compose,
     Exact,
@@ -22,6 +23,7 @@ from pyro_snf import (
     PairExact,
     PairLearned,
     PairRefined,
+    RationalQuadraticSpline,
     Reconstruction,
     Refined,
     SelfNormalizingConv2d,
@@ -226,7 +228,11 @@ def test_bad_data_surface_and_spoil_no_other_row(name: str, value: float) -> Non
     assert_bad_row_is_bad_alone(transform.inv, output_batch(case, (3,)), value)
     x = batch(case)
     x.view(-1)[0] = value
-    assert not torch.isfinite(loss_of(transform, x))
+    loss = loss_of(transform, x)
+    assert not torch.isfinite(loss)
+    if loss.requires_grad:
+        with pytest.raises(torch.linalg.LinAlgError, match="lower the learning rate"):
+            loss.backward()
 
 
 def assert_bad_row_is_bad_alone(transform: Transform, x: Tensor, value: float) -> None:
@@ -235,6 +241,58 @@ def assert_bad_row_is_bad_alone(transform: Transform, x: Tensor, value: float) -
     result = transform(bad)
     assert not torch.isfinite(result[1]).all()
     assert torch.allclose(result[[0, 2]], expected[[0, 2]], rtol=1e-9)
+
+
+#: What is not finite, and what the error says of it.
+BAD_GRADIENTS: dict[str, tuple[Callable[[Compose, Tensor], Tensor], str]] = {
+    "data": (lambda flow, x: loss_of(flow, x / 0), r"ActNorm\(3, .*: its input is NaN"),
+    # As of an encoder that is trained with the flow.
+    "features": (
+        lambda flow, x: loss_of(flow, (x * math.inf).requires_grad_()),
+        r"ActNorm\(3, .*: its input is NaN",
+    ),
+    "loss": (
+        lambda flow, x: loss_of(flow, x) * math.inf,
+        r"Linear\(3, .*: its gradient is NaN.*; all outputs are finite",
+    ),
+    "square": (lambda flow, x: loss_of(flow, 1e200 * x), "its output is NaN, .*large|its input is"),
+    **{
+        f"layer {index}": (
+            lambda flow, x, index=index: loss_of(with_nan(flow, index), x),
+            rf"{name}\(.*: its output is NaN.*; its input is finite",
+        )
+        for index, name in enumerate(
+            ["ActNorm", "SelfNormalizingLinear", "RationalQuadraticSpline"]
+        )
+    },
+}
+
+
+def with_nan(flow: Compose, index: int) -> Compose:
+    with torch.no_grad():
+        list(flow.parts[index].parameters())[-1].view(-1)[0] = math.nan
+    return flow
+
+
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
+def test_gradient_that_is_not_finite_is_an_error_that_names_the_layer(kind: str) -> None:
+    make_loss, message = BAD_GRADIENTS[kind]
+    torch.manual_seed(0)
+    flow = Compose([ActNorm(3, event_dim=1), linear(3), RationalQuadraticSpline(3), linear(3)])
+    x = torch.randn(5, 3)
+    loss_of(flow, x).backward()
+    with pytest.raises(torch.linalg.LinAlgError, match=f"{message}.*lower the learning rate"):
+        make_loss(flow, x).backward()
+    loss_of(flow.eval(), x / 0).backward()  # only in training
+
+
+def test_gradients_that_overflow_in_half_precision_are_left_to_a_scaler() -> None:
+    layer, x = linear(3).half(), torch.randn(5, 3).half()
+    (layer(x).square().sum() * 1e6).backward()
+    assert not torch.isfinite(layer.theta.grad).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear(3)(torch.randn(5, 3)).sum() * math.inf
+    loss.backward()
 
 
 @pytest.mark.parametrize("log_det", LOG_DETS)

@@ -525,3 +525,53 @@ def test_long_runs_stay_accurate(
     ((header, *lines),) = tables(capsys.readouterr().out)
     assert len(lines) == 3
     assert all(len(line) == len(header) for line in lines)
+
+
+def test_glow_has_a_loss_for_every_step(
+    load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    glow, path = load("glow"), tmp_path / "glow.jsonl"
+    arguments = ["run", "--results", str(path), "--kinds", "blobs", "--rates", "3e-3"]
+    arguments += ["--num-steps", "1", "--hidden-channels", "4", "--steps", "3"]
+    glow.main(arguments)
+    glow.main(arguments)  # does not repeat what is there
+    (row,) = rows_of(path)
+    assert (len(row["losses"]), row["error"]) == (3, None)
+    assert all(0 < loss < 8 for loss in [*row["losses"], row["test"]])
+    assert row["inverse error"] < 1e-5
+    capsys.readouterr()
+    glow.main(["table", "--results", str(path)])
+    ((header, line),) = tables(capsys.readouterr().out)
+    assert dict(zip(header, line, strict=True))["images"] == "blobs"
+
+
+def test_sampling_measures_every_inverse(
+    load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    sampling, path = load("sampling"), tmp_path / "sampling.jsonl"
+    maps = ["dense, D = 64", "pair, D = 10", "dense + autoregressive, 32 hidden, D = 64"]
+    arguments = ["--train-steps", "3", "--turns", "1", "--batch", "4", "--results", str(path)]
+    sampling.main(["run", "--maps", *maps, *arguments])
+    rows = rows_of(path)
+    found = [(row["map"], row["log_det"], row["inverse"]) for row in rows]
+    every = ["iterative", "exact", "one_pass"]
+    kinds = [
+        *(("refined", name) for name in every),
+        *(("learned", name) for name in every),
+        ("exact", "exact"),
+    ]
+    pair = [(method, name) for method in ("refined", "learned") for name in every[::2]]
+    assert found == [
+        *((maps[0], *kind) for kind in kinds),
+        *((maps[1], *kind) for kind in pair),
+        *((maps[2], *kind) for kind in kinds[:3]),
+    ]
+    for row in rows:
+        assert row["inverse"] == "one_pass" or row["error"] < 1e-4
+        assert all(row[name] > 0 for name in ("first", "seconds", "T(x)", "error"))
+    sampling.main(["table", "--results", str(path)])
+    ((header, *lines),) = tables(capsys.readouterr().out)
+    assert len(lines) == len(rows)
+    assert all(len(line) == len(header) for line in lines)

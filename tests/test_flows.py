@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_snf import GECO, Learned, RationalQuadraticSpline, Refined, flows
+from pyro_snf.images import LogitTransform, bits_per_dim, dequantize
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
 from tests.registry import COPIES, LOG_DETS, Case, randomize, standard_normal, train
 
@@ -188,6 +189,40 @@ def test_glow_starts_with_rotations(log_det: str, inverse_kernel_size: int | Non
     x = torch.randn(3, 1, 4, 4)
     assert torch.equal(flow(x), build(0)(x))
     assert not torch.equal(flow(x), build(1)(x))
+
+
+def train_glow_on_blobs(learning_rate: float, num_steps: int) -> list[float]:
+    """The default depth, at a high rate, without a warm-up; the losses in bits per dim."""
+    torch.manual_seed(0)
+    single: dict[str, Any] = {"dtype": torch.float32}
+    flow = flows.glow((1, 8, 8), num_levels=1, hidden_channels=64, **single)
+    base = dist.Normal(torch.zeros(64, **single), 1.0).to_event(1)
+    density = dist.TransformedDistribution(base, [flow.inv, LogitTransform().inv])
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    pixels = torch.arange(8, **single) + 0.5
+    losses = []
+    for _ in range(num_steps):
+        row, column = 8 * torch.rand(2, 8, 1, 1, 1, **single)
+        distance = (pixels.view(8, 1) - row).square() + (pixels - column).square()
+        images = dequantize((255 * torch.exp(-distance / 8)).round())
+        optimizer.zero_grad()
+        loss = bits_per_dim(density.log_prob(images), (1, 8, 8)).mean()
+        loss.backward()
+        optimizer.step()
+        assert all(torch.isfinite(one).all() for one in flow.parameters())
+        losses.append(loss.item())
+    return losses
+
+
+def test_glow_trains_without_a_warm_up() -> None:
+    losses = train_glow_on_blobs(3e-3, 20)
+    assert max(losses) < losses[0] + 2
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_glow_that_explodes_is_stopped_while_its_parameters_are_numbers() -> None:
+    with pytest.raises(torch.linalg.LinAlgError, match=r"^\w+\(.*; its.*lower the learning rate"):
+        train_glow_on_blobs(10.0, 20)
 
 
 @pytest.mark.parametrize("build", [flows.fully_connected, flows.convolutional])

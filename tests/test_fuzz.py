@@ -605,7 +605,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         {
             "num_channels": count(2),
             "network": one_of(nn.Module),
-            "max_log_scale": positive,
+            "max_scale": number(lambda x: 1 < x < math.inf),
         },
     ),
     (
@@ -614,7 +614,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         {
             "num_channels": count(2),
             "hidden_channels": count(),
-            "max_log_scale": positive,
+            "max_scale": number(lambda x: 1 < x < math.inf),
             **FACTORY,
         },
     ),

@@ -313,7 +313,8 @@ OPTIONS: list[tuple[Callable[..., object], str, str, list[Any]]] = [
     (partial(CouplingNet, 1), "out_channels", ", an integer >= 1", COUNTS),
     (LowRankAutoregressive, "input_dim", ", an integer >= 1", COUNTS),
     (AUTOREGRESSIVE, "hidden_dim", ", an integer >= 1", COUNTS),
-    *[(make, "max_log_scale", " > 0", POSITIVE) for make in (COUPLING, AUTOREGRESSIVE)],
+    (COUPLING, "max_scale", " > 1", [*POSITIVE, 1.0]),
+    (AUTOREGRESSIVE, "max_log_scale", " > 0", POSITIVE),
     (
         RationalQuadraticSpline,
         "event_shape",
@@ -356,8 +357,8 @@ def test_numpy_numbers_are_numbers() -> None:
         (ActNorm(np.int64(3), event_dim=np.int32(1)), "ActNorm(3, event_dim=1)"),
         (squeeze2d(np.int64(3)), "Squeeze2d(3)"),
         (
-            COUPLING(max_log_scale=np.float32(2), dtype=torch.float32),
-            "ImageCoupling(4, max_log_scale=2.0",
+            COUPLING(max_scale=np.float32(3), dtype=torch.float32),
+            "ImageCoupling(4, max_scale=3.0",
         ),
         (
             LowRankAutoregressive(np.int64(5), np.int32(4), max_log_scale=np.float32(3)),

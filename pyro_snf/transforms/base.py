@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyro_snf.caching import Memo, PairCache, ParameterState, can_remember, state_of
+from pyro_snf.gradient_check import check_gradient
 from pyro_snf.options import check_cache_size, expect, is_dense
 
 __all__ = [
@@ -92,6 +93,7 @@ class InvertibleTransformModule(TransformModule):
     - The pair that is cached between ``T(x)`` and ``T.inv(y)`` is dropped when it stops being
       true: see :class:`~pyro_snf.caching.PairCache`. Copies and pickles carry no cache.
     - :meth:`with_cache` and :meth:`clear_cache`, here and through ``.inv``.
+    - A backward pass raises where a gradient is not finite (:mod:`pyro_snf.gradient_check`).
 
     Subclasses define ``domain``, ``codomain``, ``_call``, ``_inverse``, ``log_abs_det_jacobian``
     and ``extra_repr``.
@@ -101,6 +103,10 @@ class InvertibleTransformModule(TransformModule):
 
     #: Whether the path derivative is right: see :mod:`pyro_snf.path_gradient`.
     has_continuous_log_det: bool = False
+
+    #: Whether a gradient that is not finite is an error in training: see
+    #: :mod:`pyro_snf.gradient_check`.
+    checks_gradients: bool = True
 
     def __init__(self, cache_size: int = 1) -> None:
         check_cache_size(cache_size)
@@ -122,19 +128,24 @@ class InvertibleTransformModule(TransformModule):
     def __call__(self, x: Tensor) -> Tensor:
         self._update_reparametrized()
         if self._cache_size == 0 or not can_remember():
-            return self._call(x)
+            y = self._call(x)
+            self._check_gradient(x, y)
+            return y
         parameters = self._map_parameters()
         state = state_of(parameters)
         y = self._pair.y_of(x, parameters, state)
         if y is None:
             y, memo = self._call_with_memo(x)
             self._pair.store(x, y, parameters, state, computed=y, memo=memo)
+            self._check_gradient(x, y)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._update_reparametrized()
         if self._cache_size == 0 or not can_remember():
-            return self._inverse(y)
+            x = self._inverse(y)
+            self._check_gradient(y, x)
+            return x
         parameters = self._map_parameters()
         state = state_of(parameters)
         x = self._pair.x_of(y, parameters, state)
@@ -142,7 +153,12 @@ class InvertibleTransformModule(TransformModule):
             x = self._inverse(y)
             if self._inverse_is_exact():
                 self._pair.store(x, y, parameters, state, computed=x)
+            self._check_gradient(y, x)
         return x
+
+    def _check_gradient(self, source: Tensor, result: Tensor) -> None:
+        if self.checks_gradients and self.training:
+            check_gradient(self, source, result)
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Memo | None]:
         """``T(x)``, and what :meth:`log_abs_det_jacobian` may want of its computation."""

@@ -10,6 +10,7 @@ from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from pyro_snf.gradient_check import check_value
 from pyro_snf.options import as_list, check_cache_size, expect
 from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
 
@@ -61,6 +62,11 @@ class Compose(ComposeTransformModule):
     def has_continuous_log_det(self) -> bool:
         """Whether the path derivative is right: see :mod:`pyro_snf.path_gradient`."""
         return all(getattr(part, "has_continuous_log_det", False) for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = super().__call__(x)
+        check_value(y)
+        return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):

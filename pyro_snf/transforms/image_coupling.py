@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_snf.caching import TensorMemo
-from pyro_snf.options import as_count, as_positive, check_device, check_dtype, expect
+from pyro_snf.options import as_count, as_number, check_device, check_dtype, expect
 from pyro_snf.precision import at_least_float32, soft_bound
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image
 
@@ -21,20 +23,35 @@ __all__ = ["CouplingNet", "ImageCoupling", "image_coupling"]
 # where it clips log-scales, the gradient is not that of the value.
 
 
-class _ZeroConv2d(nn.Conv2d):
-    """A convolution that starts at 0."""
+class _ZeroConv2d(nn.Module):
+    r"""A 3 × 3 convolution with the kernel :math:`\theta / \sqrt n`, where n is the number of
+    inputs of an output. It starts at 0.
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()  # whose draws are made in any case
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+    Adam's first step changes all weights by the learning rate, whatever the size of their
+    gradients, and the n changes of an output may all have one sign: there are 4,608 in Glow. With
+    the division their sum is :math:`\sqrt n` times the learning rate at most, as it is for
+    ``theta`` of the other layers.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(out_channels, in_channels, 3, 3, **factory))
+        self.bias = nn.Parameter(torch.zeros(out_channels, **factory))
+
+    def extra_repr(self) -> str:
+        return f"{self.theta.shape[1]}, {self.theta.shape[0]}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.theta / math.sqrt(self.theta[0].numel())
+        return F.conv2d(x, kernel, self.bias, padding=1)
 
 
 class CouplingNet(nn.Sequential):
     """The network of Glow's couplings: convolutions 3×3, 1×1 and 3×3, with ReLU between them.
 
-    Zero padding keeps the size of the images. The last convolution starts at 0; the other two start
-    as torch's do, with weights from torch's global random stream.
+    Zero padding keeps the size of the images. The last convolution starts at 0, and its kernel is
+    scaled such that usual learning rates suit it at any width; the other two are torch's, with
+    weights from torch's global random stream.
 
     >>> CouplingNet(2, 4, hidden_channels=8)(torch.ones(5, 2, 6, 6)).shape
     torch.Size([5, 4, 6, 6])
@@ -62,13 +79,12 @@ class CouplingNet(nn.Sequential):
         check_device(device)
         check_dtype(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        last = _ZeroConv2d(hidden_channels, out_channels, 3, padding=1, **factory)
         super().__init__(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1, **factory),
             nn.ReLU(),
             nn.Conv2d(hidden_channels, hidden_channels, 1, **factory),
             nn.ReLU(),
-            last,
+            _ZeroConv2d(hidden_channels, out_channels, **factory),
         )
 
 
@@ -78,11 +94,15 @@ class ImageCoupling(InvertibleTransformModule):
 
     .. math::
         y_1 = x_1, \qquad y_2 = e^{s(x_1)} \odot x_2 + t(x_1), \qquad
-        \binom{t}{r} = \mathrm{network}(x_1), \quad s = \sigma \tanh(r / \sigma).
+        \binom{t}{r} = \mathrm{network}(x_1), \quad s = \sigma \tanh(r / \sigma), \quad
+        \sigma = \log M.
+
+    The scale :math:`e^s` is a sigmoid of r between 1/M and M, and 1 at r = 0. So the inverse never
+    divides by less than 1/M, and where the network starts at 0, the map starts as the identity.
 
     Value, inverse and log-det, :math:`\sum s`, are exact. Each costs one pass through the network;
-    the log-det of a cached pair costs none, as T(x) has computed s. Where the network starts at 0,
-    the map starts as the identity. Of C channels, the first half has ⌊C/2⌋.
+    the log-det of a cached pair costs none, as T(x) has computed s. Of C channels, the first half
+    has ⌊C/2⌋.
 
     >>> layer = ImageCoupling(3, CouplingNet(1, 4, hidden_channels=8))
     >>> layer(torch.ones(5, 3, 6, 6)).shape
@@ -90,7 +110,7 @@ class ImageCoupling(InvertibleTransformModule):
 
     :param int num_channels: C ≥ 2. Inputs have shape ``(..., C, H, W)``.
     :param nn.Module network: maps ``(B, ⌊C/2⌋, H, W)`` to ``(B, 2 ⌈C/2⌉, H, W)``, t before r.
-    :param float max_log_scale: σ, positive.
+    :param float max_scale: M > 1.
     :raises ValueError: for options outside these ranges, for inputs of other shapes or dtypes, and
         for a network that returns another shape.
 
@@ -100,24 +120,22 @@ class ImageCoupling(InvertibleTransformModule):
     [arXiv:1605.08803]
 
     Diederik P. Kingma, Prafulla Dhariwal. Glow: Generative Flow with Invertible 1×1 Convolutions.
-    NeurIPS 2018. [arXiv:1807.03039] (Its scale is :math:`\mathrm{sigmoid}(r + 2)`, which is not 1
-    at the start.)
+    NeurIPS 2018. [arXiv:1807.03039] (Its scale is :math:`\mathrm{sigmoid}(r + 2)`, which is 0.88 at
+    the start, and has no lower bound but 0.)
     """
 
     domain = constraints.independent(constraints.real, 3)
     codomain = constraints.independent(constraints.real, 3)
 
-    def __init__(
-        self, num_channels: int, network: nn.Module, *, max_log_scale: float = 3.0
-    ) -> None:
+    def __init__(self, num_channels: int, network: nn.Module, *, max_scale: float = 2.0) -> None:
         super().__init__()
         self.num_channels = as_count("num_channels", num_channels, 2)
         expect("network, a module", isinstance(network, nn.Module), network)
         self.network = network
-        self.max_log_scale = as_positive("max_log_scale", max_log_scale)
+        self.max_scale = as_number("max_scale > 1", max_scale, _can_bound)
 
     def extra_repr(self) -> str:
-        return f"{self.num_channels}, max_log_scale={self.max_log_scale}"
+        return f"{self.num_channels}, max_scale={self.max_scale}"
 
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
@@ -152,15 +170,19 @@ class ImageCoupling(InvertibleTransformModule):
                 f"got {tuple(output.shape)}"
             )
         shift, log_scale = output.chunk(2, dim=-3)
-        log_scale = soft_bound(log_scale, self.max_log_scale)
+        log_scale = soft_bound(log_scale, math.log(self.max_scale))
         return first, second, shift.reshape(second.shape), log_scale.reshape(second.shape)
+
+
+def _can_bound(number: float) -> bool:
+    return 1 < number < math.inf
 
 
 def image_coupling(
     num_channels: int,
     *,
     hidden_channels: int = 512,
-    max_log_scale: float = 3.0,
+    max_scale: float = 2.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ImageCoupling:
@@ -172,7 +194,7 @@ def image_coupling(
 
     :param int num_channels: C ≥ 2.
     :param int hidden_channels: the network's width.
-    :param float max_log_scale: σ, positive.
+    :param float max_scale: M > 1, of the scale.
     :param device: of the parameters.
     :param dtype: of the parameters.
     """
@@ -182,4 +204,4 @@ def image_coupling(
     network = CouplingNet(
         half, 2 * (num_channels - half), hidden_channels=hidden_channels, **factory
     )
-    return ImageCoupling(num_channels, network, max_log_scale=max_log_scale)
+    return ImageCoupling(num_channels, network, max_scale=max_scale)
