@@ -70,6 +70,8 @@ class _Status:
     checked: str | None = None
     #: The outcome of the latest inverse; None before the first.
     convergence: Convergence | None = None
+    #: Whether training has warned of a fold.
+    is_warned: bool = False
 
 
 class SelfNormalizingPair(SelfNormalizingTransform):
@@ -194,7 +196,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self.reconstruction = (
             Reconstruction() if reconstruction is None else own_copy(reconstruction)
         )
-        self.reconstruction.setup(method.default_weight, device)
+        self.reconstruction.setup(device)
         self._status = _Status()
         self._context: tuple[Tensor, ...] = ()
         self._context_dim = 0
@@ -281,16 +283,17 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         # The penalty's gradient goes to f, but not to x or the context.
         source, fixed = near.source.detach(), tuple(one.detach() for one in context)
         is_constant = not any(one.requires_grad for one in (rows, *context))
-        latent, back, data_error = near.output, None, None
+        latent, back, is_folded = near.output, None, None
         if method.uses_inverse or not reconstruction.is_off:
             if reconstruction.trains_forward and not is_constant:
                 latent = pair.forward(source, *fixed)
-            back, data_error = reconstruction.reconstruct(pair, source, latent, fixed)
+            back = reconstruction.reconstruct(pair, latent, fixed)
         value = method.training_log_abs_det(pair, near, back, context, state)
-        if data_error is not None and not reconstruction.is_off:
-            penalty = reconstruction.penalty(
-                pair, source, latent.detach(), data_error, fixed, state
-            )
+        if isinstance(value, tuple):
+            sign, value = value
+            is_folded = self._check_orientation(sign)
+        if back is not None and not reconstruction.is_off:
+            penalty = reconstruction.penalty(pair, source, back, fixed, state, is_folded)
             value = attach_penalty(value, penalty.to(value))
         if evaluation is not None:  # a backward pass from the value frees the cached pair's graph
             self._pair.drop_at_backward(value)
@@ -407,20 +410,36 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         dtype = self._dtype() or rows.dtype
         return rows.to(dtype), tuple(one.to(dtype) for one in context)
 
-    def _check_orientation(self, sign: Tensor) -> None:
-        """Warn where det J has both signs: that of a bijection of ℝᴰ has one."""
-        if self._context:  # each context has a map of its own
-            return
-        positive, negative = (int(one) for one in read((sign > 0).sum(), (sign < 0).sum()))
-        if positive > 0 and negative > 0:
+    def _check_orientation(self, sign: Tensor) -> Tensor | None:
+        """Warn where det J has both signs: that of a bijection of ℝᴰ has one. In training once.
+
+        :return: whether it has, shape ``()``; None where nothing is known.
+        """
+        if self._context or not is_plain():  # each context has a map of its own
+            return None
+        is_training = self._is_training(*self._network_parameters())
+        positive, negative = (sign > 0).sum(), (sign < 0).sum()
+        is_folded = (positive > 0) & (negative > 0)
+        if is_training and self._status.is_warned:
+            return is_folded
+        counts = [int(one) for one in read(positive, negative)]
+        if min(counts) > 0:
+            self._status.is_warned = True
+            advice = (
+                "the weight of its Reconstruction rises until that has ended; where it does not "
+                "end, a smaller learning rate prevents it"
+                if is_training
+                else "train longer, or anew with a smaller learning rate; a fixed weight of its "
+                "Reconstruction, if it has one, is too small"
+            )
             warnings.warn(
                 f"forward_net is not invertible: its Jacobian's determinant is positive at "
-                f"{positive} events and negative at {negative}, so that the density does not "
-                "integrate to 1; a larger weight or data_noise_std of its Reconstruction "
-                "counteracts this",
+                f"{counts[0]} events and negative at {counts[1]}, so that the density does not "
+                f"integrate to 1; {advice}",
                 RuntimeWarning,
                 stacklevel=3,
             )
+        return is_folded
 
     def _refuse_trace(self, *, is_possible: bool) -> None:
         """Raise a RuntimeError where derivatives cannot be taken within a forward pass.
