@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import JitTrace_ELBO
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -38,6 +39,8 @@ from pyro_snf.free_form.reconstruction import _steps
 from tests.pairs import (
     EXACT,
     Dense,
+    Fixed,
+    Perturbed,
     Recorder,
     events,
     is_close,
@@ -280,6 +283,41 @@ def test_controller_sees_the_largest_contraction_of_the_batch() -> None:
     actual = layer.reconstruction.weight.mean_square_error.item()
     assert actual == pytest.approx(expected, rel=EXACT)
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
+
+
+def test_contraction_has_no_units() -> None:
+    pair, x, found = bad_pair(), events(40, 3), []
+    for unit in (1.0, 1e-3, 1e3):
+        f = Fixed(lambda x, unit=unit: pair.forward_net(x / unit - 5))
+        g = Fixed(lambda y, unit=unit: unit * (pair.inverse_net(y) + 5))
+        f.net, g.net = pair.forward_net, pair.inverse_net
+        options = {"log_det": "exact", "reconstruction": {"seed": 0}}
+        layer = pair_of(f, g, **options)
+        layer.zero_grad()
+        log_det_of(layer, unit * (x + 5)).sum().backward()
+        found.append((layer.reconstruction.weight.mean_square_error.item(), gradients(pair)))
+    for largest, gradient in found[1:]:
+        assert largest == pytest.approx(found[0][0], rel=1e-6)  # rounding of small differences
+        for name, one in gradient.items():
+            assert is_close(one, found[0][1][name], 1e-6), name
+
+
+def test_known_folds_raise_the_weight_and_are_warned_of_once() -> None:
+    # Of x², which is 2:1, and of |det| alone: g is the inverse at each event on its own.
+    f = Perturbed(Fixed(lambda x: x.square()), 1, 0.0)
+    f.scale = nn.Parameter(torch.ones(()))
+    layer = pair_of(f, nn.Linear(1, 1), 1, log_det="exact", reconstruction={})
+    both, one = torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0], [2.0]])
+    before = layer.reconstruction.weight.weight.item()
+    with pytest.warns(RuntimeWarning, match="positive at 1 events and negative at 1, .* rises"):
+        log_det_of(layer, both)
+    assert layer.reconstruction.weight.weight.item() == pytest.approx(before * math.exp(0.1))
+    step(layer)
+    log_det_of(layer, both)  # pytest would make an error of another warning
+    assert layer.reconstruction.weight.weight.item() == pytest.approx(before * math.exp(0.2))
+    with pytest.warns(RuntimeWarning, match=r"positive at 1 .* train longer"):
+        log_det_of(layer.eval(), both)
+    log_det_of(layer, one)
 
 
 def test_weight_is_that_of_the_penalty() -> None:
@@ -872,6 +910,42 @@ def test_density_model_learns_what_is_not_gaussian(log_det: str) -> None:
         assert layer.convergence.num_converged == 2000
         moment = (samples[:, 0].square() * samples[:, 1]).mean()
         assert moment.item() == pytest.approx(1.0, abs=0.4)  # E[x₁² (x₁² − 1)/2] = 1
+
+
+def trained_on(data: Tensor, num_steps: int, rate: float, **options: object) -> SelfNormalizingPair:
+    """A pair at its defaults, after some steps of plain Adam."""
+    torch.manual_seed(0)
+    layer = self_normalizing_pair(data.shape[1], **options)
+    density = dist.TransformedDistribution(standard_normal(data.shape[1]), [layer.inv])
+    optimizer = torch.optim.Adam(layer.parameters(), lr=rate)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        (-density.log_prob(data[torch.randint(len(data), (64,))]).mean()).backward()
+        optimizer.step()
+    return layer
+
+
+def test_gap_between_modes_does_not_fold() -> None:
+    noise = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    data = 0.1 * (torch.tensor([[-2.0], [2.0]]).repeat(500, 1) + 0.2 * noise)
+    layer = trained_on(data, 120, 5e-3, log_det="exact")
+    grid = torch.linspace(-1.2, 1.2, 20_001).unsqueeze(1)
+    density = dist.TransformedDistribution(standard_normal(1), [layer.inv])
+    with torch.no_grad():
+        mass = density.log_prob(grid).exp().sum().item() * 2.4 / 20_000
+    assert mass == pytest.approx(1, abs=0.005)
+
+
+def test_densities_of_images_do_not_fold() -> None:
+    images = torch.from_numpy(load_digits().data).to(torch.get_default_dtype())
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    images = (images + noise - images.mean(0)) / 5
+    layer = trained_on(images[:1500], 60, 5e-3)
+    test = images[1500:1540]
+    x = torch.cat([test, (test + test.roll(1, 0)) / 2])
+    with torch.no_grad():
+        log_det_of(layer, x)  # pytest would make an error of the warning of a fold
+        assert is_close(layer.inv(layer(x).clone()), x, 1e-6)
 
 
 def test_stack_of_pairs_and_other_layers() -> None:
