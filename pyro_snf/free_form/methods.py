@@ -92,7 +92,9 @@ class PairExact(PairMethod):
     """Exact values and gradients, with D backward passes and O(D³) operations for every event:
     ``log_det="exact"``.
 
-    For D up to about ten, it is as cheap as the other methods.
+    For D up to 3, it is as cheap as the other methods; at D = 10 it takes 1.7 times as long as
+    :class:`PairRefined` (batches of 256). Its gradient has no noise, and the signs of the
+    determinants are known at every step.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairExact())
     """
@@ -232,7 +234,8 @@ class PairRefined(PairLearned):
 
     The gradient :math:`\mathbb E[w^\top \partial J_f\, v]` is unbiased where
     :math:`J_f^\top w = v`. The system is solved by GMRES, preconditioned by :math:`J_g^\top`. The
-    value is an estimate by Lanczos quadrature, an upper one on average.
+    value is 0, or, with ``lanczos_steps``, an estimate by Lanczos quadrature, an upper one on
+    average. Eight of them are accurate, and take longer than all the rest.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairRefined(krylov_steps=8))
 
