@@ -45,6 +45,7 @@ from tqdm import tqdm
 from pyro_snf import (
     ActNorm,
     Compose,
+    PairExact,
     PairLearned,
     PairMethod,
     PairRefined,
@@ -117,15 +118,18 @@ class ResidualConv(nn.Module):
         return F.pixel_shuffle(images, self.squeeze).flatten(1)
 
 
-def make_network(dim: int, kind: str, width: int, num_blocks: int) -> nn.Module:
+def make_network(dim: int, kind: str, width: int, num_blocks: int, channels: int) -> nn.Module:
     """An MLP; convolutions; or convolutions, on images and squeezed ones, and then an MLP."""
     mlp = partial(ResidualMLP, dim, [width], num_blocks=num_blocks)
     if kind == "mlp":
         return mlp()
     height = math.isqrt(dim)
-    conv = partial(ResidualConv, height, num_blocks=num_blocks, channels=64)
-    convolutions = [conv(squeeze=2)] if height < 28 else [conv(squeeze=2), conv(squeeze=4)]
-    return nn.Sequential(*convolutions, *([mlp()] if kind == "conv + mlp" else []))
+    conv = partial(ResidualConv, height, num_blocks=num_blocks, channels=channels)
+    squeezes = [2] if height < 28 else [2, 4]
+    if kind == "coarse conv + mlp":
+        squeezes = [4]
+    convolutions = [conv(squeeze=squeeze) for squeeze in squeezes]
+    return nn.Sequential(*convolutions, *([] if kind == "conv" else [mlp()]))
 
 
 class Data(NamedTuple):
@@ -177,6 +181,7 @@ class Run:
         network: str = "mlp",
         width: int = 256,
         num_blocks: int = 4,
+        channels: int = 64,
         learning_rate: float = 1e-3,
         seed: int = 0,
         log_det: PairMethod = REFINED,
@@ -185,7 +190,7 @@ class Run:
         torch.manual_seed(seed)
         self.data, self.num_steps = data, num_steps
         self.dim = data.train.shape[1]
-        pair = (make_network(self.dim, network, width, num_blocks) for _ in range(2))
+        pair = (make_network(self.dim, network, width, num_blocks, channels) for _ in range(2))
         self.transform = SelfNormalizingPair(
             *pair, event_shape=self.dim, log_det=log_det, reconstruction=reconstruction
         )
@@ -299,30 +304,28 @@ class Run:
         return (sign > 0).float().mean().item()
 
 
-#: Of a run: of the pair, and of its training. What is not said is as :class:`Run` has it, λ as the
-#: method has it: 1 for refined, 10 for learned.
+#: Of a run: of the pair, and of its training. What is not said is as :class:`Run` has it, and the
+#: penalty is the default one.
 SETTINGS: dict[str, dict[str, Any]] = {
     "refined": {"log_det": REFINED},
-    "refined, λ = 10": {"log_det": REFINED, "reconstruction": Reconstruction(10.0)},
-    "refined, λ = 3, data noise": {
-        "log_det": REFINED,
-        "reconstruction": Reconstruction(3.0, data_noise_std=0.5),
-    },
-    "refined, noise 0.3": {
-        "log_det": REFINED,
-        "reconstruction": Reconstruction(latent_noise_std=0.3),
-    },
+    "refined, rate 5e-3": {"log_det": REFINED, "learning_rate": 5e-3},
     "refined, g alone": {"log_det": REFINED, "reconstruction": Reconstruction(trains="inverse")},
+    "refined, λ = 0.1": {"log_det": REFINED, "reconstruction": Reconstruction(0.1)},
+    "refined, λ = 1": {"log_det": REFINED, "reconstruction": Reconstruction(1.0)},
+    "refined, λ = 10": {"log_det": REFINED, "reconstruction": Reconstruction(10.0)},
     "refined, conv": {"log_det": REFINED, "network": "conv"},
     "refined, conv + mlp": {"log_det": REFINED, "network": "conv + mlp"},
-    "learned": {"log_det": LEARNED},
-    "learned, λ = 3": {"log_det": LEARNED, "reconstruction": Reconstruction(3.0)},
-    "learned, λ = 1": {"log_det": LEARNED, "reconstruction": Reconstruction(1.0)},
-    "learned, λ = 1, data noise": {
-        "log_det": LEARNED,
-        "reconstruction": Reconstruction(1.0, data_noise_std=0.5),
+    "refined, coarse conv + mlp": {
+        "log_det": REFINED,
+        "network": "coarse conv + mlp",
+        "channels": 48,
+        "num_blocks": 2,
+        "width": 256,
     },
-    "learned, rate 3e-3": {"log_det": LEARNED, "learning_rate": 3e-3},
+    "learned": {"log_det": LEARNED},
+    "learned, rate 5e-3": {"log_det": LEARNED, "learning_rate": 5e-3},
+    "learned, conv": {"log_det": LEARNED, "network": "conv"},
+    "exact": {"log_det": PairExact()},
 }
 
 

@@ -67,7 +67,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm
 
-from pyro_snf import Reconstruction, ResidualMLP, SelfNormalizingPair, plotting
+from pyro_snf import ResidualMLP, SelfNormalizingPair, plotting
 
 LOG_DETS = ("exact", "refined", "learned")
 SPLINE, AFFINE = "spline_coupling", "affine_autoregressive"
@@ -96,23 +96,13 @@ VIEW, NUM_POINTS = 2.8, 2_000
 #: The free networks f and g: blocks, and the widths of the layers in each.
 NUM_BLOCKS, HIDDEN_DIMS = 3, [64, 64]
 #: How many radians the activations make of 1. What is fine in a density is learned the faster, the
-#: more there are; but so are folds.
+#: more there are.
 FREQUENCY = 2.0
-#: λ at the start and at the end, between which it grows geometrically: late, where the learning
-#: rate is low, it holds nothing up. And the width of the noise around the data.
-RECONSTRUCTION_WEIGHTS, DATA_NOISE_STD = (10.0, 100.0), 0.5
-
-#: Of all flows' gradients. Where f nearly folds, those of log|det J| are large.
-MAX_GRADIENT_NORM = 1.0
-#: The share of the time in which the learning rates rise from 0. They fall to 0 after that. Folds
-#: that come of large steps at the start are there to stay.
-WARM_UP = 0.1
-
 #: Pyro's, the best of some that were tried for 10 s.
 NUM_SPLINES, SPLINE_OPTIONS = 3, {"hidden_dims": [32, 32], "count_bins": 8, "bound": 3.0}
 NUM_AFFINES, AFFINE_OPTIONS = 8, {"hidden_dims": [32, 32]}
 
-#: Of Adam, at the highest.
+#: Of Adam, at the start, from where they fall to 0 along a cosine.
 LEARNING_RATES = {**dict.fromkeys(LOG_DETS, 5e-3), SPLINE: 1e-2, AFFINE: 5e-3}
 
 
@@ -267,23 +257,15 @@ class Flow(NamedTuple):
     """The pair of free networks, if it is one."""
 
 
-def make_flow(
-    name: str,
-    reconstruction_weight: float | Callable[[int], float],
-    device: torch.device | str = "cpu",
-) -> Flow:
-    """One of :data:`FLOWS`, on the way from latents to data as Pyro has it.
-
-    :param reconstruction_weight: λ of a pair.
-    """
+def make_flow(name: str, device: torch.device | str = "cpu") -> Flow:
+    """One of :data:`FLOWS`, on the way from latents to data as Pyro has it."""
     base = dist.Normal(torch.zeros(2, device=device), 1.0).to_event(1)
     if name in LOG_DETS:
         f, g = (
             ResidualMLP(2, HIDDEN_DIMS, num_blocks=NUM_BLOCKS, activation=SineActivation)
             for _ in range(2)
         )
-        penalty = Reconstruction(reconstruction_weight, data_noise_std=DATA_NOISE_STD)
-        pair = SelfNormalizingPair(f, g, event_shape=2, log_det=name, reconstruction=penalty)
+        pair = SelfNormalizingPair(f, g, event_shape=2, log_det=name)
         transforms: list[Transform] = [pair.inv]
         module: nn.Module = pair
     else:
@@ -322,8 +304,7 @@ class Run:
         self, name: str, *, seconds: float, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         torch.manual_seed(seed)
-        # A function, for layers copy their options: a bound method would copy this run as well.
-        self.flow = make_flow(name, lambda _: self._reconstruction_weight(), device)
+        self.flow = make_flow(name, device)
         self.learning_rate = LEARNING_RATES[name]
         self.budget = seconds
         self.device = device
@@ -339,27 +320,17 @@ class Run:
 
     def step(self, batch: Tensor) -> None:
         start = time.perf_counter()
-        progress = self._progress()
-        factor = min(progress / WARM_UP, (1 + math.cos(math.pi * progress)) / 2)
+        progress = min(self.seconds / self.budget, 1.0)
+        factor = (1 + math.cos(math.pi * progress)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.learning_rate
         self.optimizer.zero_grad()
-        loss = -self.flow.density.log_prob(batch).mean()  # and λ times the errors of a pair
+        loss = -self.flow.density.log_prob(batch).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.flow.module.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         loss.item()  # waits for the device
         self.seconds += time.perf_counter() - start
         self.num_steps += 1
-
-    def _progress(self) -> float:
-        """Of the time there is, from 0 to 1."""
-        return min(self.seconds / self.budget, 1.0)
-
-    def _reconstruction_weight(self) -> float:
-        """λ. It goes by time, as the learning rate does, not by steps."""
-        first, last = RECONSTRUCTION_WEIGHTS
-        return first * (last / first) ** self._progress()
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:

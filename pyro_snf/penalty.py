@@ -26,10 +26,10 @@ class GECO(nn.Module):
         \lambda \leftarrow \lambda \exp\bigl(\eta\,
             \operatorname{clip}(\log(\sqrt{\bar e} / \tau), -1, 1)\bigr)
 
-    where e is the mean squared error per element of the current batch, in more than one process of
-    the batches of all of them. λ rises while the averaged error is above the tolerance, and falls
-    while it is below. λ and ē are buffers, saved with the module. Errors that are not finite are
-    ignored.
+    and with φη in the place of η where λ falls. Here e is the mean squared error per element of the
+    current batch, in more than one process of the batches of all of them. λ rises while the
+    averaged error is above the tolerance, and falls while it is below. λ and ē are buffers, saved
+    with the module. Errors that are not finite are ignored.
 
     Pass it as the ``reconstruction_weight`` of a method. Each layer takes a copy, which makes one
     step for every change of the layer's parameters.
@@ -41,6 +41,7 @@ class GECO(nn.Module):
     :param float tolerance: τ > 0, the root mean square error per element to hold.
     :param float weight: the first λ > 0.
     :param float rate: η > 0.
+    :param float fall: φ > 0, the rate at which λ falls, in units of η.
     :param float decay: ρ in ``[0, 1)``, of the moving average.
 
     References:
@@ -57,6 +58,7 @@ class GECO(nn.Module):
         *,
         weight: float = 1.0,
         rate: float = 1e-2,
+        fall: float = 1.0,
         decay: float = 0.9,
     ) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class GECO(nn.Module):
         expected = "tolerance > 0 and < 1e18"
         self.tolerance = as_number(expected, tolerance, lambda number: 0 < number < 1e18)
         self.rate = as_positive("rate", rate)
+        self.fall = as_positive("fall", fall)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
         self._first_log_weight = math.log(as_positive("weight", weight))
         self.register_buffer("log_weight", torch.empty(()))
@@ -82,7 +85,7 @@ class GECO(nn.Module):
         return super()._apply(keep_float32(fn), recurse)
 
     def extra_repr(self) -> str:
-        return f"tolerance={self.tolerance}, rate={self.rate}, decay={self.decay}"
+        return f"tolerance={self.tolerance}, rate={self.rate}, fall={self.fall}, decay={self.decay}"
 
     @property
     def weight(self) -> Tensor:
@@ -104,6 +107,7 @@ class GECO(nn.Module):
         # A floor, so that an error of exactly 0 steps down by the full rate.
         error = average.clamp_min(torch.finfo(average.dtype).tiny)
         excess = (error.log() / 2 - math.log(self.tolerance)).clamp(-1, 1)
+        excess = torch.where(excess < 0, self.fall * excess, excess)
         self.log_weight.add_(torch.where(is_finite, excess, 0), alpha=self.rate)
 
 

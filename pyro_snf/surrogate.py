@@ -28,7 +28,6 @@ __all__ = [
     "Surrogate",
     "attach_penalty",
     "first_order_only",
-    "gated",
     "implicit_solve",
     "share_gradient",
     "with_gradient",
@@ -329,32 +328,6 @@ def attach_penalty(value: Tensor, penalty: Tensor) -> Tensor:
     :return: ``value``, unchanged.
     """
     return _AttachPenalty.apply(value, penalty)
-
-
-class _Gated(Function):
-    @staticmethod
-    def forward(events: Tensor, is_open: Tensor) -> Tensor:
-        return events.view_as(events)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.is_open = inputs  # not saved through autograd: it is written to later
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        is_open = ctx.is_open.view(-1, *[1] * (cotangent.dim() - 1))
-        return torch.where(is_open, cotangent, 0), None
-
-
-def gated(events: Tensor, is_open: Tensor) -> Tensor:
-    """Events, whose gradient goes on for those that are marked, and ends at the others.
-
-    :param Tensor events: shape ``(B, *event)``.
-    :param Tensor is_open: the marks, shape ``(B,)``, as they are in the backward pass: what they
-        depend on may be computed from the result.
-    :return: ``events``.
-    """
-    return _Gated.apply(events, is_open)
 
 
 class _ImplicitSolve(Function):

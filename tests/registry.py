@@ -537,22 +537,14 @@ CASES: dict[str, Case] = {
         num_probes=2,
         probe="rademacher",
         lanczos_steps=3,
-        reconstruction={"weight": rising_weight, "tolerance": 0.05},
+        reconstruction={"weight": rising_weight},
     ),
     "free form learned": _free_form_case(log_det="learned"),
     "free form learned k=2 orthogonal GECO": _free_form_case(
         log_det="learned", num_probes=2, probe="orthogonal", geco=True
     ),
-    "free form learned k=2 gaussian, latents": _free_form_case(
-        2,
-        log_det="learned",
-        num_probes=2,
-        probe="gaussian",
-        reconstruction={
-            "data_noise_std": 0.1,
-            "latent_noise_std": 0.1,
-            "base": dist.Normal(torch.zeros(2), 1.0).to_event(1),
-        },
+    "free form learned k=2 gaussian": _free_form_case(
+        2, log_det="learned", num_probes=2, probe="gaussian"
     ),
     "free form exact, g only": _free_form_case(
         2, log_det="exact", reconstruction={"trains": "inverse"}
@@ -692,7 +684,7 @@ CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional free form learned": _conditional_pair_case(log_det="learned"),
     "conditional free form exact GECO": _conditional_pair_case(log_det="exact", geco=True),
     "conditional free form by the factory": _conditional_pair_case(
-        by_factory=True, lanczos_steps=4, reconstruction={"latent_noise_std": 0.1}
+        by_factory=True, lanczos_steps=4, reconstruction={"weight": 0.5}
     ),
 }
 

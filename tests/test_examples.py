@@ -402,7 +402,6 @@ def test_folds_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_plane_flows_are_normalized(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(density_2d, "WARM_UP", 1e-9)  # 60 steps are its start
     if name == "spline_coupling":  # rough at first
         monkeypatch.setattr(density_2d, "NUM_CELLS", 400)
     density = density_2d.DENSITIES["trimodal"]()

@@ -427,6 +427,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
             "tolerance": number(lambda x: 0 < x < 1e18),
             "weight": positive,
             "rate": positive,
+            "fall": positive,
             "decay": number(lambda x: 0 <= x < 1),
         },
     ),
@@ -457,10 +458,6 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         {
             "weight": optional(penalty),
             "trains": choice("both", "inverse"),
-            "tolerance": nonnegative,
-            "data_noise_std": nonnegative,
-            "latent_noise_std": nonnegative,
-            "base": optional(one_of(torch.distributions.Distribution)),
             "seed": optional(count(0)),
         },
     ),

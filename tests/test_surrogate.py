@@ -9,7 +9,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from pyro_snf.surrogate import (
     attach_penalty,
-    gated,
     implicit_solve,
     with_gradient,
     with_surrogate,
@@ -146,13 +145,3 @@ def test_implicit_solve_is_differentiable_twice(transposed: bool) -> None:
     assert torch.allclose(solve(matrix, rows) @ used.mT, rows)
     assert gradcheck(solve, (matrix, rows))
     assert gradgradcheck(solve, (matrix, rows))
-
-
-def test_gate_is_as_it_is_in_the_backward_pass() -> None:
-    events = torch.ones(3, 2, 2, requires_grad=True)
-    is_open = torch.ones(3, dtype=torch.bool)
-    result = gated(events, is_open)
-    assert torch.equal(result, events)
-    is_open.copy_(torch.tensor([True, False, True]))
-    (2 * result).sum().backward()
-    assert events.grad.sum((1, 2)).tolist() == [8.0, 0.0, 8.0]

@@ -37,14 +37,11 @@ class PairMethod(SavesAttributes, ABC):
     3. If there is a state, make its buffers in :meth:`setup`, and name the plain values to be
        saved, each with its check, in ``saved_attributes``.
 
-    Optional: :attr:`default_weight`, :attr:`uses_inverse` and :attr:`error_estimate`.
+    Optional: :attr:`uses_inverse` and :attr:`error_estimate`.
     """
 
     #: The value in training, for a layer's repr: "exact", "estimate", or "0" if there is no value.
     training_value: str = "estimate"
-
-    #: The default λ of the reconstruction penalty.
-    default_weight: ClassVar[float] = 1.0
 
     #: Whether the method needs g.
     uses_inverse: ClassVar[bool] = True
@@ -79,8 +76,11 @@ class PairMethod(SavesAttributes, ABC):
         back: Linearization | None,
         context: Context,
         state: Callable[[], ParameterState],
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """``log|det J_f|`` with its gradient in all that f depends on, shape ``(B,)``.
+
+        A method that knows the signs of ``det J_f`` returns them first, as ``torch.linalg.slogdet``
+        does: where both occur, f is not invertible, and the penalty becomes larger.
 
         :param near: f, linearized at x, with the graph of x and the context.
         :param back: g, linearized at f(x), a constant; it may be None unless :attr:`uses_inverse`.
@@ -92,7 +92,9 @@ class PairExact(PairMethod):
     """Exact values and gradients, with D backward passes and O(D³) operations for every event:
     ``log_det="exact"``.
 
-    For D up to about ten, it is as cheap as the other methods.
+    For D up to 3, it is as cheap as the other methods; at D = 10 it takes 1.7 times as long as
+    :class:`PairRefined` (batches of 256). Its gradient has no noise, and the signs of the
+    determinants are known at every step.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairExact())
     """
@@ -107,9 +109,9 @@ class PairExact(PairMethod):
         back: Linearization | None,
         context: Context,
         state: Callable[[], ParameterState],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         parameters = tuple(pair.forward_net.parameters())
-        return exact_slogdet(pair.forward, near.source, context, parameters)[1]
+        return exact_slogdet(pair.forward, near.source, context, parameters)
 
 
 class PairLearned(PairMethod):
@@ -136,7 +138,6 @@ class PairLearned(PairMethod):
     Flows: Make Any Architecture a Normalizing Flow. AISTATS 2024. [arXiv:2310.16624]
     """
 
-    default_weight = 10.0  # larger, for the gradient is only as good as g
     saved_attributes: ClassVar = {"error_estimate": saved_number}
 
     def __init__(
@@ -233,7 +234,8 @@ class PairRefined(PairLearned):
 
     The gradient :math:`\mathbb E[w^\top \partial J_f\, v]` is unbiased where
     :math:`J_f^\top w = v`. The system is solved by GMRES, preconditioned by :math:`J_g^\top`. The
-    value is an estimate by Lanczos quadrature, an upper one on average.
+    value is 0, or, with ``lanczos_steps``, an estimate by Lanczos quadrature, an upper one on
+    average. Eight of them are accurate, and take longer than all the rest.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairRefined(krylov_steps=8))
 
@@ -246,8 +248,6 @@ class PairRefined(PairLearned):
     :raises ValueError: for options that are not of these.
     """
 
-    default_weight = 1.0
-
     def __init__(
         self,
         *,
@@ -255,7 +255,7 @@ class PairRefined(PairLearned):
         probe: str = "orthogonal",
         tolerance: float = 0.02,
         krylov_steps: int = 4,
-        lanczos_steps: int = 8,
+        lanczos_steps: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__(num_probes=num_probes, probe=probe, lanczos_steps=lanczos_steps, seed=seed)

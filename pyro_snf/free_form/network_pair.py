@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pyro_snf.free_form.linearization import differentiable_twice, linearize
 
@@ -45,12 +44,6 @@ class NetworkPair:
         """``g(y)``, shape ``(B, *event)``."""
         with differentiable_twice():
             return _checked("inverse_net", self.inverse_net(y, *context), y)
-
-    def frozen_forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """``f(x)``, the parameters of f being constants."""
-        parameters = {name: one.detach() for name, one in self.forward_net.named_parameters()}
-        with differentiable_twice():
-            return functional_call(self.forward_net, parameters, (x, *context))
 
     def check(self, x: Tensor, context: tuple[Tensor, ...], *, derivatives: bool) -> None:
         """Raise unless both networks are deterministic, smooth, and map each event independently.

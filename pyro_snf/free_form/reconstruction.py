@@ -7,53 +7,75 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pyro_snf.caching import ParameterState
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.network_pair import NetworkPair
-from pyro_snf.options import as_number, as_seed, check_choice, expect
+from pyro_snf.options import as_seed, check_choice
 from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import ProbeStream, draw_probes
-from pyro_snf.surrogate import gated
-from pyro_snf.transfer import send
 
 __all__ = ["Reconstruction"]
 
-# Streams of random numbers. The first two are those of the probes.
-_NOISE, _BASE = 2, 3
+# The stream of random numbers. The first two are those of the probes.
+_NOISE = 2
+
+# Between which log t is uniform. The first is a scale on which f is almost linear; the second
+# reaches beyond the data on all sides.
+_SCALES = (0.01, 3.0)
+
+# What the default controller holds: below 1, and with a margin, for a batch does not have the
+# largest c of all.
+_CONTRACTION = 0.7
+
+# Its first λ, with which the steps that Adam makes first do not fold f. It rises fast, and falls
+# five times as slowly: so most batches are below what is held.
+_FIRST_WEIGHT, _RATE, _FALL = 10.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
-    r"""The reconstruction penalty of a pair of networks f and g,
+    r"""The reconstruction penalty of a pair of networks f and g. With ``e(x) = g(f(x)) − x``,
 
     .. math::
-        \lambda \left( \|g(f(x)) - x\|^2 + \|g(f(\tilde x)) - \tilde x\|^2
-        + \|f(g(\tilde y)) - \tilde y\|^2 \right), \qquad
-        \tilde x = x + \sigma_x \varepsilon, \quad \tilde y = f(x) + \sigma_y \varepsilon',
+        \lambda D \left( \log\bigl(1 + c(x, \tilde x)\bigr)
+        + \log\bigl(1 + \|e(x)\|^2/(D s^2)\bigr) \right), \qquad
+        c(x, \tilde x) = \frac{\|e(\tilde x) - e(x)\|^2}{\|\tilde x - x\|^2},
 
-    where the second term is present with ``data_noise_std``, and the third with
-    ``latent_noise_std``; with a ``base`` there is another third term, with samples of it. The
-    penalty is weighted by the absolute value of the log-determinant's cotangent. It changes no
+    where s² is the variance of the batch, the mean over elements. It has no units, and there is no
+    width of a noise to choose. The logarithms bound the gradients of what is far off.
+
+    **Why.** ``f(x) = f(x̃)`` implies ``e(x) − e(x̃) = x̃ − x``, that is, c = 1. So f is one to one
+    where all c are below 1: where e contracts. For :math:`\tilde x \to x`, c is
+    :math:`\|(I - J_g J_f)\,v\|^2` with a unit vector v, and :math:`J_f` is not singular where that
+    is below 1 for all of them.
+
+    **Where.** One half of the batch has
+
+    .. math::
+        \tilde x_i = x_i + t\,(x_j - x_k), \qquad \log t \sim U(\log 0.01, \log 3),
+
+    with two other events, or normal noise of the same size in the place of their difference: near
+    and far, along the data and in all directions. For the other half, such an x̃ takes the place
+    of x, and the next one is in the direction of ``e(x̃) − e(x)``: a step of the power method, which
+    turns to where c is large.
+
+    **How much.** By default λ is controlled: it rises fast while the root of the largest c of a
+    batch is above 0.7, and falls slowly while that is below. So f goes as far as g follows it.
+
+    The penalty is weighted by the absolute value of the log-determinant's cotangent. It changes no
     value, and sends no gradient to x.
 
-    >>> penalty = Reconstruction(3.0, data_noise_std=0.1)
+    >>> penalty = Reconstruction(trains="inverse")
     >>> transform = self_normalizing_pair(3, [32], reconstruction=penalty)
 
     :param weight: λ: a number, a function of the number of steps taken, or a
-        :class:`~pyro_snf.GECO`. By default 10 for ``log_det="learned"`` and 1 otherwise, which
-        suits events of some tens of entries with a variance of about 1. Larger events need more.
-    :param str trains: ``"both"`` networks, or the ``"inverse"`` alone; then the penalty does not
-        keep f invertible.
-    :param float tolerance: τ, a root mean square error of an element. An event whose error is at
-        most τ trains g alone. If τ > 0, the terms of latents train g alone, too.
-    :param float data_noise_std: :math:`\sigma_x`; 0 for no such term. The term prevents f from
-        mapping events near the data to the latents of the data.
-    :param float latent_noise_std: :math:`\sigma_y`; 0 for no such term.
-    :param base: a distribution of latents, whose samples are reconstructed, too; or None.
-    :param seed: of the noise and the samples, an integer from 0; by default one is drawn from
-        torch's global random stream when a layer is made.
+        :class:`~pyro_snf.GECO` that holds the root of the largest c of a batch at its tolerance. By
+        default ``GECO(0.7, weight=10.0, rate=0.1, fall=0.2, decay=0.0)``.
+    :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
+        as it is: then the penalty does not keep it so.
+    :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
+        random stream when a layer is made.
     :raises ValueError: for options that are not of these.
     """
 
@@ -64,49 +86,28 @@ class Reconstruction(nn.Module):
         weight: PenaltyWeight | None = None,
         *,
         trains: str = "both",
-        tolerance: float = 0.0,
-        data_noise_std: float = 0.0,
-        latent_noise_std: float = 0.0,
-        base: Distribution | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-
-        def as_size(name: str, value: float) -> float:
-            return as_number(f"{name} >= 0", value, lambda number: 0 <= number < math.inf)
-
-        self.given_weight = None if weight is None else as_penalty_weight("weight", weight)
+        if weight is None:
+            weight = GECO(_CONTRACTION, weight=_FIRST_WEIGHT, rate=_RATE, fall=_FALL, decay=0.0)
+        self.weight = as_penalty_weight("weight", weight)
         check_choice("trains", trains, self.TRAINS)
         self.trains = trains
-        self.tolerance = as_size("tolerance", tolerance)
-        self.data_noise_std = as_size("data_noise_std", data_noise_std)
-        self.latent_noise_std = as_size("latent_noise_std", latent_noise_std)
-        expect("base, a distribution or None", base is None or isinstance(base, Distribution), base)
-        self.base = base
-        self._default_weight = 1.0
         self.seed = as_seed(seed)
 
     def __repr__(self) -> str:
-        names = ("trains", "tolerance", "data_noise_std", "latent_noise_std", "base", "seed")
-        options = [f"{name}={getattr(self, name)!r}" for name in names]
-        return f"{type(self).__name__}({', '.join([str(self.weight), *options])})"
+        return f"{type(self).__name__}({self.weight}, trains={self.trains!r}, seed={self.seed!r})"
 
-    def setup(self, default_weight: float, device: torch.device | None) -> None:
+    def setup(self, device: torch.device | None) -> None:
         """Make the state; called once by each layer.
 
-        :param float default_weight: λ, unless the option was given.
         :param device: of the networks.
         """
-        self._default_weight = default_weight
         if isinstance(self.weight, GECO):
             self.weight.to(device)
         self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
-
-    @property
-    def weight(self) -> PenaltyWeight:
-        """λ: the option, or the default of the layer's method."""
-        return self._default_weight if self.given_weight is None else self.given_weight
 
     @property
     def is_off(self) -> bool:
@@ -118,87 +119,109 @@ class Reconstruction(nn.Module):
         """Whether f is trained by the penalty."""
         return self.trains == "both" and not self.is_off
 
-    def reconstruct(
-        self, pair: NetworkPair, x: Tensor, latent: Tensor, context: Context
-    ) -> tuple[Linearization, Tensor]:
-        """g, linearized at the latents, and ``‖g(f(x)) − x‖²`` for every event, shape ``(B,)``.
-
-        The gradient of the error in f is 0 where the error is within the tolerance.
-
-        :param Tensor latent: ``f(x)``, with the graph of f's parameters.
-        """
-        is_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    def reconstruct(self, pair: NetworkPair, latent: Tensor, context: Context) -> Linearization:
+        """g, linearized at the latents ``f(x)``, which keep their graph if f is trained."""
         if not self.trains_forward:
             latent = latent.detach().requires_grad_()
-        elif self.tolerance > 0:
-            latent = gated(latent, is_open)
-        back = Linearization(latent, pair.inverse(latent, *context))
-        error = _square(back.output - x)
-        is_open.copy_(error > self.tolerance**2 * x[0].numel())
-        return back, error
+        return Linearization(latent, pair.inverse(latent, *context))
 
     def penalty(
         self,
         pair: NetworkPair,
         x: Tensor,
-        latent: Tensor,
-        data_error: Tensor,
+        back: Linearization,
         context: Context,
         state: Callable[[], ParameterState],
+        is_folded: Tensor | None = None,
     ) -> Tensor:
         """The penalty of every event, shape ``(B,)``.
 
-        :param Tensor latent: ``f(x)``, a constant.
-        :param Tensor data_error: from :meth:`reconstruct`.
+        :param Tensor x: a constant.
+        :param back: from :meth:`reconstruct`.
         :param state: returns the state of the networks' parameters.
+        :param Tensor is_folded: whether f is known to be folded, shape ``()``: then the controller
+            makes its largest step upwards.
         """
+        error, variance = back.output - x, variance_of(x)
+        contraction = self._contraction(pair, x, error, variance, context)
         is_new = not isinstance(self.weight, float) and self.steps.count(state())
-        mean_square_error = data_error.detach().mean() / x[0].numel()
+        largest = contraction.detach().max()
+        if is_folded is not None:
+            largest = torch.where(is_folded, torch.clamp_min(largest, 10.0), largest)
         factor = penalty_factor(
-            "weight", self.weight, self.steps.num_states - 1, mean_square_error, is_new=is_new
+            "weight", self.weight, self.steps.num_states - 1, largest, is_new=is_new
         )
-        draw = self.probes.count
-        generator = self.probes.next_generator(x.device, stream=_NOISE)
-        error = data_error
-        is_free = self.trains_forward and self.tolerance == 0
-        forward = pair.forward if is_free else pair.frozen_forward
-        for other in self._other_latents(latent, generator, draw):
-            error = error + _square(forward(pair.inverse(other, *context), *context) - other)
-        if self.data_noise_std > 0:
-            other = x + self.data_noise_std * _noise_like(x, generator)
-            latents = pair.forward(other, *context)
-            error = error + self.reconstruct(pair, other, latents, context)[1]
-        return factor * error
+        dim = x[0].numel()
+        mean_square = _square(error) / (dim * variance)
+        return dim * factor * (contraction.log1p() + mean_square.log1p())
 
-    def _other_latents(self, latent: Tensor, generator: torch.Generator, draw: int) -> list[Tensor]:
-        """The latents to be reconstructed besides those of the data."""
-        others = []
-        if self.latent_noise_std > 0:
-            others.append(latent + self.latent_noise_std * _noise_like(latent, generator))
-        if self.base is not None:
-            sample = send(self._sample_base(self.base, len(latent), latent.device, draw), latent)
-            if sample.shape != latent.shape:
-                raise ValueError(
-                    f"expected a base of events of shape {tuple(latent.shape[1:])}; "
-                    f"got {tuple(sample.shape[1:])}"
-                )
-            others.append(sample)
-        return others
-
-    def _sample_base(
-        self, base: Distribution, count: int, device: torch.device, draw: int
+    def _contraction(
+        self, pair: NetworkPair, x: Tensor, error: Tensor, variance: Tensor, context: Context
     ) -> Tensor:
-        """Samples of the base, drawn without changing the global random stream."""
-        seed = self.probes.generator(draw, device, stream=_BASE).initial_seed()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            return base.sample(torch.Size([count]))
+        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` for every event, shape ``(B,)``.
+
+        :param Tensor error: e(x).
+        """
+        steps = _steps(x, self.probes.next_generator(x.device, stream=_NOISE))
+        half = (len(x) + 1) // 2
+        # Of events next to each other, rounding is all that errors differ by.
+        least = x[0].numel() * variance * (_least_scale(x) / 10) ** 2
+
+        def move(start: Tensor, error: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            end, contexts = start + step, tuple(one[: len(start)] for one in context)
+            latent = pair.forward(end, *contexts)
+            end_error = self.reconstruct(pair, latent, contexts).output - end
+            ratio = _square(end_error - error) / (_square(end - start) + least)
+            return end, end_error, ratio
+
+        middle, middle_error, first = move(x[:half], error[:half], steps[:half])
+        rest = len(x) - half
+        if rest == 0:
+            return first
+        change = (middle_error - error[:half])[:rest].detach()
+        step = _along(change, steps[half:])
+        return torch.cat([first, move(middle[:rest], middle_error[:rest], step)[2]])
 
 
-def _noise_like(events: Tensor, generator: torch.Generator) -> Tensor:
-    return draw_probes("gaussian", 1, events.shape, generator, events.dtype)[0]
+def _along(direction: Tensor, steps: Tensor) -> Tensor:
+    """Steps of the same lengths in other directions, where these are not 0."""
+    place = (-1, *[1] * (steps.dim() - 1))
+    length, size = _square(steps).view(place).sqrt(), _square(direction).view(place).sqrt()
+    turned = direction / torch.where(size > 0, size, 1.0) * length
+    return torch.where(size > 0, turned, steps).to(steps.dtype)
+
+
+def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Differences of events, and noise, of random lengths; shape ``(B, *event)``."""
+    count, device = len(x), x.device
+    one = torch.randint(count, (count,), generator=generator, device=device)
+    shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
+    difference = x[one] - x[(one + shift) % count]
+    noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
+    noise = (2 * variance_of(x)).sqrt().to(x.dtype) * noise
+    random = torch.rand(2, count, *[1] * (x.dim() - 1), generator=generator, device=device)
+    # A batch of one event, or of equal ones, has no differences.
+    is_zero = (difference == 0).flatten(1).all(1).view_as(random[0])
+    least, largest = math.log(_least_scale(x)), math.log(_SCALES[1])
+    scale = (least + (largest - least) * random[1]).exp().to(x.dtype)
+    return scale * torch.where(is_zero | (random[0] < 0.5), noise, difference)
+
+
+def _least_scale(x: Tensor) -> float:
+    """The smallest t: with fewer digits, rounding would be all that a smaller one shows."""
+    return max(_SCALES[0], torch.finfo(x.dtype).eps ** 0.5)
+
+
+def variance_of(x: Tensor) -> Tensor:
+    """The variance of a batch of events, the mean over elements, shape ``()``; never 0.
+
+    Where all events are equal, or there is one alone, the mean square takes its place.
+    """
+    rows = at_least_float32(x).flatten(1)
+    variance, square = rows.var(0, unbiased=False).mean(), rows.square().mean()
+    tiny = torch.finfo(rows.dtype).eps ** 2
+    scale = torch.where(variance > tiny * square, variance, square)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _square(difference: Tensor) -> Tensor:
