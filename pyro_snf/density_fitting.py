@@ -164,9 +164,9 @@ def fit_density(
     and ``max_seconds``, whichever is used up first. Until then, when the validation loss has not
     fallen for a while, training goes back to the best parameters and on with a larger decay of the
     weights of ``nn.Linear`` layers, which keeps networks from learning small tables by heart; at
-    last with falling rates, so that training stops before the budget is used up. Where a loss is not finite,
-    training goes back to the averages and on at half the rate. Ctrl-C stops it, and what there is
-    is kept.
+    last with falling rates, so that training stops before the budget is used up. Where a loss is
+    not finite, training goes back to the averages and on at half the rate. Ctrl-C stops it, and
+    what there is is kept.
 
     :param flow: from data to latents: a transform that is a module, or a conditional one; or any
         module with a method ``log_prob(data)``, or ``log_prob(data, context)``. It is trained in

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import ConditionalTransformModule
 from pyro.nn import DenseNN
 from torch import Tensor, nn
 from torch.distributions import Transform
@@ -22,10 +23,13 @@ from pyro_snf import (
     GECO,
     ActNorm,
     Compose,
+    ConditionalCompose,
     ConditionalSelfNormalizingLinear,
     ConditionalSelfNormalizingPair,
+    ConditionalSplineAutoregressive,
     CouplingNet,
     Exact,
+    GaussianCopula,
     ImageCoupling,
     InverseTransformModule,
     Learned,
@@ -44,10 +48,13 @@ from pyro_snf import (
     SelfNormalizingLinear,
     SelfNormalizingPair,
     SmoothLeakyReLU,
+    SplineAutoregressive,
     Squeeze2d,
     actnorm,
     conditional_self_normalizing_linear,
     conditional_self_normalizing_pair,
+    conditional_spline_autoregressive,
+    gaussian_copula,
     image_coupling,
     low_rank_autoregressive,
     rational_quadratic_spline,
@@ -55,6 +62,7 @@ from pyro_snf import (
     self_normalizing_linear,
     self_normalizing_pair,
     smooth_leaky_relu,
+    spline_autoregressive,
     squeeze2d,
 )
 from pyro_snf.maps import kernels
@@ -108,6 +116,15 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             elif isinstance(part, SmoothLeakyReLU):
                 part.logit_alpha.add_(0.3 * normal(part.logit_alpha))
             elif isinstance(part, LowRankAutoregressive | RationalQuadraticSpline):
+                for parameter in part.parameters():
+                    parameter.copy_(0.5 * normal(parameter))
+            elif isinstance(part, GaussianCopula):
+                for name, parameter in part.named_parameters(recurse=False):
+                    parameter.add_((1.0 if name == "first_y" else 0.3) * normal(parameter))
+                part.mean.copy_(normal(part.mean))
+                part.deviation.copy_((0.3 * normal(part.deviation)).exp())
+                part.initialized.fill_(True)
+            elif isinstance(part, SplineAutoregressive):
                 for parameter in part.parameters():
                     parameter.copy_(0.5 * normal(parameter))
             elif isinstance(part, ActNorm):
@@ -515,6 +532,22 @@ CASES: dict[str, Case] = {
     "autoregressive by the factory": Case(
         _randomized(lambda: low_rank_autoregressive(4, 6)), (4,), "low_rank_autoregressive"
     ),
+    "spline autoregressive": Case(
+        _randomized(lambda: SplineAutoregressive(4, 8, num_bins=3, bound=2.0)),
+        (4,),
+        "SplineAutoregressive",
+    ),
+    "spline autoregressive by the factory D=1": Case(
+        _randomized(lambda: spline_autoregressive(1, 4)), (1,), "spline_autoregressive"
+    ),
+    "gaussian copula": Case(
+        _randomized(lambda: GaussianCopula(3, num_bins=4)), (3,), "GaussianCopula"
+    ),
+    "gaussian copula by the factory": Case(
+        _randomized(lambda: gaussian_copula(2, num_bins=3, log_det="exact")),
+        (2,),
+        "gaussian_copula",
+    ),
     "actnorm of images": Case(_randomized(lambda: ActNorm(3)), (3, 2, 4), "ActNorm"),
     "actnorm of features": Case(_randomized(lambda: ActNorm(5, event_dim=1)), (5,), "ActNorm"),
     "actnorm by the factory": Case(_randomized(lambda: actnorm(2)), (2, 3, 1), "actnorm"),
@@ -619,7 +652,7 @@ CASES: dict[str, Case] = {
 class ConditionalCase(NamedTuple):
     """One named constructor of a transform that is to be conditioned."""
 
-    make: Callable[..., ConditionalSelfNormalizingLinear | ConditionalSelfNormalizingPair]
+    make: Callable[..., ConditionalTransformModule]
     """``make(seed)`` returns a random one in float64, R being exact, the network smooth."""
     input_dim: int
     context_dim: int
@@ -667,6 +700,12 @@ def _conditional_pair_case(*, by_factory: bool = False, **options: object) -> Co
     return ConditionalCase(_randomized(build), 3, 2, api)
 
 
+def _conditional_stack() -> ConditionalCompose:
+    return ConditionalCompose(
+        [SelfNormalizingLinear(3), ConditionalSplineAutoregressive(3, 2, 8, num_bins=3)]
+    )
+
+
 CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional linear refined": _conditional_case(),
     "conditional linear refined rank=2": _conditional_case(rank=2),
@@ -685,6 +724,21 @@ CONDITIONAL_CASES: dict[str, ConditionalCase] = {
     "conditional free form exact GECO": _conditional_pair_case(log_det="exact", geco=True),
     "conditional free form by the factory": _conditional_pair_case(
         by_factory=True, lanczos_steps=4, reconstruction={"weight": 0.5}
+    ),
+    "conditional splines": ConditionalCase(
+        _randomized(lambda: ConditionalSplineAutoregressive(4, 2, 8, num_bins=3)),
+        4,
+        2,
+        "ConditionalSplineAutoregressive",
+    ),
+    "conditional splines by the factory D=1": ConditionalCase(
+        _randomized(lambda: conditional_spline_autoregressive(1, 2, 4)),
+        1,
+        2,
+        "conditional_spline_autoregressive",
+    ),
+    "conditional stack": ConditionalCase(
+        _randomized(_conditional_stack), 3, 2, "ConditionalCompose"
     ),
 }
 

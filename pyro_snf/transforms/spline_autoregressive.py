@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,14 @@ class _MaskedLinear(nn.Linear):
     def __init__(self, mask: Tensor, *, starts_at_zero: bool = False, **factory: Any) -> None:
         self.starts_at_zero = starts_at_zero
         super().__init__(mask.shape[1], mask.shape[0], **factory)
+        self._mask = mask
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _MaskedLinear:
+        super()._apply(fn, recurse)
+        # Anew, for to_empty() leaves no values.
+        self.mask = self._mask.to(self.weight.device)
+        return self
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # whose draws are made in any case
@@ -73,12 +81,12 @@ class _MaskedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.num_outputs = num_outputs
-        features = torch.arange(input_dim)
+        features = torch.arange(input_dim, device="cpu")
         # The last input of each unit: −1 for those that see the context alone, as what the first
         # feature depends on has to.
         lowest = -1 if context_dim else 0
         span = max(input_dim - 1 - lowest, 1)
-        last_inputs = lowest + torch.arange(hidden_dim) * span // hidden_dim
+        last_inputs = lowest + torch.arange(hidden_dim, device="cpu") * span // hidden_dim
         among_units = last_inputs.unsqueeze(1) >= last_inputs
         is_output = features.unsqueeze(1) > last_inputs
         self.first = _MaskedLinear(last_inputs.unsqueeze(1) >= features, **factory)
