@@ -12,7 +12,7 @@ from torch.special import ndtr, ndtri
 
 from pyro_snf import rational_quadratic
 from pyro_snf.options import as_count, expect, is_count
-from pyro_snf.precision import at_least_float32
+from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import gather
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.first_batch import FirstBatchTransform
@@ -144,15 +144,18 @@ class GaussianCopula(FirstBatchTransform):
         return self._call_with_memo(x)[0]
 
     def _call_with_memo(self, x: Tensor) -> tuple[Tensor, _Memo]:
-        values, log_slope = self._splines(self._standardized(x))
-        values = values.to(x.dtype)
+        z = self._standardized(x)
+        with without_autocast(x.device):
+            values, log_slope = self._splines(z)
+            values = values.to(self.mean.dtype)
         return self.linear(values), _Memo(log_slope.sum(-1), values)
 
     def _inverse(self, y: Tensor) -> Tensor:
+        check_input(self, y, (self.input_dim,), self.mean.dtype)
         values = at_least_float32(self.linear.inv(y))
         bins = rational_quadratic.of_elements(values, self._knots(), inverse=True)
         x = rational_quadratic.apply_inverse(values, bins)
-        return (x * self.deviation + self.mean).to(y.dtype)
+        return (x * self.deviation + self.mean).to(self.mean.dtype)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         memo = self._memo_of(x, y)
@@ -160,6 +163,11 @@ class GaussianCopula(FirstBatchTransform):
             y, memo = self._call_with_memo(x)
         log_det = self.linear.log_abs_det_jacobian(memo.values, y)
         return log_det + memo.handle - at_least_float32(self.deviation).log().sum()
+
+    def clear_cache(self) -> None:
+        """Drop the cached pairs, the dense layer's, too."""
+        super().clear_cache()
+        self.linear.clear_cache()
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

@@ -1,0 +1,330 @@
+"""Flows of tables: a copula, splines that depend on what comes before, and a fit in one line."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import ConditionalTransformModule
+from torch import Tensor, nn
+
+from pyro_snf import (
+    GaussianCopula,
+    SelfNormalizingLinear,
+    SplineAutoregressive,
+    density_fitting,
+    fit_density,
+    flows,
+)
+from tests.registry import CONDITIONAL_SPLINES, by_pickle
+
+# Float64: a few operations.
+EXACT = 1e-9
+# Of inverses, times the condition numbers of random splines.
+INVERSE = 1e-6
+
+CONDITIONAL = pytest.mark.parametrize(
+    "make", CONDITIONAL_SPLINES.values(), ids=list(CONDITIONAL_SPLINES)
+)
+Make = Callable[[], ConditionalTransformModule]
+
+
+def rows(count: int, dim: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def skewed(count: int = 400, seed: int = 0) -> Tensor:
+    """Columns in different units: skewed, bounded, and one that depends on them."""
+    first, second, noise = rows(count, 3, seed).unbind(1)
+    return torch.stack([1e4 * first.exp(), 1e-3 * second.sigmoid(), 3 * first + second + noise], 1)
+
+
+def density_of(flow: nn.Module, dim: int) -> dist.TransformedDistribution:
+    base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    return dist.TransformedDistribution(base, [flow.inv])
+
+
+# --- Conditional splines ------------------------------------------------------------------------
+
+
+@CONDITIONAL
+def test_values_of_each_context(make: Make) -> None:
+    module = make().double().eval()
+    dim = 1 if "1" in repr(module) and not hasattr(module, "parts") else None
+    dim = dim or (module.transform.input_dim if hasattr(module, "transform") else 3)
+    x, context = rows(5, dim), rows(5, 2, 1)
+    transform = module.condition(context)
+    y = transform(x)
+    log_det = transform.log_abs_det_jacobian(x, y)
+    assert log_det.shape == (5,)
+    for row in range(5):
+        single = module.condition(context[row])
+        jacobian = torch.autograd.functional.jacobian(single, x[row])
+        assert torch.allclose(single(x[row]), y[row], atol=EXACT)
+        value = torch.linalg.slogdet(jacobian).logabsdet
+        assert torch.allclose(value, log_det[row], atol=EXACT)
+    assert torch.allclose(transform.inv(y.detach().clone()), x, atol=INVERSE)
+    # One context for many events, and many contexts for one event.
+    assert module.condition(context[0])(x).shape == (5, dim)
+    assert transform(x[0]).shape == transform.forward_shape(x[0].shape) == (5, dim)
+    assert transform.inv(x[0]).shape == (5, dim)
+    assert not torch.allclose(module.condition(context + 1)(x), y)
+    for other in (copy.deepcopy(module), by_pickle(module)):
+        assert torch.equal(other.condition(context)(x), transform(x))
+
+
+@CONDITIONAL
+def test_gradients_reach_contexts_and_networks(make: Make) -> None:
+    module = make().double()
+    dim = 3 if hasattr(module, "parts") else module.transform.input_dim
+    x, context = rows(5, dim), rows(5, 2, 1).requires_grad_()
+
+    def value() -> Tensor:
+        transform = module.condition(context)
+        y = transform(x)
+        return (y.square().sum(-1) / 2 - transform.log_abs_det_jacobian(x, y)).sum()
+
+    (gradient,) = torch.autograd.grad(value(), context)
+    step = 1e-6 * rows(5, 2, 2)
+    with torch.no_grad():
+        context += step
+        above = module.eval() and value()
+        context -= 2 * step
+        below = value()
+    assert math.isclose(above - below, 2 * (gradient * step).sum(), rel_tol=1e-5)
+
+
+def test_refused_contexts() -> None:
+    flow = flows.tabular(3, hidden_dim=8, context_dim=2)
+    for bad, message in [
+        (torch.ones(4, 3), r"shape \(..., 2\)"),
+        (torch.ones(4, 2).long(), "floating-point context"),
+        (
+            torch.ones(
+                4,
+                2,
+                dtype=torch.float64 if flow.parts[0].mean.dtype != torch.float64 else torch.float32,
+            ),
+            "dtype",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            flow.condition(bad)
+    with pytest.raises(ValueError, match="broadcasts with the context's"):
+        flow.condition(torch.ones(4, 2))(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="expected to be conditioned"):
+        SplineAutoregressive(3, context_dim=2)(torch.ones(5, 3))
+
+
+# --- The copula ---------------------------------------------------------------------------------
+
+
+def test_copula_makes_columns_normal() -> None:
+    x = skewed(4000)
+    copula = GaussianCopula(3)
+    copula.initialize(x)
+    y = copula(x)
+    assert torch.allclose(y.mT.cov(), torch.eye(3), atol=0.02)
+    skewness = ((y - y.mean(0)) / y.std(0)).pow(3).mean(0)
+    assert skewness.abs().max() < 0.15
+    # The density of new rows is near the truth, -E log p of the three columns.
+    new = skewed(4000, 1)
+    first, second, _ = rows(4000, 3, 1).unbind(1)
+    entropy = 1.5 * (1 + math.log(2 * math.pi))
+    jacobian = (math.log(1e4) + first).mean() + math.log(1e-3)
+    jacobian += (second.sigmoid().log() + (-second).sigmoid().log()).mean()
+    found = -density_of(copula.eval(), 3).log_prob(new).mean()
+    assert found == pytest.approx((entropy + jacobian).item(), abs=0.06)
+
+
+def test_copula_leaves_what_is_normal() -> None:
+    x = rows(2000, 3) @ torch.tensor([[1.0, 2.0, 3.0], [0.0, 1e-2, 1.0], [0.0, 0.0, 0.1]])
+    copula = GaussianCopula(3)
+    copula.initialize(x)
+    found = -density_of(copula.eval(), 3).log_prob(x).mean()
+    normal = torch.distributions.MultivariateNormal(x.mean(0), x.mT.cov())
+    assert found <= -normal.log_prob(x).mean() + 1e-3
+    assert torch.allclose(copula.linear.weight.triu(1), torch.zeros(3, 3), atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_copula_of_few_rows(count: int) -> None:
+    copula = GaussianCopula(4)
+    y = copula(rows(count, 4))
+    assert torch.isfinite(y).all()
+    assert copula.initialized
+
+
+def test_copula_does_not_trust_the_ends_of_a_column() -> None:
+    # Zeros, but for some rows: beyond them, a straight line that is not steep.
+    x = torch.where(rows(3000, 1) > 1.5, rows(3000, 1, 1).exp(), 1e-3 * torch.rand(3000, 1))
+    copula = GaussianCopula(1)
+    copula.initialize(x)
+    with torch.no_grad():
+        assert copula(torch.tensor([[3 * x.max()]])).abs() < 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, 1].fill_(2.0), r"columns that vary; got equal values in the columns \[1\]"),
+        (lambda x: x[:, 2].copy_(x[:, 0]), r"linear functions of others.* columns \[2\]"),
+        (lambda x: x[:, 2].copy_(x[:, 0] - 2 * x[:, 1]), r"linear functions of .*columns \[2\]"),
+        (lambda x: x[3, 1].fill_(math.nan), r"NaN or infinity in the columns \[1\]"),
+    ],
+)
+def test_copula_of_bad_columns(change: Callable[[Tensor], object], message: str) -> None:
+    x = rows(50, 3)
+    change(x)
+    flow = flows.tabular(3, hidden_dim=8)
+    with pytest.raises(ValueError, match=message):
+        flow.initialize(x)
+    with pytest.raises(ValueError, match=message):
+        density_of(flow, 3).log_prob(x)
+
+
+def test_copula_warns_of_rounded_columns() -> None:
+    x = rows(200, 2)
+    x[:, 1] = x[:, 1].round()
+    with pytest.warns(UserWarning, match=r"in the columns \[1\], one value .* rand_like"):
+        GaussianCopula(2).initialize(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GaussianCopula(2).initialize(rows(200, 2))
+
+
+def test_set_weight() -> None:
+    layer = SelfNormalizingLinear(3, log_det="refined")
+    weight = torch.tensor([[1e3, 2.0, 0.0], [0.0, 1e-3, 0.0], [1.0, 1.0, 1.0]])
+    layer.set_weight(weight)
+    assert torch.allclose(layer.weight, weight, rtol=1e-9)
+    assert torch.allclose(layer.inverse_weight @ weight, torch.eye(3), atol=1e-6)
+    with pytest.raises(ValueError, match=r"weight, a tensor of shape \(3, 3\)"):
+        layer.set_weight(torch.eye(2))
+
+
+# --- fit_density --------------------------------------------------------------------------------
+
+
+def quick(data: Tensor, **options: object) -> density_fitting.DensityFit:
+    flow = flows.tabular(data.shape[1], hidden_dim=16, num_layers=1)
+    return fit_density(flow, data, seed=0, progress=False, **{"num_epochs": 8, **options})
+
+
+def test_fit_comes_to_the_entropy() -> None:
+    angle = 6 * torch.rand(1500, generator=torch.Generator().manual_seed(0))
+    data = torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * rows(1500, 2)
+    copula = GaussianCopula(2)
+    copula.initialize(data)
+    before = -density_of(copula.eval(), 2).log_prob(data).mean()
+    result = quick(data, num_epochs=25)
+    assert result.loss < before - 0.5
+    assert result.losses.shape == result.validation_losses.shape == (25,)
+    assert (
+        result.loss
+        == result.validation_losses.min()
+        == result.validation_losses[result.best_epoch - 1]
+    )
+    assert "nats in validation" in str(result)
+    result.plot()
+    # In eval() mode, the best parameters, whose samples are like the data.
+    radius = result.density.sample((500,)).norm(dim=1)
+    assert abs(radius.mean() - 1) < 0.15
+
+
+def test_fit_is_repeated_by_its_seed() -> None:
+    first, second = (quick(skewed(), num_epochs=2) for _ in range(2))
+    assert (first.losses == second.losses).all()
+
+
+def test_fit_with_a_context() -> None:
+    context = rows(1000, 1)
+    data = 5 * context + rows(1000, 1, 1)
+    flow = flows.tabular(1, hidden_dim=16, num_layers=1, context_dim=1)
+    result = fit_density(flow, data, context=context, num_epochs=30, seed=0, progress=False)
+    assert result.loss < 1.42 + 0.15  # that of the noise is ½ log 2πe = 1.42
+    sample = result.density.condition(torch.tensor([[1.0], [-1.0]])).sample((400,))
+    assert torch.allclose(sample.mean(0).flatten(), torch.tensor([5.0, -5.0]), atol=0.4)
+
+
+def test_fit_stops_and_keeps_the_best() -> None:
+    # Forty rows are soon learned by heart.
+    result = quick(rows(40, 3), validation=rows(40, 3, 1), num_epochs=400)
+    assert result.reason == "converged"
+    assert len(result.losses) < 400
+    assert result.loss == min(result.validation_losses)
+    kept = -result.density.log_prob(rows(40, 3, 1)).mean()
+    assert kept == pytest.approx(result.loss, abs=1e-6)
+
+
+def test_fit_without_validation_and_with_little_time() -> None:
+    result = quick(skewed(), validation=0, num_epochs=3)
+    assert (result.best_epoch, len(result.validation_losses), result.reason) == (3, 0, "num_epochs")
+    result = quick(skewed(), max_seconds=0.05, num_epochs=10_000)
+    assert result.reason == "max_seconds"
+    assert math.isfinite(result.loss)
+
+
+def test_fit_of_any_module_with_a_log_prob() -> None:
+    class Normal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(2))
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            return dist.Normal(self.mean, 1.0).to_event(1).log_prob(x)
+
+    module, data = Normal(), 0.3 + rows(500, 2)
+    result = fit_density(module, data, num_epochs=60, seed=0, progress=False)
+    assert result.density is module
+    assert torch.allclose(module.mean, data.mean(0), atol=0.1)
+
+
+def test_fit_recovers_from_losses_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10_000))
+    original = density_fitting._Run._step
+
+    def fail_at_times(self: object, batch: object, share: float) -> float:
+        if next(calls) in (5, 6):
+            with torch.no_grad():
+                next(iter(self.flow.parameters())).fill_(math.nan)
+        return original(self, batch, share)
+
+    monkeypatch.setattr(density_fitting._Run, "_step", fail_at_times)
+    result = quick(skewed(), num_epochs=8)
+    assert math.isfinite(result.loss)
+    assert all(torch.isfinite(one).all() for one in result.density.transforms[0].parameters())
+    monkeypatch.setattr(
+        density_fitting._Run, "_step", lambda self, *_: setattr(self, "num_failures", 8) or math.nan
+    )
+    with pytest.warns(UserWarning, match="not finite 8 times"):
+        assert quick(skewed()).reason == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_epochs": 0}, "num_epochs"),
+        ({"max_seconds": 0}, "max_seconds"),
+        ({"validation": 1.0}, "validation"),
+        ({"validation": "some"}, "validation"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"seed": -1}, "seed"),
+        ({"base": 3}, "base"),
+        ({"context": torch.ones(400, 1)}, "expected a conditional flow"),
+        ({"context": torch.ones(3, 1)}, "as many contexts"),
+        ({"data": torch.ones(5)}, r"shape \(N, ...\)"),
+        ({"data": torch.full((5, 3), math.inf)}, "finite"),
+    ],
+)
+def test_fit_refuses(options: dict[str, object], message: str) -> None:
+    given = {"data": skewed(), **options}
+    with pytest.raises(ValueError, match=message):
+        fit_density(flows.tabular(3, hidden_dim=8), progress=False, **given)
+    with pytest.raises(ValueError, match="flow, a module"):
+        fit_density(object(), skewed())
