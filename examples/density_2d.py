@@ -20,11 +20,10 @@ for which an x with T(x) = z was found.
     python examples/density_2d.py --densities rings --seconds 30
     python examples/density_2d.py --seconds 24                     # 20 minutes
 
-With the default seed 0 and ``--flows exact``, after 24 s of one core and some 1,400 steps on a busy
-server, the test NLL above that of the true density came to 0.03 (eight-gaussians), 0.00
-(one-gaussian), 0.02 (sine), 0.03 (moons), 0.03 (trimodal), 0.03 (smile), 0.10 (two-spirals), 0.18
-(checkerboard) and 0.28 (rings), and all integrals of p to 1.000. (The penalty then held the
-contraction at 0.7, and not at 0.5 as by now.)
+With the default seed 0 and ``--flows exact``, after 24 s of processor time each on a busy server,
+the test NLL above that of the true density came to 0.04 (eight-gaussians), 0.00 (one-gaussian),
+0.02 (sine), 0.05 (moons), 0.04 (trimodal), 0.04 (smile), 0.14 (two-spirals), 0.20 (checkerboard)
+and 0.38 (rings), and all integrals of p to 1.000.
 
 Results are in outputs/density_2d: result.json and densities.png.
 """
