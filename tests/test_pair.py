@@ -214,7 +214,7 @@ def test_surroundings_are_near_and_far_in_units_of_the_data() -> None:
             ratio.append(step.norm(dim=1) / unit)
         assert ratio[0].min() < 0.01
         assert 2 < ratio[0].max() < 20
-        # Half of them are differences, along the data; the other half goes everywhere.
+        # Half of them are to other events, along the data; the other half goes everywhere.
         slope = (step[:, 1] / step[:, 0]).abs()
         assert 0.4 < (slope < 0.1).double().mean() < 0.6
     for x in (torch.zeros(1, 2), torch.ones(5, 2)):  # without differences

@@ -27,7 +27,7 @@ _SCALES = (0.01, 3.0)
 
 # What the default controller holds: below 1, and with a margin, for a batch does not have the
 # largest c of all.
-_CONTRACTION = 0.7
+_CONTRACTION = 0.5
 
 # Its first λ, with which the steps that Adam makes first do not fold f. It rises fast, and falls
 # five times as slowly: so most batches are below what is held.
@@ -53,15 +53,15 @@ class Reconstruction(nn.Module):
     **Where.** One half of the batch has
 
     .. math::
-        \tilde x_i = x_i + t\,(x_j - x_k), \qquad \log t \sim U(\log 0.01, \log 3),
+        \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log 3),
 
-    with two other events, or normal noise of the same size in the place of their difference: near
-    and far, along the data and in all directions. For the other half, such an x̃ takes the place
-    of x, and the next one is in the direction of ``e(x̃) − e(x)``: a step of the power method, which
-    turns to where c is large.
+    with another event, or normal noise of the same size in the place of the difference: near and
+    far, between the data and beyond, and in all directions. For the other half, such an x̃ takes
+    the place of x, and the next one is in the direction of ``e(x̃) − e(x)``: a step of the power
+    method, which turns to where c is large.
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c of a
-    batch is above 0.7, and falls slowly while that is below. So f goes as far as g follows it.
+    batch is above 0.5, and falls slowly while that is below. So f goes as far as g follows it.
 
     The penalty is weighted by the absolute value of the log-determinant's cotangent. It changes no
     value, and sends no gradient to x.
@@ -71,7 +71,7 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c of a batch at its tolerance. By
-        default ``GECO(0.7, weight=10.0, rate=0.1, fall=0.2, decay=0.0)``.
+        default ``GECO(0.5, weight=10.0, rate=0.1, fall=0.2, decay=0.0)``.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -194,9 +194,8 @@ def _along(direction: Tensor, steps: Tensor) -> Tensor:
 def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
     """Differences of events, and noise, of random lengths; shape ``(B, *event)``."""
     count, device = len(x), x.device
-    one = torch.randint(count, (count,), generator=generator, device=device)
     shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
-    difference = x[one] - x[(one + shift) % count]
+    difference = x[(torch.arange(count, device=device) + shift) % count] - x
     noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
     noise = (2 * variance_of(x)).sqrt().to(x.dtype) * noise
     random = torch.rand(2, count, *[1] * (x.dim() - 1), generator=generator, device=device)
