@@ -51,8 +51,9 @@ _LENGTH_OF_DECAY = 1.5
 _AVERAGED_SHARE, _FEWEST_AVERAGED = 0.1, 10.0
 
 # Validations without a gain until the decay of weights grows, or in the end the rates fall; and the
-# share of all so far that they have to be.
+# share of all so far, and the steps, that they have to be.
 _PATIENCE, _SHARE_OF_PATIENCE = 10, 0.2
+_STEPS_OF_PATIENCE = 100
 
 # The decay of weights (AdamW's), at first and where nothing is gained any more, times 1000 over the
 # number of rows. 3,700 rows of 57 columns need 3 to 10, which gain six nats; on 15,000 rows of 10
@@ -373,7 +374,9 @@ class _Run:
             if used >= decay_to:
                 return "converged" if decay_to < 1 else "max_seconds"
             since = epoch + 1 - max(self.best_epoch, self.latest_change)
-            patience = max(_PATIENCE, _SHARE_OF_PATIENCE * (epoch + 1))
+            patience = max(
+                _PATIENCE, _SHARE_OF_PATIENCE * (epoch + 1), _STEPS_OF_PATIENCE / steps_an_epoch
+            )
             if held_out is not None and since >= patience and used < decay_from:
                 self.latest_change = epoch + 1
                 decay = next(self.decays, None)

@@ -55,8 +55,7 @@ def density_of(flow: nn.Module, dim: int) -> dist.TransformedDistribution:
 @CONDITIONAL
 def test_values_of_each_context(make: Make) -> None:
     module = make().double().eval()
-    dim = 1 if "1" in repr(module) and not hasattr(module, "parts") else None
-    dim = dim or (module.transform.input_dim if hasattr(module, "transform") else 3)
+    dim = 3 if hasattr(module, "parts") else module.transform.input_dim
     x, context = rows(5, dim), rows(5, 2, 1)
     transform = module.condition(context)
     y = transform(x)
@@ -104,19 +103,12 @@ def test_refused_contexts() -> None:
     for bad, message in [
         (torch.ones(4, 3), r"shape \(..., 2\)"),
         (torch.ones(4, 2).long(), "floating-point context"),
-        (
-            torch.ones(
-                4,
-                2,
-                dtype=torch.float64 if flow.parts[0].mean.dtype != torch.float64 else torch.float32,
-            ),
-            "dtype",
-        ),
+        (torch.ones(4, 2, dtype=torch.float16), "dtype"),
     ]:
         with pytest.raises(ValueError, match=message):
             flow.condition(bad)
     with pytest.raises(ValueError, match="broadcasts with the context's"):
-        flow.condition(torch.ones(4, 2))(torch.ones(5, 3))
+        flow.condition(torch.ones(4, 2))(rows(5, 3))
     with pytest.raises(ValueError, match="expected to be conditioned"):
         SplineAutoregressive(3, context_dim=2)(torch.ones(5, 3))
 
@@ -138,7 +130,7 @@ def test_copula_makes_columns_normal() -> None:
     entropy = 1.5 * (1 + math.log(2 * math.pi))
     jacobian = (math.log(1e4) + first).mean() + math.log(1e-3)
     jacobian += (second.sigmoid().log() + (-second).sigmoid().log()).mean()
-    found = -density_of(copula.eval(), 3).log_prob(new).mean()
+    found = -density_of(copula.eval(), 3).log_prob(new).mean().item()
     assert found == pytest.approx((entropy + jacobian).item(), abs=0.06)
 
 
@@ -185,13 +177,13 @@ def test_copula_of_bad_columns(change: Callable[[Tensor], object], message: str)
     with pytest.raises(ValueError, match=message):
         flow.initialize(x)
     with pytest.raises(ValueError, match=message):
-        density_of(flow, 3).log_prob(x)
+        flow(x)
 
 
 def test_copula_warns_of_rounded_columns() -> None:
     x = rows(200, 2)
     x[:, 1] = x[:, 1].round()
-    with pytest.warns(UserWarning, match=r"in the columns \[1\], one value .* rand_like"):
+    with pytest.warns(UserWarning, match=r"in the columns \[1\], one value .*rand_like"):
         GaussianCopula(2).initialize(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -212,6 +204,7 @@ def test_set_weight() -> None:
 
 
 def quick(data: Tensor, **options: object) -> density_fitting.DensityFit:
+    torch.manual_seed(0)
     flow = flows.tabular(data.shape[1], hidden_dim=16, num_layers=1)
     return fit_density(flow, data, seed=0, progress=False, **{"num_epochs": 8, **options})
 
@@ -252,13 +245,14 @@ def test_fit_with_a_context() -> None:
     assert torch.allclose(sample.mean(0).flatten(), torch.tensor([5.0, -5.0]), atol=0.4)
 
 
-def test_fit_stops_and_keeps_the_best() -> None:
+def test_fit_stops_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     # Forty rows are soon learned by heart.
-    result = quick(rows(40, 3), validation=rows(40, 3, 1), num_epochs=400)
+    monkeypatch.setattr(density_fitting, "_STEPS_OF_PATIENCE", 10)
+    result = quick(rows(40, 3), validation=rows(40, 3, 1), num_epochs=1000)
     assert result.reason == "converged"
-    assert len(result.losses) < 400
+    assert len(result.losses) < 500
     assert result.loss == min(result.validation_losses)
-    kept = -result.density.log_prob(rows(40, 3, 1)).mean()
+    kept = -result.density.log_prob(rows(40, 3, 1)).mean().item()
     assert kept == pytest.approx(result.loss, abs=1e-6)
 
 
@@ -280,7 +274,7 @@ def test_fit_of_any_module_with_a_log_prob() -> None:
             return dist.Normal(self.mean, 1.0).to_event(1).log_prob(x)
 
     module, data = Normal(), 0.3 + rows(500, 2)
-    result = fit_density(module, data, num_epochs=60, seed=0, progress=False)
+    result = fit_density(module, data, learning_rate=0.05, num_epochs=60, progress=False)
     assert result.density is module
     assert torch.allclose(module.mean, data.mean(0), atol=0.1)
 
