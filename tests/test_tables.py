@@ -274,7 +274,9 @@ def test_fit_of_any_module_with_a_log_prob() -> None:
             return dist.Normal(self.mean, 1.0).to_event(1).log_prob(x)
 
     module, data = Normal(), 0.3 + rows(500, 2)
-    result = fit_density(module, data, learning_rate=0.05, num_epochs=60, progress=False)
+    result = fit_density(
+        module, data, learning_rate=0.05, validation=0, num_epochs=60, progress=False
+    )
     assert result.density is module
     assert torch.allclose(module.mean, data.mean(0), atol=0.1)
 
