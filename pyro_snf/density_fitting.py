@@ -151,8 +151,9 @@ def fit_density(
 ) -> DensityFit:
     """Fit a density to data by maximum likelihood.
 
+    >>> from pyro_snf import flows
     >>> data = torch.randn(500, 2) @ torch.tensor([[1.0, 2.0], [0.0, 0.5]])
-    >>> result = fit_density(pyro_snf.flows.tabular(2), data, num_epochs=5, seed=0, progress=False)
+    >>> result = fit_density(flows.tabular(2), data, num_epochs=5, seed=0, progress=False)
     >>> result.density.log_prob(data).shape
     torch.Size([500])
     >>> result.density.sample((3,)).shape

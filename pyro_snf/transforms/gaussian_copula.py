@@ -67,7 +67,7 @@ class GaussianCopula(FirstBatchTransform):
     >>> copula = GaussianCopula(2)
     >>> columns = torch.linspace(-2.0, 2.0, 100), torch.linspace(-1.0, 1.0, 100) ** 2
     >>> y = copula(torch.stack(columns, dim=1))
-    >>> torch.allclose(y.mT.cov(), torch.eye(2), atol=1e-3)
+    >>> torch.allclose(y.mT.cov(correction=0), torch.eye(2), atol=1e-3)
     True
 
     :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
