@@ -575,3 +575,24 @@ def test_sampling_measures_every_inverse(
     ((header, *lines),) = tables(capsys.readouterr().out)
     assert len(lines) == len(rows)
     assert all(len(line) == len(header) for line in lines)
+
+
+def test_densities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: object) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    densities = importlib.import_module("densities")
+    monkeypatch.setattr(densities.density_fitting, "_clock", densities.density_fitting._clock)
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(count, 3, generator=generator) for count in (60, 20, 20)]
+    monkeypatch.setattr(densities, "load", lambda name, seed: densities.Table(*parts))
+    options = ["--seconds", "0.05", "--tables", "magic", "--output-dir", str(tmp_path)]
+    for _ in range(2):  # what is there is not run again
+        densities.main(["run", *options, "--models", "tabular", "pyro-spline-ar"])
+    lines = (tmp_path / "seed-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model"] for line in lines] == ["tabular", "pyro-spline-ar"]
+    assert all(math.isfinite(json.loads(line)["test NLL"]) for line in lines)
+    densities.main(["table", "--output-dir", str(tmp_path)])
+    assert "| magic (60 × 3) |" in capsys.readouterr().out
+    assert (tmp_path / "densities.png").exists()
+    assert densities._roundings(
+        torch.tensor([[1.0, 0.25, 1 / 3], [5.0, 0.5, 0.1]]).numpy()
+    ).tolist() == [1.0, 0.01, 0.0]

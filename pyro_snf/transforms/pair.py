@@ -198,7 +198,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self.reconstruction = (
             Reconstruction() if reconstruction is None else own_copy(reconstruction)
         )
-        self.reconstruction.setup(device)
+        self.reconstruction.setup(self.event_shape, device)
         self._status = _Status()
         self._context: tuple[Tensor, ...] = ()
         self._context_dim = 0
