@@ -6,10 +6,10 @@ do not wait for the backward pass if their input is finite and their output is n
 the latter would be an error that does not know where it began.)
 
 Gradients that are not finite stay so on their way back through a flow. So it is enough to look at
-the last gradient of a backward pass, that in the output of the first layer, and at the output of
-the last layer, whose square the loss of a normal base contains: at the norm of both, as squares of
-gradients are what Adam keeps. What lies between, the outputs of all layers, is looked at only where
-one of these is bad, to name the layer in which it began.
+the last gradient of a backward pass, that in the output of the first layer: at its norm, as squares
+of gradients are what Adam keeps. What lies between, the outputs of all layers, is looked at only
+where it is bad, to name the layer in which it began. Rows that are not finite, but of which the
+loss is no function, do no harm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyro_snf.precision import singular
 from pyro_snf.processes import is_dtensor
-from pyro_snf.tracing import has_saved_tensor_hooks, is_plain
+from pyro_snf.tracing import has_saved_tensor_hooks, is_batched_gradient, is_plain
 
 __all__ = ["check_gradient", "check_value"]
 
@@ -100,9 +100,11 @@ class _Check:
         # What the graph kept after its backward pass would be memory lost. So a second pass through
         # it is not checked.
         calls, self.calls = self.calls, []
-        if not calls or gradient is None or not is_plain():  # None stands for 0
+        if (
+            not calls or gradient is None or not is_plain() or is_batched_gradient(gradient)
+        ):  # None for 0
             return
-        if not (_is_fine(gradient) and _is_fine(calls[-1].result)):
+        if not _is_fine(gradient):
             raise _error([*_calls_before(self.before), *calls])
 
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "has_saved_tensor_hooks",
+    "is_batched_gradient",
     "is_plain",
     "is_recomputing",
     "is_traced",
@@ -59,6 +60,11 @@ def is_plain() -> bool:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a functional transform is with respect to a tensor, or a function of it."""
     return isinstance(tensor, Tensor) and _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor stands for those of ``is_grads_batched=True``."""
+    return _functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_recomputing() -> bool:

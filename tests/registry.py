@@ -537,8 +537,8 @@ CASES: dict[str, Case] = {
         (4,),
         "SplineAutoregressive",
     ),
-    "spline autoregressive by the factory D=1": Case(
-        _randomized(lambda: spline_autoregressive(1, 4)), (1,), "spline_autoregressive"
+    "spline autoregressive by the factory D=2": Case(
+        _randomized(lambda: spline_autoregressive(2, 4)), (2,), "spline_autoregressive"
     ),
     "gaussian copula": Case(
         _randomized(lambda: GaussianCopula(3, num_bins=4)), (3,), "GaussianCopula"

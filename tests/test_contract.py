@@ -473,6 +473,8 @@ def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @OWN
 def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and case is CASES["free form inverse=one_pass (approximate)"]:
+        pytest.skip("the penalty looks beyond the data, where sinh is infinite in float16")
     tolerance = HALF * torch.finfo(dtype).eps
     transform = case.make().float().to(dtype)
     x, y = batch(case).to(dtype), output_batch(case).to(dtype)

@@ -25,6 +25,7 @@ from pyro_snf import (
     AutoSelfNormalizingFlow,
     Exact,
     Learned,
+    PairExact,
     PairRefined,
     Reconstruction,
     SelfNormalizingLinear,
@@ -203,9 +204,9 @@ def test_training_gives_what_it_does_on_the_cpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.foreign])
 def test_steady_step_waits_once_for_a_layer_at_most(name: str) -> None:
-    # Of those that read a Krylov space, or check their factors. No other layer waits.
+    # Of those that read a Krylov space, their factors or signs of determinants. No other waits.
     found = trained(name, "cuda")
-    kinds = KrylovLogDet | PairRefined | Exact
+    kinds = KrylovLogDet | PairRefined | PairExact | Exact
     limit = sum(isinstance(part, kinds) for part in found.transform.modules())
     assert sum(found.waits.values()) <= limit + WAITS_OF_INVERSES.get(name, 0), found.waits
 

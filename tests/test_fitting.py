@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_snf import AutoSelfNormalizingFlow, Fit, fit, fitting
+from pyro_snf import progress as progress_bar
 from pyro_snf.optim import NaturalGradient
 from tests.test_guides import parameters_of, same
 
@@ -494,7 +495,7 @@ def test_progress_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", seconds)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", seconds)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     fit(gaussian, ours(), num_steps=6, progress=progress)
     output = capsys.readouterr()

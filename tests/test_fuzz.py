@@ -395,6 +395,13 @@ def one_step(**options: Any) -> Any:
     return fit(model, AutoSelfNormalizingFlow(model, num_layers=1), **options)
 
 
+def one_epoch(**options: Any) -> Any:
+    data = torch.linspace(-1.0, 1.0, 20).view(10, 2).square()
+    flow = flows.tabular(2, num_layers=1, hidden_dim=4)
+    defaults = {"flow": flow, "data": data, "num_epochs": 1, "progress": False}
+    return pyro_snf.fit_density(**{**defaults, **options})
+
+
 def pair_of(**options: Any) -> Any:
     networks = {"forward_net": ResidualMLP(2, [2]), "inverse_net": ResidualMLP(2, [2])}
     if "event_shape" not in options and "event_dim" not in options:
@@ -419,6 +426,13 @@ def call(function: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
 
 
 #: A name, a function of keywords, and what each of them may be.
+SPLINES: dict[str, Predicate] = {
+    "input_dim": count(),
+    "hidden_dim": count(),
+    "num_bins": count(2, 1000),
+    "bound": positive,
+}
+
 OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
     (
         "GECO",
@@ -578,6 +592,36 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         call(pyro_snf.rational_quadratic_spline, event_shape=2),
         {"event_shape": either(count(), counts)},
     ),
+    (
+        "SplineAutoregressive",
+        call(pyro_snf.SplineAutoregressive, input_dim=2),
+        {**SPLINES, "context_dim": count(0), **FACTORY},
+    ),
+    (
+        "spline_autoregressive",
+        call(pyro_snf.spline_autoregressive, input_dim=2),
+        {"input_dim": count(), "hidden_dim": count()},
+    ),
+    (
+        "ConditionalSplineAutoregressive",
+        call(pyro_snf.ConditionalSplineAutoregressive, input_dim=2, context_dim=1),
+        {"context_dim": count(), **SPLINES, **FACTORY},
+    ),
+    (
+        "conditional_spline_autoregressive",
+        call(pyro_snf.conditional_spline_autoregressive, input_dim=2, context_dim=1),
+        {"input_dim": count(), "context_dim": count(), "hidden_dim": count()},
+    ),
+    (
+        "GaussianCopula",
+        call(pyro_snf.GaussianCopula, input_dim=2),
+        {"input_dim": count(), "num_bins": count(2, 1000), **LAYER},
+    ),
+    (
+        "gaussian_copula",
+        call(pyro_snf.gaussian_copula, input_dim=2),
+        {"input_dim": count()},
+    ),
     ("SmoothLeakyReLU", SmoothLeakyReLU, {"alpha": unit, "learnable": flag, **FACTORY}),
     ("smooth_leaky_relu", pyro_snf.smooth_leaky_relu, {"alpha": unit}),
     (
@@ -649,6 +693,40 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
             "padding_mode": choice("zeros", "circular"),
             **LAYER,
             "activation": either(choice("smooth_leaky_relu", "spline"), factory),
+        },
+    ),
+    (
+        "ConditionalCompose",
+        call(pyro_snf.ConditionalCompose, parts=[Squeeze2d()]),
+        {"parts": nothing},
+    ),
+    (
+        "flows.tabular",
+        call(flows.tabular, input_dim=2, hidden_dim=4),
+        {
+            "input_dim": count(),
+            "num_layers": count(),
+            "hidden_dim": count(),
+            "num_bins": count(2, 1000),
+            "context_dim": count(0),
+            **LAYER,
+        },
+    ),
+    (
+        "fit_density",
+        one_epoch,
+        {
+            "flow": nothing,
+            "data": nothing,
+            "context": optional(nothing),
+            "validation": number(lambda x: 0 <= x < 1),
+            "base": optional(nothing),
+            "num_epochs": count(),
+            "max_seconds": optional(positive),
+            "batch_size": count(),
+            "learning_rate": positive,
+            "seed": optional(count(0, 2**32 - 1)),
+            "progress": flag,
         },
     ),
     (
@@ -797,7 +875,7 @@ def _outcome(use: Callable[..., object], *args: object) -> tuple[str, Any]:
 
 #: What has no options of its own: results, base classes, and the methods without an option.
 WITHOUT_OPTIONS = {
-    *("Fit", "PSIS", "GradientError", "LayerReport", "PairReport", "Report"),
+    *("Fit", "DensityFit", "PSIS", "GradientError", "LayerReport", "PairReport", "Report"),
     *("Exact", "PairExact", "PairMethod", "LogDetMethod", "InvertibleTransformModule"),
 }
 
@@ -971,7 +1049,8 @@ CONTEXTS = ["conditional linear refined rank=2", "conditional free form refined"
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts(name: str) -> None:
     case, wrong = CONDITIONAL_CASES[name], []
-    transform, x = case.make(), torch.randn(3, case.input_dim)
+    # In training, a row that is not finite would be an error.
+    transform, x = case.make().eval(), torch.randn(3, case.input_dim)
     valid = torch.randn(3, case.context_dim)
 
     def use(context: Any) -> Tensor:

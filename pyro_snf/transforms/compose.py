@@ -65,7 +65,8 @@ class Compose(ComposeTransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = super().__call__(x)
-        check_value(y)
+        if self.training:
+            check_value(y)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
@@ -126,12 +127,11 @@ class ConditionalCompose(ConditionalTransformModule):
 
         :param Tensor context: of the conditional parts.
         """
-        return Compose(
-            [
-                part.condition(context) if isinstance(part, ConditionalTransform) else part
-                for part in self.parts
-            ]
-        )
+        parts = [
+            part.condition(context) if isinstance(part, ConditionalTransform) else part
+            for part in self.parts
+        ]
+        return Compose(parts).train(self.training)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor) -> None:

@@ -199,7 +199,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         if factors:
             u, v = (factor.unflatten(-1, (self.rank, self.input_dim)) for factor in factors)
             parts.insert(0, LowRankUpdate(u, v))
-        return Compose(parts)
+        return Compose(parts).train(self.training)
 
     def _parameters_of(self, context: Any) -> list[Tensor]:
         """The network's outputs, checked: ``b, s`` and, with a rank, ``U, V`` as flat vectors."""

@@ -35,8 +35,15 @@ class _ZeroConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, **factory: Any) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.zeros(out_channels, in_channels, 3, 3, **factory))
-        self.bias = nn.Parameter(torch.zeros(out_channels, **factory))
+        self.theta = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3, **factory))
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """0."""
+        self.theta.zero_()
+        self.bias.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.theta.shape[1]}, {self.theta.shape[0]}"
