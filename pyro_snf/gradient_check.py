@@ -100,9 +100,9 @@ class _Check:
         # What the graph kept after its backward pass would be memory lost. So a second pass through
         # it is not checked.
         calls, self.calls = self.calls, []
-        if (
-            not calls or gradient is None or not is_plain() or is_batched_gradient(gradient)
-        ):  # None for 0
+        if not calls or gradient is None:  # which stands for 0
+            return
+        if not is_plain() or is_batched_gradient(gradient):
             return
         if not _is_fine(gradient):
             raise _error([*_calls_before(self.before), *calls])
