@@ -29,8 +29,8 @@ _ROWS_PER_FEATURE = 4
 # Before data are seen, the knots reach from −4 to 4.
 _FIRST_BOUND = 4.0
 
-# The narrowest bin to start from, in standard deviations of the feature.
-_MIN_WIDTH = 1e-5
+# The narrowest bin to start from, in roundings of its place: values of many rows make it 0 wide.
+_ROUNDINGS = 8
 
 # A density of numbers that are equal in so many rows is not bounded, and its training runs away.
 _SHARE_OF_TIES = 0.05
@@ -191,7 +191,8 @@ class GaussianCopula(FirstBatchTransform):
         self.deviation.copy_(deviation)
 
         levels, quantiles = _normal_quantiles(z, self.num_bins + 1)
-        self._set_knots(slice(None), *_knots_through(quantiles, levels))
+        rounding = torch.finfo(self.knots.dtype).eps
+        self._set_knots(slice(None), *_knots_through(quantiles, levels, rounding))
         values, log_slope = (one.double() for one in self._splines(z.to(self.knots)))
         dependent = len(rows) >= _ROWS_PER_FEATURE * self.input_dim
         is_normalized = _choose(z, values, log_slope.mean(0), dependent=dependent)
@@ -300,14 +301,15 @@ def _normal_quantiles(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return levels, ((1 - weight) * ordered[before] + weight * ordered[after]).mT
 
 
-def _knots_through(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _knots_through(x: Tensor, y: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
     """Knots of increasing splines through the points, each of x's shape ``(D, K + 1)``.
 
     A slope is the geometric mean of the slopes on both sides, and at most thrice the smaller one.
     At the ends, from where straight lines go on, it is at most 1: on a steep line, a number only a
     little larger than those of the first batch would be a great many deviations away.
     """
-    widths = x.diff(dim=-1).clamp_min(_MIN_WIDTH)
+    smallest = _ROUNDINGS * rounding * (1 + x.abs())
+    widths = torch.maximum(x.diff(dim=-1), torch.maximum(smallest[..., :-1], smallest[..., 1:]))
     x = x[..., :1] + torch.nn.functional.pad(widths.cumsum(-1), (1, 0))
     y = y.expand_as(x)
     secants = y.diff(dim=-1) / widths
