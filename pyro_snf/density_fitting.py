@@ -66,6 +66,9 @@ _MAX_GRADIENT_NORM = 10.0
 # How often training may fail, each time to go on at half the rate.
 _MAX_FAILURES = 8
 
+# The errors of parameters that are not finite, or singular: Pyro refuses such values.
+_FAILURES = (torch.linalg.LinAlgError, ValueError)
+
 # Rows of which densities are computed at a time, where no gradients are.
 _CHUNK = 4096
 
@@ -279,14 +282,16 @@ def _density_of(
         raise ValueError(f"expected {wanted}; got {'none' if conditional else 'another'}")
 
     def make(module: Any) -> Any:
-        chosen = base
-        if chosen is None:
-            shape = rows.data.shape[1:] if conditional else module.forward_shape(rows.data.shape)
-            latent = shape if conditional else shape[1:]
-            zero = rows.data.new_zeros(latent)
-            chosen = dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
-        kind = dist.ConditionalTransformedDistribution if conditional else None
-        return (kind or dist.TransformedDistribution)(chosen, [module.inv])
+        shape = rows.data.shape if conditional else module.forward_shape(rows.data.shape)
+        latent = shape[1:]
+        zero = rows.data.new_zeros(latent)
+        chosen = base or dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
+        fits = chosen.batch_shape + chosen.event_shape == latent
+        expect(f"base, a distribution of shape {tuple(latent)}", fits, base)
+        kind = dist.TransformedDistribution
+        if conditional:
+            kind = dist.ConditionalTransformedDistribution
+        return kind(chosen, [module.inv])
 
     def log_prob(module: nn.Module, batch: _Rows) -> Tensor:
         density = make(module)
@@ -403,7 +408,9 @@ class _Run:
         try:
             loss = -self.log_prob(self.flow, batch).mean()
             loss.backward()
-        except torch.linalg.LinAlgError:  # a weight has become singular
+        except _FAILURES:
+            if self.num_steps == 0:
+                raise
             loss = torch.tensor(math.nan)
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), _MAX_GRADIENT_NORM)
         value = (loss + 0 * norm).item()
@@ -432,7 +439,9 @@ class _Run:
         try:
             for index in torch.arange(len(rows.data), device=rows.data.device).split(_CHUNK):
                 total -= self.log_prob(self.averaged, rows.at(index)).double().sum().item()
-        except torch.linalg.LinAlgError:
+        except _FAILURES:
+            if self.num_steps == 0:
+                raise
             return math.nan
         return total / len(rows.data)
 

@@ -312,6 +312,7 @@ def test_fit_recovers_from_losses_that_are_not_finite(monkeypatch: pytest.Monkey
         ({"learning_rate": -1}, "learning_rate"),
         ({"seed": -1}, "seed"),
         ({"base": 3}, "base"),
+        ({"base": dist.Normal(0.0, 1.0)}, r"base, a distribution of shape \(3,\)"),
         ({"context": torch.ones(400, 1)}, "expected a conditional flow"),
         ({"context": torch.ones(3, 1)}, "as many contexts"),
         ({"data": torch.ones(5)}, r"shape \(N, ...\)"),
