@@ -124,6 +124,7 @@ class _MaskedNetwork(nn.Module):
 
 class SplineAutoregressive(InvertibleTransformModule):
     r"""Each feature by an increasing spline, which the features before it choose:
+
     .. math::
         y_i = S(x_i;\, \theta_i), \qquad
         (\theta_1, \ldots, \theta_D) = \mathrm{network}(x), \quad
