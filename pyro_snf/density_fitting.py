@@ -23,10 +23,10 @@ from pyro_snf.options import (
     as_count,
     as_number,
     as_positive,
+    as_pyro_seed,
     check_flag,
     expect,
     has_values,
-    is_count,
 )
 from pyro_snf.plotting import plot_curves
 from pyro_snf.processes import check_one_process
@@ -198,13 +198,12 @@ def fit_density(
     batch_size = as_count("batch_size", batch_size)
     learning_rate = as_positive("learning_rate", learning_rate)
     check_flag("progress", progress)
-    fits = seed is None or (is_count(seed, 0) and seed < 2**32)  # NumPy takes no larger ones
-    expect("seed, an integer in [0, 2**32), or None", fits, seed)
+    seed = as_pyro_seed(seed)
     fits = base is None or isinstance(base, Distribution)
     expect("base, a distribution or None", fits, base)
     rows = _checked("data", data, context)
     if seed is not None:
-        pyro.set_rng_seed(int(seed))
+        pyro.set_rng_seed(seed)
     training, held_out = _split(rows, validation)
     density, log_prob = _density_of(flow, base, rows)
     if hasattr(flow, "initialize"):
@@ -281,13 +280,14 @@ def _density_of(
         wanted = "a context for a conditional flow" if conditional else "a conditional flow"
         raise ValueError(f"expected {wanted}; got {'none' if conditional else 'another'}")
 
+    shape = rows.data.shape if conditional else flow.forward_shape(rows.data.shape)
+    latent = shape[1:]
+    zero = rows.data.new_zeros(latent)
+    chosen = base or dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
+    fits = chosen.batch_shape + chosen.event_shape == latent
+    expect(f"base, a distribution of shape {tuple(latent)}", fits, base)
+
     def make(module: Any) -> Any:
-        shape = rows.data.shape if conditional else module.forward_shape(rows.data.shape)
-        latent = shape[1:]
-        zero = rows.data.new_zeros(latent)
-        chosen = base or dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
-        fits = chosen.batch_shape + chosen.event_shape == latent
-        expect(f"base, a distribution of shape {tuple(latent)}", fits, base)
         kind = dist.TransformedDistribution
         if conditional:
             kind = dist.ConditionalTransformedDistribution
@@ -321,8 +321,8 @@ class _Run:
         self.validation_losses: list[float] = []
         self.num_steps = self.num_failures = 0
         self.best_epoch = self.latest_change = 0
-        self.decays = iter(_WEIGHT_DECAYS)
-        self.weight_decay = next(self.decays) * 1000 / num_rows
+        self.decays = (1000 * decay / num_rows for decay in _WEIGHT_DECAYS)
+        self.weight_decay = next(self.decays)
         self.best: Any = None
         self._new_optimizer()
 
@@ -389,7 +389,7 @@ class _Run:
                 if decay is None:
                     decay_from, decay_to = used, used * _LENGTH_OF_DECAY
                 else:
-                    self.weight_decay = decay * 1000 / count
+                    self.weight_decay = decay
                 self._go_back(self.best)
         return "num_epochs" if decay_to == 1 else "converged"
 

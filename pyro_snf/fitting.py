@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.optim import NaturalGradient
-from pyro_snf.options import as_count, as_positive, check_flag, expect, is_count
+from pyro_snf.options import as_count, as_positive, as_pyro_seed, check_flag, expect
 from pyro_snf.plotting import plot_curves
 from pyro_snf.processes import check_one_process
 from pyro_snf.progress import Progress
@@ -180,8 +180,7 @@ def fit(
     num_particles = None if num_particles is None else as_count("num_particles", num_particles)
     tolerance = None if tolerance is None else as_positive("tolerance", tolerance)
     check_flag("progress", progress)
-    fits = seed is None or (is_count(seed, 0) and seed < 2**32)  # NumPy takes no larger ones
-    expect("seed, an integer in [0, 2**32), or None", fits, seed)
+    seed = as_pyro_seed(seed)
     expect("optim, one of Pyro's, or None", optim is None or isinstance(optim, PyroOptim), optim)
     num_trial_steps = math.ceil(_SHARE_OF_TRIAL * num_steps)
     is_flow = isinstance(guide, AutoSelfNormalizingFlow) and NaturalGradient.is_for(guide)
@@ -194,7 +193,7 @@ def fit(
     expected = "num_starts=1 with an optim, and for guides that NaturalGradient is not for"
     expect(expected, flow is not None or num_starts == 1, num_starts)
     if seed is not None:
-        pyro.set_rng_seed(int(seed))
+        pyro.set_rng_seed(seed)
     if isinstance(guide, nn.Module):
         guide.train()
     elbo = _make_elbo(model, guide, args, kwargs, num_particles)

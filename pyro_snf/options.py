@@ -112,6 +112,16 @@ def as_seed(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
+def as_pyro_seed(value: Any) -> int | None:
+    """A seed for ``pyro.set_rng_seed``, as a Python ``int``, or None.
+
+    :raises ValueError: unless it is None, or an integer in [0, 2³²): NumPy takes no larger ones.
+    """
+    fits = value is None or (is_count(value, 0) and value < 2**32)
+    expect("seed, an integer in [0, 2**32), or None", fits, value)
+    return None if value is None else int(value)
+
+
 def as_number(expected: str, value: Any, fits: Callable[[float], bool]) -> float:
     """A real number, as a Python ``float``.
 

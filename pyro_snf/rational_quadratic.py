@@ -17,15 +17,25 @@ Conor Durkan, Artur Bekasov, Iain Murray, George Papamakarios. Neural Spline Flo
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_snf.options import expect, is_count
 from pyro_snf.precision import at_least_float32
 
-__all__ = ["Bin", "Knots", "apply", "apply_inverse", "knots_between", "of_batch", "of_elements"]
+__all__ = [
+    "Bin",
+    "Knots",
+    "apply",
+    "apply_inverse",
+    "as_num_bins",
+    "knots_between",
+    "of_batch",
+    "of_elements",
+]
 
 # As in Durkan et al.: the smallest share of the interval that a bin takes, and the smallest slope.
 _MIN_SHARE = 1e-3
@@ -53,6 +63,16 @@ class Bin(NamedTuple):
     next_x: Tensor
     next_y: Tensor
     next_slope: Tensor
+
+
+def as_num_bins(value: Any) -> int:
+    """A number of bins, as a Python ``int``.
+
+    :raises ValueError: unless it is an integer from 2 to 1000.
+    """
+    # With more bins, their smallest shares would be more than there is.
+    expect("num_bins, an integer from 2 to 1000", is_count(value, 2) and value <= 1000, value)
+    return int(value)
 
 
 def knots_between(widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, dim: int) -> Knots:

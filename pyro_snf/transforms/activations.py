@@ -22,8 +22,6 @@ from pyro_snf.options import (
     check_device,
     check_dtype,
     check_flag,
-    expect,
-    is_count,
 )
 from pyro_snf.precision import at_least_float32
 from pyro_snf.tracing import is_traced
@@ -247,11 +245,9 @@ class RationalQuadraticSpline(InvertibleTransformModule):
     ) -> None:
         super().__init__()
         self.event_shape = as_event_shape(event_shape)
-        fits = is_count(num_bins, 2) and num_bins <= 1000
-        expect("num_bins, an integer from 2 to 1000", fits, num_bins)
         check_device(device)
         check_dtype(dtype)
-        self.num_bins = int(num_bins)
+        self.num_bins = rational_quadratic.as_num_bins(num_bins)
         self.bound = as_positive("bound", bound)
 
         def empty(count: int) -> nn.Parameter:

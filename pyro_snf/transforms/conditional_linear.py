@@ -16,7 +16,7 @@ from torch.nn import Linear, init
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.processes import column_moments
+from pyro_snf.processes import scale_of_contexts
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
@@ -177,11 +177,9 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
                 "which has to standardize its contexts itself"
             )
         _check_context(contexts, self.nn.input_dim, self.linear.theta.dtype)
-        mean, deviation = column_moments(contexts.reshape(-1, self.nn.input_dim))
-        if not torch.isfinite(mean + deviation).all():
-            raise ValueError("expected contexts of finite mean and variance; got NaN or infinity")
+        mean, deviation = scale_of_contexts(contexts)
         self.context_mean.copy_(mean)
-        self.context_scale.copy_(deviation.masked_fill(deviation == 0, 1.0))
+        self.context_scale.copy_(deviation)
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.special import ndtr, ndtri
 
 from pyro_snf import rational_quadratic
-from pyro_snf.options import as_count, expect, is_count
+from pyro_snf.options import as_count
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import gather
 from pyro_snf.transforms.base import check_input
@@ -107,9 +107,7 @@ class GaussianCopula(FirstBatchTransform):
     ) -> None:
         super().__init__()
         self.input_dim = as_count("input_dim", input_dim)
-        fits = is_count(num_bins, 2) and num_bins <= 1000
-        expect("num_bins, an integer from 2 to 1000", fits, num_bins)
-        self.num_bins = int(num_bins)
+        self.num_bins = rational_quadratic.as_num_bins(num_bins)
         #: W and b.
         self.linear = SelfNormalizingLinear(input_dim, device=device, dtype=dtype, **options)
 

@@ -19,11 +19,9 @@ from pyro_snf.options import (
     check_context,
     check_device,
     check_dtype,
-    expect,
-    is_count,
 )
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.processes import column_moments
+from pyro_snf.processes import scale_of_contexts
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 
 __all__ = [
@@ -179,9 +177,7 @@ class SplineAutoregressive(InvertibleTransformModule):
         super().__init__()
         self.input_dim = as_count("input_dim", input_dim)
         self.hidden_dim = as_count("hidden_dim", hidden_dim)
-        fits = is_count(num_bins, 2) and num_bins <= 1000
-        expect("num_bins, an integer from 2 to 1000", fits, num_bins)
-        self.num_bins = int(num_bins)
+        self.num_bins = rational_quadratic.as_num_bins(num_bins)
         self.bound = as_positive("bound", bound)
         self.context_dim = as_count("context_dim", context_dim, 0)
         check_device(device)
@@ -334,11 +330,9 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         :raises ValueError: for contexts that are not finite.
         """
         self._check(contexts)
-        mean, deviation = column_moments(contexts.reshape(-1, self.context_dim))
-        if not torch.isfinite(mean + deviation).all():
-            raise ValueError("expected contexts of finite mean and variance; got NaN or infinity")
+        mean, deviation = scale_of_contexts(contexts)
         self.context_mean.copy_(mean)
-        self.context_scale.copy_(deviation.masked_fill(deviation == 0, 1.0))
+        self.context_scale.copy_(deviation)
 
     def condition(self, context: Tensor) -> SplineAutoregressive:
         """The transform of a context, or of a batch of contexts, with a cache of its own.
