@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_snf.log_dets import Learned
 from pyro_snf.options import as_count, as_event_shape, as_image_shape, check_factory, expect
 from pyro_snf.transforms.activations import (
     RationalQuadraticSpline,
@@ -142,11 +143,7 @@ def convolutional(
             shape = _squeezed(shape, place)
         for _ in range(layers_per_block):
             layer = SelfNormalizingConv2d(shape[0], kernel_size, **options, **factory)
-            if shape[1] < layer.kernel_size[0] or shape[2] < layer.kernel_size[1]:
-                raise ValueError(
-                    f"{place}: expected images no smaller than kernels of {layer.kernel_size}; "
-                    f"got {tuple(shape)}"
-                )
+            _check_size(layer, shape, place)
             if parts and not isinstance(parts[-1], Squeeze2d):
                 parts.append(_make_activation(activation, shape, **factory))
             parts.append(layer)
@@ -159,16 +156,17 @@ def glow(
     num_levels: int = 2,
     num_steps: int = 16,
     hidden_channels: int = 512,
+    kernel_size: int | tuple[int, int] = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> MultiScale:
     """Glow (Kingma and Dhariwal, 2018): levels of a :class:`~pyro_snf.Squeeze2d` and steps of
-    :class:`~pyro_snf.ActNorm`, a 1 × 1 :class:`~pyro_snf.SelfNormalizingConv2d` and an affine
+    :class:`~pyro_snf.ActNorm`, a :class:`~pyro_snf.SelfNormalizingConv2d` and an affine
     :func:`~pyro_snf.image_coupling`. Each level but the last is done with half of its channels.
 
-    The paper's: ``glow((1, 28, 28))``. The 1 × 1 convolutions start as random rotations, as Glow's
-    do, so that each coupling sees and changes other mixtures of channels. (Couplings always change
+    The paper's: ``glow((1, 28, 28))``. The convolutions are 1 × 1, as Glow's are, or larger. They
+    start as random rotations of the channels, so that each coupling sees and changes other mixtures of channels. (Couplings always change
     the second half of them: with identities to start from, the first half would not be changed
     before training has mixed them.) The rotations and the couplings' hidden layers are of torch's
     global random stream. ActNorm starts from the first batch in training. Adam at 1e-3 and
@@ -183,6 +181,7 @@ def glow(
     :param int num_levels: of levels, at least 1.
     :param int num_steps: of a level, at least 1.
     :param int hidden_channels: the width of the couplings' networks.
+    :param kernel_size: of the convolutions, odd, ``k`` or ``(k_h, k_w)``.
     :param device: of the parameters.
     :param dtype: of the parameters.
     :param options: of the convolutions; see :func:`fully_connected`.
@@ -203,7 +202,8 @@ def glow(
         channels, *size = shape
         parts: list[Transform] = [Squeeze2d()]
         for _ in range(num_steps):
-            mixing = SelfNormalizingConv2d(channels, 1, **options, **factory)
+            mixing = SelfNormalizingConv2d(channels, kernel_size, **options, **factory)
+            _check_size(mixing, shape, f"level {index + 1} of {num_levels}")
             _rotate(mixing)
             coupling = image_coupling(channels, hidden_channels=hidden_channels, **factory)
             parts += [ActNorm(channels, **factory), mixing, coupling]
@@ -319,14 +319,33 @@ def _make_activation(
     return SmoothLeakyReLU(0.3, device=device, dtype=dtype)
 
 
+def _check_size(layer: SelfNormalizingConv2d, shape: torch.Size, place: str) -> None:
+    if shape[1] < layer.kernel_size[0] or shape[2] < layer.kernel_size[1]:
+        raise ValueError(
+            f"{place}: expected images no smaller than kernels of {layer.kernel_size}; "
+            f"got {tuple(shape)}"
+        )
+
+
 @torch.no_grad()
 def _rotate(layer: SelfNormalizingConv2d) -> None:
-    """Make a 1 × 1 convolution start as a random orthogonal matrix, and know its inverse."""
+    """Make a convolution start as a random rotation of the channels, and know its inverse."""
     if layer.theta.is_meta:  # which has no values: they come with a state_dict
         return
     matrix = nn.init.orthogonal_(torch.empty(layer.channels, layer.channels, dtype=torch.float64))
-    layer.theta.copy_(layer.log_det.linear_map.theta_of(matrix.view_as(layer.theta)))
+    linear_map = layer.log_det.linear_map
+    layer.theta.copy_(linear_map.theta_of(_as_kernel(matrix, layer.theta.shape)))
+    if isinstance(layer.log_det, Learned):
+        inverse = layer.log_det.theta
+        inverse.copy_(linear_map.theta_of(_as_kernel(matrix.mT, inverse.shape)))
     layer.refactorize()
+
+
+def _as_kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The kernel that multiplies each pixel by a matrix."""
+    kernel = matrix.new_zeros(shape)
+    kernel[:, :, shape[2] // 2, shape[3] // 2] = matrix
+    return kernel
 
 
 def _squeezed(shape: torch.Size, place: str) -> torch.Size:

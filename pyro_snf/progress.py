@@ -19,14 +19,17 @@ class Progress:
     :param bool is_shown: whether there is any.
     :param int total: of what is counted.
     :param str unit: what is counted.
+    :param int num_done: how many are done at the start.
     """
 
-    def __init__(self, is_shown: bool, total: int, unit: str = "step") -> None:
+    def __init__(
+        self, is_shown: bool, total: int, unit: str = "step", *, num_done: int = 0
+    ) -> None:
         self.total = total
         self.unit = unit
-        self.num_done = 0
+        self.num_done = num_done
         has_bar = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.bar = tqdm(total=total, unit=unit) if is_shown and has_bar else None
+        self.bar = tqdm(total=total, initial=num_done, unit=unit) if is_shown and has_bar else None
         self.prints = is_shown and not has_bar
         self.last_line = time.monotonic()
 

@@ -170,23 +170,33 @@ def test_stacks_are_those_of_the_paper() -> None:
     assert glow.latent_shapes == [(2, 14, 14), (8, 7, 7)]
 
 
-@pytest.mark.parametrize("inverse_kernel_size", [None, 1])
+@pytest.mark.parametrize(
+    ("kernel_size", "inverse_kernel_size"), [(1, None), (1, 1), (3, None), ((1, 3), 5)]
+)
 @EVERY_METHOD
-def test_glow_starts_with_rotations(log_det: str, inverse_kernel_size: int | None) -> None:
+def test_glow_starts_with_rotations(
+    log_det: str, kernel_size: int | tuple[int, int], inverse_kernel_size: int | None
+) -> None:
     def build(seed: int) -> Any:
         torch.manual_seed(seed)
         options = {"log_det": log_det, "inverse_kernel_size": inverse_kernel_size}
-        return flows.glow((1, 4, 4), num_levels=1, num_steps=3, hidden_channels=4, **options)
+        options["kernel_size"] = kernel_size
+        return flows.glow((1, 8, 8), num_levels=1, num_steps=3, hidden_channels=4, **options)
+
+    def matrix_of(kernel: torch.Tensor) -> torch.Tensor:
+        center = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]
+        assert close(kernel.norm(), center.norm())
+        return center
 
     flow = build(0)
     mixings = layers(flow)
     assert not close(mixings[0].weight, mixings[1].weight)
     for mixing in mixings:
-        matrix = mixing.weight.flatten(1).detach()
+        matrix = matrix_of(mixing.weight.detach())
         assert close(matrix @ matrix.mT, torch.eye(4))
         assert not close(matrix.abs(), torch.eye(4), 0.1)
-        assert close(mixing.inverse_weight((2, 2)).flatten(1), matrix.mT)
-    x = torch.randn(3, 1, 4, 4)
+        assert close(matrix_of(mixing.inverse_weight((4, 4))), matrix.mT)
+    x = torch.randn(3, 1, 8, 8)
     assert torch.equal(flow(x), build(0)(x))
     assert not torch.equal(flow(x), build(1)(x))
 
@@ -312,6 +322,8 @@ def wrong_options() -> Iterator[tuple[Callable[..., Any], object, dict[str, obje
     yield glow, (1, 28, 28), {"num_levels": 3}, "level 3 of 3: " + message + r"\(4, 7, 7\)"
     message = r"block 3 of 3: expected images no smaller than kernels of \(3, 3\); got \(16, 2, 2\)"
     yield convolutional, (1, 8, 8), {}, message
+    message = r"level 2 of 2: expected images no smaller than kernels of \(3, 3\); got \(8, 2, 2\)"
+    yield glow, (1, 8, 8), {"kernel_size": 3}, message
 
 
 @pytest.mark.parametrize(("build", "shape", "options", "message"), list(wrong_options()))

@@ -1,0 +1,110 @@
+"""The flows of the paper's experiments, and the densities of images that they define."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import rivals
+import torch
+from settings import Settings
+from torch import nn
+
+from pyro_snf import (
+    GECO,
+    Learned,
+    LogDetMethod,
+    MultiScale,
+    SelfNormalizingConv2d,
+    SelfNormalizingLinear,
+    flows,
+    images,
+)
+
+Layer = SelfNormalizingLinear | SelfNormalizingConv2d
+
+
+def make_flow(settings: Settings, event_shape: torch.Size) -> Any:
+    """The flow of the settings, from logits to latents.
+
+    :raises ValueError: for images that do not fit, and for a rival that the model has no place for.
+    """
+    torch.manual_seed(settings.seed)  # of probes, rotations, networks, and the noise below
+    options: dict[str, Any] = {
+        "log_det": _log_det(settings),
+        "device": settings.device,
+        "dtype": getattr(torch, settings.dtype),
+    }
+    if settings.model == "fc":
+        flow = flows.fully_connected(
+            event_shape,
+            num_layers=settings.num_layers,
+            activation=settings.activation,
+            **options,
+        )
+    elif settings.model == "conv":
+        flow = flows.convolutional(
+            event_shape,
+            num_blocks=settings.num_blocks,
+            layers_per_block=settings.layers_per_block,
+            kernel_size=settings.kernel_size,
+            activation=settings.activation,
+            **options,
+        )
+    else:
+        flow = flows.glow(
+            event_shape,
+            num_levels=settings.num_levels,
+            num_steps=settings.steps_per_level,
+            hidden_channels=settings.hidden_channels,
+            kernel_size=settings.kernel_size,
+            **options,
+        )
+    if settings.model == "conv" and settings.initial_noise > 0:
+        for layer in layers_of(flow):
+            nn.init.normal_(layer.theta, std=settings.initial_noise)
+            layer.refactorize()
+    return rivals.replace_layers(flow, settings.log_det) if settings.log_det in RIVALS else flow
+
+
+RIVALS = tuple(kind for kind in rivals.KINDS if kind != "slogdet")
+
+
+def _log_det(settings: Settings) -> str | LogDetMethod:
+    if settings.log_det == "slogdet":
+        return rivals.SlogDet()
+    if settings.log_det == "learned":
+        weight: float | GECO = settings.reconstruction_weight
+        if settings.geco_tolerance > 0:
+            weight = GECO(settings.geco_tolerance, weight=weight, rate=settings.geco_rate)
+        return Learned(reconstruction_weight=weight)
+    return "exact" if settings.log_det in RIVALS else settings.log_det
+
+
+def make_density(flow: nn.Module, event_shape: torch.Size, num_levels: int) -> Any:
+    """The density of dequantized images that a flow defines."""
+    zeros = next(flow.parameters()).new_zeros(event_shape.numel())
+    base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+    transforms = [flow.inv, images.LogitTransform(num_levels).inv]
+    # Where a flow diverges, its loss says so.
+    return dist.TransformedDistribution(base, transforms, validate_args=False)
+
+
+def layers_of(flow: nn.Module) -> list[Layer]:
+    """The self-normalizing layers, in their order."""
+    return [module for module in flow.modules() if isinstance(module, Layer)]
+
+
+def layers_with_shapes(
+    flow: Any, event_shape: torch.Size
+) -> Iterator[tuple[Layer, torch.Size]]:
+    """The self-normalizing layers, with the shapes of what they are given."""
+    stacks: Sequence[Any] = flow.levels if isinstance(flow, MultiScale) else [flow]
+    for index, stack in enumerate(stacks):
+        if index > 0:
+            event_shape = torch.Size([event_shape[0] // 2, *event_shape[1:]])
+        for part in stack.parts:
+            if isinstance(part, Layer):
+                yield part, event_shape
+            event_shape = part.forward_shape(event_shape)

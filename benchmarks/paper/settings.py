@@ -1,0 +1,160 @@
+"""The settings of a run, and the paper's experiments as presets of them (Keller et al., 2021)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rivals import KINDS as RIVALS
+
+LOG_DETS = ("refined", "learned", "exact", *RIVALS)
+
+#: What a checkpoint and the run that resumes it may differ in.
+BUDGETS = ("max_seconds", "patience", "evaluate_every")
+
+
+def _at_least(lowest: float, kind: type = float) -> Callable[[str], Any]:
+    """The type of an option that is a finite number from ``lowest``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value < math.inf:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {noun} >= {lowest:g}; got {text!r}")
+        return value
+
+    return parse
+
+
+def _setting(default: Any, text: str, **options: Any) -> Any:
+    """A field with what argparse needs for its option."""
+    if "choices" not in options and "type" not in options:
+        options["type"] = type(default)
+    return field(default=default, metadata={"help": f"{text} (default %(default)s)", **options})
+
+
+def _count(default: int, text: str, lowest: int = 1) -> Any:
+    return _setting(default, text, type=_at_least(lowest, int))
+
+
+def _amount(default: float, text: str) -> Any:
+    return _setting(default, text, type=_at_least(0.0))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every one is an option of the command line, and is in ``result.json``."""
+
+    log_det: str = _setting("refined", "how log-determinants are had in training", choices=LOG_DETS)
+    data: str = _setting(
+        "mnist", "the images", choices=("mnist", "cifar10", "imagenet32", "digits", "folder")
+    )
+    num_train: int = _count(0, "of training images that are used, 0 for all", 0)
+    num_evaluated: int = _count(0, "of images of validation and test each, 0 for all", 0)
+    model: str = _setting("fc", "the flow", choices=("fc", "conv", "glow"))
+    activation: str = _setting(
+        "smooth_leaky_relu", "of fc and conv", choices=("smooth_leaky_relu", "spline")
+    )
+    num_layers: int = _count(2, "of fc")
+    num_blocks: int = _count(3, "of conv")
+    layers_per_block: int = _count(3, "of conv")
+    kernel_size: int = _count(3, "of conv and glow's self-normalizing convolutions, odd")
+    num_levels: int = _count(2, "of glow")
+    steps_per_level: int = _count(16, "of glow")
+    hidden_channels: int = _count(512, "of glow's couplings")
+    initial_noise: float = _amount(0.0, "standard deviation, relative to 1/√inputs, of noise that "
+                                        "is added to the identities that conv starts from")
+    batch_size: int = _count(100, "images a step")
+    learning_rate: float = _amount(1e-4, "of Adam, for raw weights and kernels")
+    schedule: str = _setting(
+        "constant", "of the rate after the warm-up: cosine falls to 0", choices=("constant", "cosine")
+    )
+    warm_up_epochs: float = _amount(10.0, "in which the rate rises from 0")
+    epochs: int = _count(1000, "passes through the training images")
+    averaging: float = _amount(
+        0.0, "epochs over which the evaluated weights are averaged, exponentially; 0 for none"
+    )
+    reconstruction_weight: float = _amount(1.0, "λ of learned")
+    geco_tolerance: float = _amount(
+        0.0, "reconstruction error that a controller of λ (GECO) holds; 0 for a constant λ"
+    )
+    geco_rate: float = _amount(1e-3, "of that controller")
+    max_gradient_norm: float = _amount(0.0, "to which gradients are clipped, 0 for none")
+    evaluate_every: int = _count(1, "epochs between evaluations")
+    patience: int = _count(0, "epochs without a gain in validation after which to stop, 0 for none", 0)
+    max_seconds: float = _amount(0.0, "of training, 0 for no limit")
+    clock: str = _setting(
+        "wall", "what seconds are of; a processor's do not count other processes",
+        choices=("wall", "processor"),
+    )
+    dtype: str = _setting("float32", "of the parameters", choices=("float32", "float64"))
+    seed: int = _count(0, "of everything random", 0)
+    threads: int = _count(0, "of torch, 0 for its own choice", 0)
+    device: str = _setting("cpu", "such as cuda")
+
+
+_GLOW = {
+    "model": "glow",
+    "kernel_size": 1,
+    "learning_rate": 1e-3,
+    "reconstruction_weight": 100.0,
+    "epochs": 250,
+}
+
+#: The paper's settings, section 5 and appendix.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fc-mnist": {},
+    "conv-mnist": {
+        "model": "conv",
+        "activation": "spline",
+        "initial_noise": 0.01,
+        "learning_rate": 1e-3,
+    },
+    "glow-mnist": _GLOW,
+    "glow-cifar": {
+        **_GLOW,
+        "data": "cifar10",
+        "num_levels": 3,
+        "steps_per_level": 32,
+        "reconstruction_weight": 1000.0,
+        "max_gradient_norm": 1e4,
+    },
+    "glow-imagenet32": {
+        **_GLOW,
+        "data": "imagenet32",
+        "num_levels": 3,
+        "steps_per_level": 48,
+        "batch_size": 64,
+        "warm_up_epochs": 0.0,
+    },
+    "geco": {
+        **_GLOW,
+        "log_det": "learned",
+        "steps_per_level": 4,
+        "kernel_size": 5,
+        "hidden_channels": 16,
+        "reconstruction_weight": 1.0,
+        "geco_tolerance": 0.02,
+    },
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting; what is not given is not in the namespace."""
+    for one in dataclasses.fields(Settings):
+        options = {**one.metadata}
+        options["help"] = options["help"].replace("%(default)s", str(one.default))
+        name = f"--{one.name.replace('_', '-')}"
+        parser.add_argument(name, default=argparse.SUPPRESS, **options)
+
+
+def make_settings(preset: str, options: dict[str, Any]) -> Settings:
+    """A preset's settings, and the options given in their place."""
+    return Settings(**{**PRESETS[preset], **options})
