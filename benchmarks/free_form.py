@@ -28,7 +28,6 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +37,8 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from datasets import load_images
+from files import save_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -62,10 +63,6 @@ from pyro_snf.free_form.log_det import (
 )
 from pyro_snf.images import LogitTransform, dequantize
 from pyro_snf.probes import PROBES, draw_probes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common import load_mnist, save_json  # found through the line above
-from density_digits import load_data
 
 BATCH = 100
 WARM_UP_STEPS = 200
@@ -133,7 +130,7 @@ def make_network(dim: int, kind: str, width: int, num_blocks: int, channels: int
 
 
 class Data(NamedTuple):
-    """Pixels as rows of integers, of shape ``(N, D)``."""
+    """Pixels as rows of bytes, of shape ``(N, D)``."""
 
     train: Tensor
     validation: Tensor
@@ -142,13 +139,15 @@ class Data(NamedTuple):
 
 
 def digits() -> Data:
-    return Data(*load_data(), 17)
+    images = load_images("digits")
+    train, validation, test = (part.flatten(1) for part in images[:3])
+    return Data(train, validation, test, images.num_levels)
 
 
 def mnist(folder: Path, num_validation: int = NUM_VALIDATION, num_test: int = NUM_TEST) -> Data:
-    images, test = load_mnist(folder)
-    validation = images[50_000 : 50_000 + num_validation]
-    return Data(images[:50_000], validation, test[:num_test], 256)
+    images = load_images("mnist", folder)
+    train, validation, test = (part.flatten(1) for part in images[:3])
+    return Data(train, validation[:num_validation], test[:num_test], images.num_levels)
 
 
 class Evaluation(NamedTuple):

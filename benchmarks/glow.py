@@ -23,8 +23,7 @@ from pathlib import Path
 import pyro.distributions as dist
 import results
 import torch
-from mnist_fc import load_mnist
-from sklearn.datasets import load_digits
+from datasets import load_images
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,13 +38,10 @@ LATE = 100  # steps, over which the last losses are averaged
 def make_images(kind: str, data_dir: Path | None) -> tuple[Tensor, int]:
     """Integer images of shape ``(N, 1, H, W)``, and how many levels they have."""
     generator = torch.Generator().manual_seed(0)
-    if kind == "digits":
-        images, num_levels = torch.as_tensor(load_digits().images), 17
-        return images[torch.randperm(len(images), generator=generator)].unsqueeze(1), num_levels
-    if kind == "MNIST":
-        if data_dir is None:
-            raise SystemExit("error: MNIST needs --data-dir")
-        return load_mnist(data_dir)[0].view(-1, 1, 28, 28)[:10_000], 256
+    if kind in ("digits", "MNIST"):
+        images = load_images(kind.lower(), data_dir)
+        pixels = torch.cat([images.train, images.validation, images.test])
+        return pixels[:10_000], images.num_levels
     if kind == "noise":
         return torch.randint(256, (2000, 1, 8, 8), generator=generator), 256
     size, count = 16, 2000

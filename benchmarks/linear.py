@@ -8,7 +8,7 @@ only now and then, and they must be counted. Peak memory is what one step alloca
 time. ``nn.Linear`` has no log-determinant: it is the limit.
 
 The data are correlated Gaussian vectors, for which Adam's steps are mostly noise; or, with
-``--data-dir``, images of MNIST, resized to D pixels, preprocessed as in ``mnist_fc.py``.
+``--data-dir``, images of MNIST, resized to D pixels, dequantized, as logits.
 
     python benchmarks/linear.py                                (the whole table: half an hour)
     python benchmarks/linear.py --dims 1024 --batches 128      (a part of it)
@@ -37,13 +37,15 @@ import numpy as np
 import pyro.distributions.transforms as pyro_transforms
 import torch
 import zuko.transforms
-from mnist_fc import load_mnist, preprocess, save_json
+from datasets import load_images
+from files import save_json
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
 from tqdm import tqdm
 
 from pyro_snf import SelfNormalizingLinear
+from pyro_snf.images import LogitTransform, dequantize, quantize
 
 DIMS = (64, 128, 256, 512, 784, 1024, 2048, 4096)
 BATCHES = (1, 32, 128, 512)
@@ -279,12 +281,13 @@ def correlated(count: int, dim: int, generator: torch.Generator) -> Tensor:
 def images(directory: Path, count: int, dim: int, generator: torch.Generator) -> Tensor:
     """Images of MNIST with D pixels, as logits; shape (count, dim)."""
     height = next(h for h in range(math.isqrt(dim), 0, -1) if dim % h == 0)
-    pixels, _ = load_mnist(directory)
+    pixels = load_images("mnist", directory).train
     pixels = pixels[torch.randint(len(pixels), (count,), generator=generator)]
     pixels = nn.functional.interpolate(
-        pixels.view(-1, 1, 28, 28).float(), size=(height, dim // height), mode="bilinear"
+        pixels.float(), size=(height, dim // height), mode="bilinear"
     )
-    return preprocess(pixels.view(count, dim), generator)[0]
+    integers = quantize(pixels.view(count, dim))
+    return LogitTransform(event_dim=1)(dequantize(integers, generator=generator))
 
 
 class Run:

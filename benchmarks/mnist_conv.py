@@ -26,7 +26,8 @@ from pathlib import Path
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import load_mnist, save_json
+from datasets import load_images
+from files import save_json
 from torch import Tensor
 from tqdm import tqdm
 
@@ -116,8 +117,8 @@ def batches(images: Tensor, seed: int):
 
 
 def load(data_dir: Path) -> tuple[Tensor, Tensor]:
-    images, test = (part.view(-1, *EVENT_SHAPE) for part in load_mnist(data_dir))
-    return images[:50_000], test
+    images = load_images("mnist", data_dir)
+    return images.train, images.test
 
 
 def train(args: argparse.Namespace) -> None:

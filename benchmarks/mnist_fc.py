@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +21,13 @@ from pathlib import Path
 import numpy as np
 import pyro.distributions as dist
 import torch
+from datasets import load_images
+from files import save_json
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_snf import Compose, Refined, SelfNormalizingLinear, SmoothLeakyReLU
 from pyro_snf.diagnostics import gradient_error, inverse_error, report
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common import load_mnist, save_json  # found through the line above
 
 LOG_DETS = ("exact", "refined", "learned")
 BATCH = 100
@@ -170,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/mnist_fc.json"))
     args = parser.parse_args(argv)
 
-    images, test_images = load_mnist(args.data_dir)
-    images = images[:50_000]
+    data = load_images("mnist", args.data_dir)
+    images, test_images = data.train.flatten(1), data.test.flatten(1)
     rows = []
     for log_det in args.log_det:
         rows.append(train(log_det, args, images, test_images))

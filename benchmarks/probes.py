@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mnist_fc import BATCH, load_mnist, make_density, make_optimizer, preprocess
+from datasets import load_images
+from mnist_fc import BATCH, make_density, make_optimizer
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_snf import SelfNormalizingLinear
+from pyro_snf.images import LogitTransform, dequantize
 from pyro_snf.maps import Dense
 
 DIM = 784
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    images = load_mnist(args.data_dir)[0][:50_000]
+    images = load_images("mnist", args.data_dir).train.flatten(1)
+    to_logits = LogitTransform(event_dim=1)
     noise = torch.Generator().manual_seed(args.seed)
     layers = [SelfNormalizingLinear(DIM, log_det="exact") for _ in range(2)]
     flow, density = make_density(layers)
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     order = torch.randint(len(images), (args.steps, BATCH), generator=noise)
     for index in tqdm(order, mininterval=5):
-        logits, _ = preprocess(images[index], noise)
+        logits = to_logits(dequantize(images[index], generator=noise))
         optimizer.zero_grad()
         (-density.log_prob(logits).mean()).backward()
         for layer, followers in zip(layers, trackers, strict=True):
