@@ -27,11 +27,11 @@ from pathlib import Path
 import pyro.distributions as dist
 import torch
 from mnist_fc import load_mnist, save_json
+from paper.rivals import SlogDet
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_snf import Exact, Learned, LogDetMethod, Refined, SelfNormalizingConv2d, flows
-from pyro_snf.caching import TensorState
+from pyro_snf import Exact, Learned, Refined, SelfNormalizingConv2d, flows
 from pyro_snf.images import LogitTransform, dequantize
 
 METHODS = ("exact", "refined", "learned")
@@ -40,15 +40,6 @@ EVENT_SHAPE = (1, 28, 28)
 DIM = 784
 BATCH = 100
 EVALUATE_AT = (250, 500, 750, 1000, 2000, 3000, 4000, 5000)
-
-
-class SlogDet(LogDetMethod):
-    """``torch.linalg.slogdet`` of the D × D matrix, by autograd."""
-
-    training_value = "exact"
-
-    def training_log_abs_det(self, theta: Tensor, x: Tensor, state: TensorState) -> Tensor:
-        return self.linear_map.exact_log_abs_det(theta, x.shape[1:])
 
 
 class Run:
