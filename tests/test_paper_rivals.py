@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -402,12 +403,23 @@ def test_devices_and_types(
     y = layer(x)
     loss = (y**2).sum() - layer.log_abs_det_jacobian(x, y).sum()
     loss.backward()
+    # Of a single event, too.
+    event = x[0].clone()
+    z = layer(event)
+    torch.testing.assert_close(z, y[0])
+    (z.sum() - layer.log_abs_det_jacobian(event, z)).backward()
+    torch.testing.assert_close(layer.inv(z.detach()), event, rtol=0, atol=1e-3)
     assert (y.dtype, y.device, y.shape) == (dtype, x.device, x.shape)
     for parameter in layer.parameters():
         assert parameter.dtype is dtype
         assert torch.isfinite(parameter.grad).all()
     with pytest.raises(ValueError, match=r"expected dtype torch\.float"):
         layer(x.double() if dtype is torch.float32 else x.float())
+
+
+def test_examples_of_the_docstrings(rivals: ModuleType) -> None:
+    results = doctest.testmod(rivals)
+    assert (results.failed, results.attempted > 3) == (0, True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -125,7 +125,8 @@ class RelativeGradientLinear(InvertibleTransformModule):
 
     def _inverse(self, y: Tensor) -> Tensor:
         check_input(self, y, (self.input_dim,), self.weight.dtype)
-        return torch.linalg.solve(self.weight, (y - self.bias).unsqueeze(-1)).squeeze(-1)
+        h = (y - self.bias).reshape(-1, self.input_dim)
+        return torch.linalg.solve(self.weight, h.mT).mT.reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         if self._is_training():
@@ -157,7 +158,8 @@ class _RelativeProduct(Function):
             of_x = cotangent @ weight
         if ctx.needs_input_grad[1]:
             # (δᵀ x) WᵀW = δᵀ ((x Wᵀ) W), in this order, in which no product costs O(D³).
-            of_weight = cotangent.flatten(0, -2).mT @ (h.flatten(0, -2) @ weight)
+            size = (-1, len(weight))
+            of_weight = cotangent.reshape(size).mT @ (h.reshape(size) @ weight)
         return of_x, of_weight
 
 
@@ -271,13 +273,13 @@ class EmergingConv2d(_ConvolutionRival):
         first, second = self._kernels()
         h = _convolve_before(self._as_images(x), first)
         h = _convolve_after(h, second)
-        return (h + self.bias.view(-1, 1, 1)).view(x.shape)
+        return (h + self.bias.view(-1, 1, 1)).reshape(x.shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
         first, second = self._kernels()
         h = self._as_images(y) - self.bias.view(-1, 1, 1)
         h = _substitute(h.flip(1, 2, 3), second).flip(1, 2, 3)
-        return _substitute(h, first).view(y.shape)
+        return _substitute(h, first).reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         diagonals = [kernel[:, :, -1, -1].diagonal() for kernel in (self.first, self.second)]
@@ -313,7 +315,9 @@ def _substitute(images: Tensor, kernel: Tensor) -> Tensor:
     taps = kernel.flatten(2)
     pixel, rest = taps[..., -1], torch.cat([taps[..., :-1], torch.zeros_like(taps[..., :1])], -1)
     rest = torch.linalg.solve_triangular(pixel, rest.flatten(1), upper=False).view(-1, *size)
-    start = torch.linalg.solve_triangular(pixel, images.flatten(2), upper=False).view_as(images)
+    start = torch.linalg.solve_triangular(pixel, images.flatten(2), upper=False).reshape(
+        images.shape
+    )
     x = start
     for _ in range(images.shape[-2] + images.shape[-1] - 2):
         x = start - _convolve_before(x, rest)
@@ -394,12 +398,12 @@ class ConvolutionExponential(_ConvolutionRival):
         num_terms = _NUM_TERMS if in_training else _NUM_TERMS_EXACT
         y = _exponential(images, kernel, num_terms) + self.bias.view(-1, 1, 1)
         # The next call has another direction, and so another kernel.
-        return y.view(x.shape), TensorMemo(kernel)
+        return y.reshape(x.shape), TensorMemo(kernel)
 
     def _inverse(self, y: Tensor) -> Tensor:
         images = self._as_images(y)
         h = images - self.bias.view(-1, 1, 1)
-        return _exponential(h, -self._kernel(images.shape[1:]), _NUM_TERMS_EXACT).view(y.shape)
+        return _exponential(h, -self._kernel(images.shape[1:]), _NUM_TERMS_EXACT).reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         memo = self._memo_of(x, y)
