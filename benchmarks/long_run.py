@@ -27,7 +27,6 @@ from pathlib import Path
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import exact_log_abs_det
 from results import append, number, print_table
 from torch import Tensor
 
@@ -55,6 +54,13 @@ class Mixture:
         index = int(torch.randint(NUM_COMPONENTS, (), generator=self.generator))
         noise = torch.randn(count, self.means.shape[-1], generator=self.generator)
         return self.means[index] + noise @ self.mixings[index]
+
+
+@torch.no_grad()
+def exact_log_abs_det(layer: SelfNormalizingLinear) -> float:
+    """``log|det W|`` in float64."""
+    matrix = layer.log_det.linear_map.weight(layer.theta.double())
+    return (torch.linalg.slogdet(matrix).logabsdet + layer.log_scale.double().sum()).item()
 
 
 def resident_megabytes() -> float:

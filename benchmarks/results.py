@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append", "load", "number", "print_table", "select", "spread"]
+import numpy as np
+
+__all__ = ["append", "load", "markdown_table", "number", "print_table", "select", "slope", "spread"]
 
 Row = dict[str, Any]
 
@@ -40,11 +42,15 @@ def select(rows: Iterable[Row], **values: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in values.items())]
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells as a table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], f"{'|---' * len(header)}|", *lines[1:]])
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table."""
-    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print(f"\n{markdown_table(header, rows)}")
 
 
 def number(value: float) -> str:
@@ -63,3 +69,10 @@ def spread(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     is_finite = len(values) > 1 and math.isfinite(mean)
     return number(mean) + (f" ± {number(statistics.stdev(values))}" if is_finite else "")
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """The power of x that y grows with: the slope of log y against log x; None of fewer than 2."""
+    if len(points) < 2:
+        return None
+    return float(np.polyfit(*np.log(points).T, 1)[0])

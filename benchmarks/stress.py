@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import exact_log_abs_det
+from long_run import exact_log_abs_det
 from torch import Tensor
 
 from pyro_snf import Refined, SelfNormalizingLinear

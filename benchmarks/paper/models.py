@@ -14,7 +14,6 @@ from torch import nn
 from pyro_snf import (
     GECO,
     Learned,
-    LogDetMethod,
     MultiScale,
     SelfNormalizingConv2d,
     SelfNormalizingLinear,
@@ -65,21 +64,17 @@ def make_flow(settings: Settings, event_shape: torch.Size) -> Any:
         for layer in layers_of(flow):
             nn.init.normal_(layer.theta, std=settings.initial_noise)
             layer.refactorize()
-    return rivals.replace_layers(flow, settings.log_det) if settings.log_det in RIVALS else flow
+    is_rival = settings.log_det in rivals.KINDS
+    return rivals.replace_layers(flow, settings.log_det) if is_rival else flow
 
 
-RIVALS = tuple(kind for kind in rivals.KINDS if kind != "slogdet")
-
-
-def _log_det(settings: Settings) -> str | LogDetMethod:
-    if settings.log_det == "slogdet":
-        return rivals.SlogDet()
+def _log_det(settings: Settings) -> str | Learned:
     if settings.log_det == "learned":
         weight: float | GECO = settings.reconstruction_weight
         if settings.geco_tolerance > 0:
             weight = GECO(settings.geco_tolerance, weight=weight, rate=settings.geco_rate)
         return Learned(reconstruction_weight=weight)
-    return "exact" if settings.log_det in RIVALS else settings.log_det
+    return "exact" if settings.log_det in rivals.KINDS else settings.log_det
 
 
 def make_density(flow: nn.Module, event_shape: torch.Size, num_levels: int) -> Any:
@@ -96,9 +91,7 @@ def layers_of(flow: nn.Module) -> list[Layer]:
     return [module for module in flow.modules() if isinstance(module, Layer)]
 
 
-def layers_with_shapes(
-    flow: Any, event_shape: torch.Size
-) -> Iterator[tuple[Layer, torch.Size]]:
+def layers_with_shapes(flow: Any, event_shape: torch.Size) -> Iterator[tuple[Layer, torch.Size]]:
     """The self-normalizing layers, with the shapes of what they are given."""
     stacks: Sequence[Any] = flow.levels if isinstance(flow, MultiScale) else [flow]
     for index, stack in enumerate(stacks):

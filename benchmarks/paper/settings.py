@@ -69,12 +69,17 @@ class Settings:
     num_levels: int = _count(2, "of glow")
     steps_per_level: int = _count(16, "of glow")
     hidden_channels: int = _count(512, "of glow's couplings")
-    initial_noise: float = _amount(0.0, "standard deviation, relative to 1/√inputs, of noise that "
-                                        "is added to the identities that conv starts from")
+    initial_noise: float = _amount(
+        0.0,
+        "standard deviation, relative to 1/√inputs, of noise that "
+        "is added to the identities that conv starts from",
+    )
     batch_size: int = _count(100, "images a step")
     learning_rate: float = _amount(1e-4, "of Adam, for raw weights and kernels")
     schedule: str = _setting(
-        "constant", "of the rate after the warm-up: cosine falls to 0", choices=("constant", "cosine")
+        "constant",
+        "of the rate after the warm-up: cosine falls to 0",
+        choices=("constant", "cosine"),
     )
     warm_up_epochs: float = _amount(10.0, "in which the rate rises from 0")
     epochs: int = _count(1000, "passes through the training images")
@@ -88,10 +93,13 @@ class Settings:
     geco_rate: float = _amount(1e-3, "of that controller")
     max_gradient_norm: float = _amount(0.0, "to which gradients are clipped, 0 for none")
     evaluate_every: int = _count(1, "epochs between evaluations")
-    patience: int = _count(0, "epochs without a gain in validation after which to stop, 0 for none", 0)
+    patience: int = _count(
+        0, "epochs without a gain in validation after which to stop, 0 for none", 0
+    )
     max_seconds: float = _amount(0.0, "of training, 0 for no limit")
     clock: str = _setting(
-        "wall", "what seconds are of; a processor's do not count other processes",
+        "wall",
+        "what seconds are of; a processor's do not count other processes",
         choices=("wall", "processor"),
     )
     dtype: str = _setting("float32", "of the parameters", choices=("float32", "float64"))
@@ -146,15 +154,61 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option for each setting; what is not given is not in the namespace."""
-    for one in dataclasses.fields(Settings):
-        options = {**one.metadata}
-        options["help"] = options["help"].replace("%(default)s", str(one.default))
+@dataclass(frozen=True)
+class TimescalingSettings:
+    """Of the time of a step against dimension; see timescaling.py."""
+
+    log_det: tuple[str, ...] = _setting(
+        ("plain", "learned", "refined", "exact", "slogdet"), "what is timed", nargs="+", type=str
+    )
+    kinds: tuple[str, ...] = _setting(("dense", "conv"), "of layers", nargs="+", type=str)
+    dims: tuple[int, ...] = _setting(
+        tuple(32 * n for n in range(1, 128, 3)), "values of D", nargs="+", type=_at_least(1, int)
+    )
+    batch_size: int = _count(128, "images a step")
+    seconds: float = _amount(0.3, "for a method at a size, about")
+    turns: int = _count(3, "that the methods take at a size")
+    max_seconds_per_step: float = _amount(2.0, "beyond which larger D are not timed")
+    seed: int = _count(0, "of the data and the layers", 0)
+
+
+@dataclass(frozen=True)
+class Densities2dSettings:
+    """Of the densities in the plane; see densities_2d.py."""
+
+    log_det: str = _setting(
+        "all", "of the dense flow", choices=("all", "exact", "refined", "learned")
+    )
+    densities: tuple[str, ...] = _setting((), "by name, all unless given", nargs="+", type=str)
+    num_layers: int = _count(16, "of the dense flow")
+    num_bins: int = _count(8, "of the splines")
+    num_steps: int = _count(2000, "of Adam")
+    batch_size: int = _count(256, "points a step")
+    learning_rate: float = _amount(5e-3, "of Adam, at first")
+    seed: int = _count(0, "of everything random", 0)
+
+
+#: The settings of the experiments that are not training for images.
+OTHERS: dict[str, type] = {
+    "timescaling": TimescalingSettings,
+    "densities-2d": Densities2dSettings,
+}
+
+
+def add_options(parser: argparse.ArgumentParser, preset: str) -> None:
+    """An option for each setting of a preset; what is not given is not in the namespace."""
+    defaults = make_settings(preset, {})
+    for one in dataclasses.fields(defaults):
+        default = getattr(defaults, one.name)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        help_text = one.metadata["help"].replace("%(default)s", shown or "all")
         name = f"--{one.name.replace('_', '-')}"
-        parser.add_argument(name, default=argparse.SUPPRESS, **options)
+        options = {**one.metadata, "help": help_text, "default": argparse.SUPPRESS}
+        parser.add_argument(name, **options)
 
 
-def make_settings(preset: str, options: dict[str, Any]) -> Settings:
-    """A preset's settings, and the options given in their place."""
+def make_settings(preset: str, options: dict[str, Any]) -> Any:
+    """A preset's settings, with the options given in their place."""
+    if preset in OTHERS:
+        return OTHERS[preset](**options)
     return Settings(**{**PRESETS[preset], **options})

@@ -108,7 +108,9 @@ class Run:
         rate = one.learning_rate * min(1.0, (self.num_steps + 1) / max(warm_up, 1.0))
         if one.schedule == "cosine":
             rest = max(self.num_steps - warm_up, 0.0)
-            rate *= (1 + math.cos(math.pi * rest / (one.epochs * self.steps_per_epoch - warm_up))) / 2
+            rate *= (
+                1 + math.cos(math.pi * rest / (one.epochs * self.steps_per_epoch - warm_up))
+            ) / 2
         return rate
 
     def step(self) -> float:
@@ -162,9 +164,7 @@ class Run:
         error = max((one for one in estimates if one is not None), default=math.nan)
         self.losses = []
         self.history.append(
-            Evaluation(
-                self.epoch, self.num_steps, self.seconds, training, loss, bits, error
-            )
+            Evaluation(self.epoch, self.num_steps, self.seconds, training, loss, bits, error)
         )
         if self.best is None or loss < self.best.validation:
             # Copies, for what a state_dict holds goes on to change.
