@@ -78,8 +78,9 @@ class RelativeGradientLinear(InvertibleTransformModule):
     and gradients are exact and true, in O(D³). ``T.inv(y)`` solves in O(D³); its gradients are
     always the true ones, so it is T that the data have to pass through.
 
-    Their code multiplies as this does. There b is a row of W, whose relative gradient 0 at b = 0
-    does not leave, and is part of the product, T(x) in the place of T(x) − b.
+    In their code the product with WᵀW is on the same side. But there b is one more column of W: its
+    own relative gradient is a multiple of b, so 0 at b = 0, and that of the data has T(x) in the
+    place of T(x) − b.
 
     >>> layer = RelativeGradientLinear(3)
     >>> layer(torch.zeros(5, 3)).shape
