@@ -1,0 +1,155 @@
+"""The runner of the paper's experiments: every preset and rival on a slice, resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL = ["--data", "digits", "--num-train", "120", "--num-evaluated", "30", "--batch-size", "40"]
+SMALL += ["--clock", "processor"]
+SIZES = {
+    "fc": [],
+    "conv": ["--num-blocks", "2", "--layers-per-block", "1"],
+    "glow": ["--num-levels", "1", "--steps-per-level", "1", "--hidden-channels", "4"],
+}
+#: The folder's modules, whose names are short, and those that it shares.
+MODULES = [path.stem for path in (BENCHMARKS / "paper").glob("*.py")]
+MODULES += ["datasets", "files", "results", "conv"]
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """The command, which returns what is in result.json of ``folder``."""
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "paper"))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import command_line
+
+    def run(preset: str, *options: str, folder: str = "run") -> Any:
+        place = tmp_path / folder
+        command_line.main(["run", "--preset", preset, "--output-dir", str(place), *options])
+        return json.loads((place / "result.json").read_text(encoding="utf-8"))
+
+    yield run
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+RUNS = [
+    *[("fc-mnist", "fc", name) for name in ("refined", "learned", "exact", "slogdet", "relative")],
+    *[("conv-mnist", "conv", name) for name in ("learned", "emerging", "exponential")],
+    ("glow-mnist", "glow", "refined"),
+    ("glow-cifar", "glow", "learned"),
+    ("glow-imagenet32", "glow", "exact"),
+    ("geco", "glow", "learned"),
+]
+
+
+@pytest.mark.parametrize(("preset", "model", "log_det"), RUNS)
+def test_every_preset_goes_on_as_if_not_interrupted(
+    paper: Callable[..., Any], tmp_path: Path, preset: str, model: str, log_det: str
+) -> None:
+    options = [*SMALL, *SIZES[model], "--log-det", log_det, "--warm-up-epochs", "1"]
+    if model == "glow":
+        options += ["--kernel-size", "3" if preset != "glow-mnist" else "1"]
+    averaging = ["--averaging", "1"] if preset in ("fc-mnist", "glow-mnist") else []
+    whole = paper(preset, *options, *averaging, "--epochs", "2", folder="whole")
+    paper(preset, *options, *averaging, "--epochs", "1")
+    again = paper(preset, *options, *averaging, "--epochs", "2", "--resume")
+    for result in (whole, again):
+        del result["date"], result["seconds"]
+        result["history"] = [row | {"seconds": 0} for row in result["history"]]
+        for name in [name for name in result if name.endswith("_ms")]:
+            del result[name]
+    assert again == whole
+    states = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "run")]
+    for name in ("flow", "evaluated"):
+        ours, theirs = (state[name] for state in states)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if key in theirs
+                   and isinstance(ours[key], torch.Tensor))
+    assert again["settings"]["log_det"] == log_det
+    assert again["settings"]["batch_size"] == 40
+    assert set(again["versions"]) >= {"torch", "pyro", "pyro_snf", "python", "numpy"}
+    assert [row["epoch"] for row in again["history"]] == [0, 1, 2]
+    assert again["num_steps"] == 6
+    validation = [row["validation"] for row in again["history"]]
+    assert validation[-1] < validation[0] or log_det == "exponential"
+    assert again["validation"] == min(validation)
+    assert math.isclose(again["test"], again["test_bits_per_dim"] * 64 * math.log(2))
+    pictures = {path.name for path in (tmp_path / "run").glob("*.png")}
+    has_inverse = log_det in ("refined", "learned")
+    expected = {"samples.png", "reconstructions.png"} | ({"kernels.png"} if has_inverse else set())
+    assert pictures == expected
+
+
+def test_why_a_run_ends(paper: Callable[..., Any]) -> None:
+    tiny = [*SMALL, "--epochs", "4"]
+    ends = {
+        "max_seconds": ["--max-seconds", "1e-6"],
+        "patience": ["--patience", "1", "--learning-rate", "0"],
+        "diverged": ["--learning-rate", "1e30", "--warm-up-epochs", "0"],
+    }
+    for reason, options in ends.items():
+        result = paper("fc-mnist", *tiny, *options, folder=reason)
+        assert result["reason"] == reason
+    assert paper("fc-mnist", *tiny, "--resume", folder="max_seconds")["reason"] == "epochs"
+    with pytest.raises(SystemExit, match="expected seed to be 0, as in the checkpoint; got 1"):
+        paper("fc-mnist", *tiny, "--resume", "--seed", "1", folder="max_seconds")
+    with pytest.raises(SystemExit, match="expected no checkpoint in .*; got one"):
+        paper("fc-mnist", *tiny, folder="max_seconds")
+    with pytest.raises(SystemExit, match="expected a checkpoint to resume from"):
+        paper("fc-mnist", *tiny, "--resume", folder="new")
+    with pytest.raises(SystemExit, match="expected .* for kind 'emerging'"):
+        paper("fc-mnist", *tiny, "--log-det", "emerging", folder="wrong")
+
+
+def test_schedule_and_average(paper: Callable[..., Any]) -> None:
+    from datasets import load_images
+    from settings import make_settings
+    from training import Run
+
+    options = {"data": "digits", "num_train": 40, "batch_size": 10, "num_evaluated": 10}
+    options |= {"epochs": 5, "warm_up_epochs": 1.0, "schedule": "cosine", "averaging": 0.5}
+    run = Run(make_settings("fc-mnist", {**options, "learning_rate": 0.1}), load_images("digits"))
+    rates, weights = [], []
+    for _ in range(20):
+        rates.append(run.learning_rate())
+        run.step()
+        weights.append(run.flow.parts[1].theta.detach().clone())
+    expected = [0.1 * (step + 1) / 4 for step in range(4)]
+    expected += [0.05 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert rates == pytest.approx(expected)
+    average = weights[0]
+    for number, weight in enumerate(weights[1:], start=2):
+        average = average.lerp(weight, 1 / min(number, 2))
+    assert torch.allclose(run.evaluated.parts[1].theta, average, atol=1e-6)
+
+
+def test_report(paper: Callable[..., Any], tmp_path: Path) -> None:
+    import command_line
+
+    for log_det in ("exact", "refined"):
+        for seed in ("0", "1"):
+            options = [*SMALL, "--epochs", "2", "--log-det", log_det, "--seed", seed]
+            paper("fc-mnist", *options, folder=f"all/{log_det}-{seed}")
+    command_line.main(["report", str(tmp_path / "all")])
+    text = (tmp_path / "all" / "results.md").read_text(encoding="utf-8")
+    assert "--preset fc-mnist --data digits --num-train 120 --num-evaluated 30" in text
+    rows = {line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if "|" in line}
+    assert {"exact", "refined"} <= set(rows)
+    assert rows["refined"][2].strip() == "0, 1"
+    assert rows["refined"][-2].strip() == "–" and rows["exact"][-2].strip() == "947.6 ± 0.2"
+    assert "%" in rows["refined"][-4] and "±" in rows["refined"][-6]
+    assert (tmp_path / "all" / "curves.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="expected results of runs below"):
+        command_line.main(["report", str(tmp_path / "none")])
