@@ -27,8 +27,8 @@ from pathlib import Path
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import exact_log_abs_det
 from results import append, number, print_table
+from stress import exact_log_abs_det
 from torch import Tensor
 
 from pyro_snf import SelfNormalizingLinear

@@ -1,6 +1,6 @@
 """Random probes, or a subspace iteration? Tracked inverses of the same weights, on MNIST.
 
-The two-layer flow of ``mnist_fc.py`` is trained with the exact gradient and a warm-up over 10
+The paper's flow of two dense layers is trained with the exact gradient and a warm-up over 10
 epochs; trackers that do not take part follow its layers. Each does one update a step: the block
 Broyden update of :mod:`pyro_snf.log_dets.tracked_inverse` along k directions, either Gaussian, or
 turned towards the error E = I − RA by one subspace iteration. Nothing is ever refactorized.
@@ -15,17 +15,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyro.distributions as dist
 import torch
 from datasets import load_images
-from mnist_fc import BATCH, make_density, make_optimizer
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_snf import SelfNormalizingLinear
+from pyro_snf import SelfNormalizingLinear, flows
 from pyro_snf.images import LogitTransform, dequantize
 from pyro_snf.maps import Dense
 
 DIM = 784
+BATCH = 100
+WARM_UP_EPOCHS = 10
+LEARNING_RATE = 1e-4  # for raw matrices
 DENSE = Dense()
 #: Singular directions of E whose share of its energy is reported.
 LARGEST = 16
@@ -69,9 +72,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images("mnist", args.data_dir).train.flatten(1)
     to_logits = LogitTransform(event_dim=1)
     noise = torch.Generator().manual_seed(args.seed)
-    layers = [SelfNormalizingLinear(DIM, log_det="exact") for _ in range(2)]
-    flow, density = make_density(layers)
-    optimizer, warm_up = make_optimizer(flow, 1e-4, len(images) // BATCH)
+    flow = flows.fully_connected(DIM, log_det="exact")
+    layers = [part for part in flow.parts if isinstance(part, SelfNormalizingLinear)]
+    base = dist.Normal(torch.zeros(DIM), torch.ones(DIM)).to_event(1)
+    density = dist.TransformedDistribution(base, [flow.inv])
+    matrices = [layer.theta for layer in layers]
+    others = [one for one in flow.parameters() if one.dim() < 2]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": matrices, "lr": LEARNING_RATE * math.sqrt(DIM)},
+            {"params": others, "lr": LEARNING_RATE},
+        ]
+    )
+    num_warm_up = WARM_UP_EPOCHS * len(images) / BATCH
+    warm_up = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / num_warm_up)
+    )
     trackers = [
         {
             f"{kind}, k = {k}": Tracker(k, kind == "iterated")

@@ -22,13 +22,19 @@ from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
-from mnist_fc import exact_log_abs_det
 from torch import Tensor
 
 from pyro_snf import Refined, SelfNormalizingLinear
 from pyro_snf.diagnostics import gradient_error
 
 STEPS = 20
+
+
+@torch.no_grad()
+def exact_log_abs_det(layer: SelfNormalizingLinear) -> float:
+    """``log|det W|`` in float64."""
+    matrix = layer.log_det.linear_map.weight(layer.theta.double())
+    return (torch.linalg.slogdet(matrix).logabsdet + layer.log_scale.double().sum()).item()
 
 
 @torch.no_grad()
