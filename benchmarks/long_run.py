@@ -28,7 +28,6 @@ from pathlib import Path
 import pyro.distributions as dist
 import torch
 from results import append, number, print_table
-from stress import exact_log_abs_det
 from torch import Tensor
 
 from pyro_snf import SelfNormalizingLinear

@@ -166,12 +166,12 @@ def glow(
     :func:`~pyro_snf.image_coupling`. Each level but the last is done with half of its channels.
 
     The paper's: ``glow((1, 28, 28))``. The convolutions are 1 × 1, as Glow's are, or larger. They
-    start as random rotations of the channels, so that each coupling sees and changes other mixtures of channels. (Couplings always change
-    the second half of them: with identities to start from, the first half would not be changed
-    before training has mixed them.) The rotations and the couplings' hidden layers are of torch's
-    global random stream. ActNorm starts from the first batch in training. Adam at 1e-3 and
-    3e-3 needs no warm-up: the couplings' scales are bounded, and the last layers of their networks
-    are scaled by their widths.
+    start as random rotations of the channels, so that each coupling sees and changes other mixtures
+    of them. (Couplings always change the second half of the channels: with identities to start
+    from, the first half would not be changed before training has mixed them.) The rotations and the
+    couplings' hidden layers are of torch's global random stream. ActNorm starts from the first
+    batch in training. Adam at 1e-3 and 3e-3 needs no warm-up: the couplings' scales are bounded,
+    and the last layers of their networks are scaled by their widths.
 
     >>> flow = glow((1, 8, 8), num_steps=2, hidden_channels=16)
     >>> flow.latent_shapes

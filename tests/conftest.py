@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyro
 import pytest
@@ -13,6 +15,8 @@ import torch
 from pyro_snf.maps import dense as dense_module
 from tests import simulated_cuda
 from tests.registry import CASES, Case
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 torch.set_num_threads(1)  # as conftest.py above does it for other processes
 
@@ -44,6 +48,18 @@ def _clean_slate() -> Iterator[None]:
     pyro.clear_param_store()
     pyro.settings.set(module_local_params=False)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules of the benchmarks can be imported, and are forgotten afterwards."""
+    before = set(sys.modules)
+    for folder in (BENCHMARKS, BENCHMARKS / "paper"):
+        monkeypatch.syspath_prepend(str(folder))
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
 @pytest.fixture(params=DEVICES)

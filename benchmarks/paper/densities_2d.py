@@ -19,7 +19,6 @@ latents.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import warnings
@@ -32,29 +31,17 @@ import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
+from settings import Densities2dSettings
 from torch import Tensor, nn
 
 from pyro_snf import RationalQuadraticSpline, ResidualMLP, SelfNormalizingPair, flows, plotting
 from pyro_snf.progress import Progress
 
-__all__ = ["DEFAULTS", "DENSITIES", "run"]
+__all__ = ["DENSITIES", "run"]
 
 LOG_DETS = ("exact", "refined", "learned")
 PAIR, COUPLING = "pair", "spline coupling"
 FLOWS = (*LOG_DETS, PAIR, COUPLING)
-
-#: Of :func:`run`. Of the dense flow: ``log_det``, None for all three, and ``learning_rate``. Of the
-#: names of densities, none are all.
-DEFAULTS: Mapping[str, Any] = {
-    "log_det": None,
-    "densities": (),
-    "num_layers": 8,
-    "num_bins": 16,
-    "num_steps": 400,
-    "batch_size": 256,
-    "learning_rate": 2e-2,
-    "seed": 0,
-}
 
 #: Test data. Their seed is not that of the training.
 NUM_TEST, TEST_SEED = 10_000, 2**32
@@ -245,7 +232,7 @@ def make_flow(name: str, *, num_layers: int, num_bins: int) -> Flow:
 
 
 def train(
-    flow: Flow, density: Density, rate: float, settings: argparse.Namespace, progress: Progress
+    flow: Flow, density: Density, rate: float, settings: Densities2dSettings, progress: Progress
 ) -> float:
     """Milliseconds of processor time a step, on average, without drawing the data."""
     optimizer = torch.optim.Adam(flow.module.parameters(), lr=rate, fused=True)
@@ -313,20 +300,16 @@ def evaluate(flow: Flow, density: Density, test: Tensor) -> dict[str, float]:
 
 
 @pyro.validation_enabled(False)  # a flow that has diverged is to be seen in the table
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train each flow for each density; a row for each, and ``densities.png`` in ``output_dir``.
+def run(settings: Densities2dSettings, output_dir: Path) -> list[dict[str, Any]]:
+    """Train each flow for each density; a row for each, and ``densities.png`` in a folder.
 
-    :param args: has ``output_dir``, and what is to be other than in :data:`DEFAULTS`.
-    :raises ValueError: for other log-determinants and densities.
+    :raises ValueError: for a density that is not of these.
     """
-    settings = argparse.Namespace(**{**DEFAULTS, **vars(args)})
     names = settings.densities or tuple(DENSITIES)
     unknown = [name for name in names if name not in DENSITIES]
     if unknown:
         raise ValueError(f"expected densities among {', '.join(DENSITIES)}; got {unknown[0]!r}")
-    if settings.log_det not in (None, *LOG_DETS):
-        raise ValueError(f"expected log_det {' or '.join(LOG_DETS)}; got {settings.log_det!r}")
-    chosen = [name for name in FLOWS if settings.log_det in (None, name) or name not in LOG_DETS]
+    chosen = [name for name in FLOWS if settings.log_det in ("all", name) or name not in LOG_DETS]
     rows, pictures = [], {}
     with Progress(True, settings.num_steps * len(names) * len(chosen)) as progress:
         for density_name in names:

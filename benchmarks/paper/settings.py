@@ -180,11 +180,11 @@ class Densities2dSettings:
         "all", "of the dense flow", choices=("all", "exact", "refined", "learned")
     )
     densities: tuple[str, ...] = _setting((), "by name, all unless given", nargs="+", type=str)
-    num_layers: int = _count(16, "of the dense flow")
-    num_bins: int = _count(8, "of the splines")
-    num_steps: int = _count(2000, "of Adam")
+    num_layers: int = _count(8, "of the dense flow")
+    num_bins: int = _count(16, "of the splines")
+    num_steps: int = _count(400, "of Adam")
     batch_size: int = _count(256, "points a step")
-    learning_rate: float = _amount(5e-3, "of Adam, at first")
+    learning_rate: float = _amount(2e-2, "of Adam for the dense flow, at first")
     seed: int = _count(0, "of everything random", 0)
 
 
