@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append", "load", "number", "print_table", "select", "spread"]
+import numpy as np
+
+__all__ = ["append", "load", "number", "print_table", "select", "slope", "spread"]
 
 Row = dict[str, Any]
 
@@ -63,3 +65,10 @@ def spread(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     is_finite = len(values) > 1 and math.isfinite(mean)
     return number(mean) + (f" ± {number(statistics.stdev(values))}" if is_finite else "")
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """The power of x that y grows with: the slope of log y against log x; None of fewer than 2."""
+    if len(points) < 2:
+        return None
+    return float(np.polyfit(*np.log(points).T, 1)[0])
