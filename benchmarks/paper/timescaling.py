@@ -54,7 +54,7 @@ KINDS = {
 #: The paper's learning rates, of a matrix and of a kernel.
 RATES = {"dense": 1e-4, "conv": 1e-3}
 #: Refined's steps are not all alike: a turn has so many at least.
-REFINED_STEPS = 30
+REFINED_STEPS = 20
 #: Different batches of data.
 NUM_BATCHES = 8
 #: The slope is fitted from here up, where a step is not all overhead.
