@@ -14,7 +14,6 @@ The data are correlated Gaussian vectors, for which Adam's steps are mostly nois
     python benchmarks/linear.py --dims 1024 --batches 128      (a part of it)
     python benchmarks/linear.py --data-dir DIR --methods nn.Linear refined slogdet
     python benchmarks/linear.py --device cuda --dims 1024 4096 16384
-    python benchmarks/linear.py --paper                        (time against dimension, as there)
 
 Needs ``pip install -e .[benchmarks]``.
 """
@@ -33,13 +32,13 @@ import FrEIA.modules
 import matplotlib.pyplot as plt
 import nflows.transforms
 import normflows
-import numpy as np
 import pyro.distributions.transforms as pyro_transforms
 import torch
 import zuko.transforms
 from datasets import load_images
 from files import save_json
 from pyro.distributions import constraints
+from results import select, slope
 from torch import Tensor, nn
 from torch.distributions import transform_to
 from tqdm import tqdm
@@ -49,9 +48,6 @@ from pyro_snf.images import LogitTransform, dequantize, quantize
 
 DIMS = (64, 128, 256, 512, 784, 1024, 2048, 4096)
 BATCHES = (1, 32, 128, 512)
-#: The paper's figure of time against dimension: batch 128, D = 32 · (1, 4, 7, …, 127).
-PAPER_DIMS = tuple(32 * n for n in range(1, 128, 3))
-PAPER_METHODS = ("nn.Linear", "refined", "learned", "exact", "slogdet")
 #: Its steps are not all alike: the mean counts, over this many steps of a turn at least.
 AMORTIZED = "refined"
 MIN_STEPS = 30
@@ -468,12 +464,8 @@ def measure(dim: int, batch: int, args: argparse.Namespace) -> list[dict]:
 
 def exponent(rows: list[dict], method: str, batch: int) -> float | None:
     """The slope of log(time) against log(D), from FIT_FROM up."""
-    points = [
-        (math.log(row["dim"]), math.log(row["step_ms"]))
-        for row in rows
-        if row["method"] == method and row["batch"] == batch and row["dim"] >= FIT_FROM
-    ]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else None
+    found = select(rows, method=method, batch=batch)
+    return slope([(row["dim"], row["step_ms"]) for row in found if row["dim"] >= FIT_FROM])
 
 
 def print_tables(rows: list[dict], args: argparse.Namespace) -> None:
@@ -531,7 +523,7 @@ def print_tables(rows: list[dict], args: argparse.Namespace) -> None:
             )
 
 
-def plot(rows: list[dict], batch: int, path: Path, *, logarithmic: bool) -> None:
+def plot(rows: list[dict], batch: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = [
@@ -547,8 +539,7 @@ def plot(rows: list[dict], batch: int, path: Path, *, logarithmic: bool) -> None
             linewidth=2.5 if ours else 1,
             label=label,
         )
-    if logarithmic:
-        axes.loglog()
+    axes.loglog()
     axes.set_xlabel("dimension D")
     axes.set_ylabel("forward, log-det and backward, ms")
     axes.set_title(f"batch {batch}")
@@ -574,12 +565,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-input-gradient", dest="input_gradient", action="store_false", help="a first layer"
     )
-    parser.add_argument("--paper", action="store_true", help="the axes of the paper's figure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/linear"))
     args = parser.parse_args(argv)
-    if args.paper:
-        args.dims, args.batches, args.methods = PAPER_DIMS, (128,), PAPER_METHODS
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -590,11 +578,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.set_description(f"D = {dim}, batch {batch}")
         rows.extend(measure(dim, batch, args))
         save_json(args.output / "result.json", rows)
-    if args.paper:
-        plot(rows, 128, args.output / "paper.png", logarithmic=False)
-    else:
-        for batch in args.batches:
-            plot(rows, batch, args.output / f"batch{batch}.png", logarithmic=True)
+    for batch in args.batches:
+        plot(rows, batch, args.output / f"batch{batch}.png")
     print_tables(rows, args)
 
 

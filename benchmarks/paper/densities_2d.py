@@ -328,5 +328,5 @@ def run(settings: Densities2dSettings, output_dir: Path) -> list[dict[str, Any]]
                 panels[name] = partial(log_prob, flow)
             pictures[density_name] = panels
     figure = plotting.plot_densities(pictures, limit=VIEW, title="Data, and exact log densities")
-    figure.savefig(Path(settings.output_dir) / "densities.png", dpi=100)
+    figure.savefig(output_dir / "densities.png", dpi=100)
     return rows
