@@ -14,8 +14,12 @@ EXACT = 1e-9
 
 
 @pytest.fixture
-def timescaling(benchmark_modules: None) -> ModuleType:
-    return importlib.import_module("timescaling")
+def timescaling(benchmark_modules: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = importlib.import_module("timescaling")
+    # It would change the whole process of the tests.
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(module, "REFINED_STEPS", 2)
+    return module
 
 
 def test_dimensions_and_images(timescaling: ModuleType) -> None:
