@@ -155,8 +155,18 @@ class Run:
         averages, latest = (list(flow.parameters()) for flow in (self.evaluated, self.flow))
         torch._foreach_lerp_(averages, latest, 1 / max(window, 1.0))
 
+    def _follow(self) -> None:
+        """Give the averages what is not averaged: what layers keep of the latest weights, such as
+        their inverses, as approximate inverses of the averages."""
+        names = {name for name, _ in self.flow.named_parameters()}
+        state = self.flow.state_dict()
+        rest = {name: value for name, value in state.items() if name not in names}
+        self.evaluated.load_state_dict(rest, strict=False)
+
     def evaluate(self) -> None:
         """Add to the history."""
+        if self.settings.averaging:
+            self._follow()
         loss = self.negative_log_likelihood(self.data.validation)
         bits = images.bits_per_dim(torch.tensor(-loss), self.data.event_shape).item()
         training = sum(self.losses) / len(self.losses) if self.losses else math.nan
