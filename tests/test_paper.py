@@ -129,6 +129,12 @@ def test_why_a_run_ends(paper: Callable[..., Any]) -> None:
         paper("fc-mnist", *tiny, folder="max_seconds")
     with pytest.raises(SystemExit, match="expected a checkpoint to resume from"):
         paper("fc-mnist", *tiny, "--resume", folder="new")
+    with pytest.raises(SystemExit, match="expected num_blocks for conv only; got fc"):
+        paper("fc-mnist", "--num-blocks", "2", folder="wrong")
+    with pytest.raises(SystemExit, match="expected geco_rate for learned only; got exact"):
+        paper("geco", "--log-det", "exact", "--geco-rate", "0.1", folder="wrong")
+    with pytest.raises(SystemExit, match="expected a device of this machine; got 'abacus'"):
+        paper("fc-mnist", *tiny, "--device", "abacus", folder="wrong")
     with pytest.raises(SystemExit, match=r"expected .* of kind 'emerging'"):
         paper("fc-mnist", *tiny, "--log-det", "emerging", folder="wrong")
 

@@ -55,13 +55,15 @@ import pyro_snf
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
+    num_threads = torch.get_num_threads()
+    threads = f"{num_threads} threads" if num_threads > 1 else "one thread"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": pyro.__version__,
         "numpy": np.__version__,
         "pyro_snf": pyro_snf.__version__,
-        "machine": f"{platform.system()}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.system()}, {platform.machine()}, {threads}",
     }
 
 
@@ -91,6 +93,10 @@ def header(preset: str, one: Any) -> dict[str, Any]:
 def run_images(preset: str, one: Settings, args: argparse.Namespace, folder: Path) -> None:
     """Train a flow, evaluate it, and draw it."""
     torch.set_num_threads(one.threads or torch.get_num_threads())
+    try:
+        torch.empty(0, device=one.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ValueError(f"expected a device of this machine; got {one.device!r}") from error
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists() and not args.resume:
         raise ValueError(

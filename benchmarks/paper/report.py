@@ -134,28 +134,51 @@ def _table(results: Sequence[Result], preset: str) -> str:
     return markdown_table(header, lines)
 
 
+def _sampling_table(results: Sequence[Result], preset: str) -> str:
+    """Of the approximate inverse in one pass, and the true one; empty where there is none."""
+    names = ["one_pass_samples_off_by", "one_pass_reconstructions_off_by", "reconstructions_off_by"]
+    names += ["one_pass_ms", "exact_ms"]
+    lines = []
+    for label, _, ones in _rows(results, preset):
+        found = [one for one in ones if one.get("one_pass_ms")]
+        if found:
+            cells = [spread([one[name] for one in found]) for name in names]
+            lines.append([label, *cells])
+    if not lines:
+        return ""
+    header = ["log_det", "one pass: samples off by", "reconstructions off by"]
+    header += ["true inverse: reconstructions off by", "one pass: ms", "true inverse: ms"]
+    return (
+        "\n\n24 samples; levels of a pixel, on average, by which they are off:\n\n"
+        + markdown_table(header, lines)
+    )
+
+
+def _section(preset: str, options: str, results: Sequence[Result]) -> str:
+    command = f"python benchmarks/paper run --preset {preset} {options}".rstrip()
+    first = results[0]
+    dates = sorted({one["date"][:10] for one in results})
+    commits = sorted({str(one["commit"]) for one in results})
+    origin = (
+        f"Torch {first['versions']['torch']}, {first['versions']['machine']}, time of the "
+        f"{first['settings']['clock']}, {' to '.join([dates[0], *dates[1:][-1:]])}, commit "
+        f"{', '.join(commits)}."
+    )
+    tables = f"{_table(results, preset)}{_sampling_table(results, preset)}"
+    return f"### {preset}\n\n    {command}\n\n{tables}\n\n{origin}\n"
+
+
 def write_report(folder: Path, output_dir: Path) -> None:
     """Write results.md and curves.png.
 
     :raises ValueError: if there are no results.
     """
-    results = load(folder)
-    sections = list(_sections(results))
-    parts = []
-    for preset, options, ones in sections:
-        one = ones[0]
-        dates = sorted(one["date"][:10] for one in ones)
-        commits = ", ".join(sorted({str(one["commit"]) for one in ones}))
-        parts.append(
-            f"### {preset}\n\n    python benchmarks/paper run --preset {preset} {options}".rstrip()
-            + f"\n\n{_table(ones, preset)}\n\nTorch {one['versions']['torch']}, "
-            f"{one['versions']['machine']}, seconds of the {one['settings']['clock']}; "
-            f"{dates[0]}{f' to {dates[-1]}' if dates[-1] != dates[0] else ''}, commit {commits}.\n"
-        )
+    sections = list(_sections(load(folder)))
+    text = "\n".join(_section(*section) for section in sections)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "results.md").write_text("\n".join(parts), encoding="utf-8")
+    (output_dir / "results.md").write_text(text, encoding="utf-8")
     _plot(sections).savefig(output_dir / "curves.png", dpi=110)
-    print("\n".join(parts))
+    print(text)
     print(f"written: {output_dir / 'results.md'}, {output_dir / 'curves.png'}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import NAMES
 from rivals import KINDS as RIVALS
 
 LOG_DETS = ("refined", "learned", "exact", *RIVALS)
@@ -53,9 +54,7 @@ class Settings:
     """Every one is an option of the command line, and is in ``result.json``."""
 
     log_det: str = _setting("refined", "how log-determinants are had in training", choices=LOG_DETS)
-    data: str = _setting(
-        "mnist", "the images", choices=("mnist", "cifar10", "imagenet32", "digits", "folder")
-    )
+    data: str = _setting("mnist", "the images", choices=NAMES)
     num_train: int = _count(0, "of training images that are used, 0 for all", 0)
     num_evaluated: int = _count(0, "of images of validation and test each, 0 for all", 0)
     model: str = _setting("fc", "the flow", choices=("fc", "conv", "glow"))
@@ -70,9 +69,7 @@ class Settings:
     steps_per_level: int = _count(16, "of glow")
     hidden_channels: int = _count(512, "of glow's couplings")
     initial_noise: float = _amount(
-        0.0,
-        "standard deviation, relative to 1/√inputs, of noise that "
-        "is added to the identities that conv starts from",
+        0.0, "of conv's kernels around the identity: a standard deviation, in units of 1/√inputs"
     )
     batch_size: int = _count(100, "images a step")
     learning_rate: float = _amount(1e-4, "of Adam, for raw weights and kernels")
@@ -107,6 +104,20 @@ class Settings:
     threads: int = _count(0, "of torch, 0 for its own choice", 0)
     device: str = _setting("cpu", "such as cuda")
 
+
+#: Options that not all models, and not all methods, have.
+_MODELS_WITH = {
+    "activation": ("fc", "conv"),
+    "num_layers": ("fc",),
+    "num_blocks": ("conv",),
+    "layers_per_block": ("conv",),
+    "initial_noise": ("conv",),
+    "kernel_size": ("conv", "glow"),
+    "num_levels": ("glow",),
+    "steps_per_level": ("glow",),
+    "hidden_channels": ("glow",),
+}
+_OF_LEARNED = ("reconstruction_weight", "geco_tolerance", "geco_rate")
 
 _GLOW = {
     "model": "glow",
@@ -208,7 +219,17 @@ def add_options(parser: argparse.ArgumentParser, preset: str) -> None:
 
 
 def make_settings(preset: str, options: dict[str, Any]) -> Any:
-    """A preset's settings, with the options given in their place."""
+    """A preset's settings, with the options given in their place.
+
+    :raises ValueError: for an option of another model or method.
+    """
     if preset in OTHERS:
         return OTHERS[preset](**options)
-    return Settings(**{**PRESETS[preset], **options})
+    made = Settings(**{**PRESETS[preset], **options})
+    for name in options:
+        models = _MODELS_WITH.get(name, (made.model,))
+        if made.model not in models:
+            raise ValueError(f"expected {name} for {' or '.join(models)} only; got {made.model}")
+        if name in _OF_LEARNED and made.log_det != "learned":
+            raise ValueError(f"expected {name} for learned only; got {made.log_det}")
+    return made
