@@ -28,7 +28,7 @@ from pyro_snf.options import (
     expect,
     has_values,
 )
-from pyro_snf.plotting import plot_curves
+from pyro_snf.plotting import plot_losses
 from pyro_snf.processes import check_one_process
 from pyro_snf.progress import Progress
 
@@ -104,19 +104,8 @@ class DensityFit:
 
     def plot(self) -> Figure:
         """The losses in every epoch."""
-        curves = {"training": self.losses, "validation": self.validation_losses}
-        shown = {
-            name: (list(range(1, len(values) + 1)), values.tolist())
-            for name, values in curves.items()
-            if len(values)
-        }
-        every = np.concatenate([values[len(values) // 10 :] for values in curves.values()])
-        every = every[np.isfinite(every)]
-        low, high = (every.min(), np.quantile(every, 0.98)) if len(every) else (0.0, 1.0)
-        margin = 0.1 * (high - low) + 1e-3
-        return plot_curves(
-            shown, xlabel="epoch", ylabel="−log p(x) (nats)", ylim=(low - margin, high + margin)
-        )
+        losses = {"training": self.losses, "validation": self.validation_losses}
+        return plot_losses({name: ones for name, ones in losses.items() if len(ones)}, unit="epoch")
 
     def __str__(self) -> str:
         kind = "validation" if len(self.validation_losses) else "training"

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from pyro_snf.guides import AutoSelfNormalizingFlow
 from pyro_snf.optim import NaturalGradient
 from pyro_snf.options import as_count, as_positive, as_pyro_seed, check_flag, expect
-from pyro_snf.plotting import plot_curves
+from pyro_snf.plotting import plot_losses
 from pyro_snf.processes import check_one_process
 from pyro_snf.progress import Progress
 from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
@@ -92,22 +91,8 @@ class Fit:
         return float(tail.mean()) if len(tail) else math.nan
 
     def plot(self) -> Figure:
-        """The loss at every step, and its mean over each 2 % of the steps."""
-        edges = np.linspace(0, self.num_steps, min(50, self.num_steps) + 1).astype(int)
-        means = [self.losses[start:stop].mean() for start, stop in pairwise(edges)]
-        late = self.losses[self.num_steps // 10 :]
-        late = late[np.isfinite(late)]
-        low, high = np.quantile(late, [0.0, 0.95]) if len(late) else (0.0, 1.0)
-        margin = 0.1 * (high - low) + 1e-3
-        return plot_curves(
-            {
-                "every step": (range(1, self.num_steps + 1), self.losses.tolist()),
-                "mean": (edges[1:].tolist(), means),
-            },
-            xlabel="step",
-            ylabel="−ELBO (nats)",
-            ylim=(low - margin, high + margin),
-        )
+        """The loss of every step; of many steps, means over groups of them."""
+        return plot_losses({"−ELBO": self.losses})
 
     def __str__(self) -> str:
         text = f"{self.num_steps} steps in {self.seconds:.1f} s, stopped: {self.reason}\n"

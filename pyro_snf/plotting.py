@@ -1,4 +1,4 @@
-"""Plots for examples and users.
+"""Plots of draws, losses, densities and images.
 
 Every function returns a new :class:`matplotlib.figure.Figure` without using pyplot's global state:
 save it with ``figure.savefig("name.png")``; a notebook displays it. Matplotlib is imported in the
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "plot_curves",
     "plot_densities",
-    "plot_fields",
     "plot_image_grid",
-    "plot_intensity",
     "plot_kernels",
+    "plot_losses",
+    "plot_pairs",
+    "plot_posterior",
 ]
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,10 +39,16 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5
 
 _ROW_LABEL: dict[str, Any] = {"rotation": "horizontal", "ha": "right", "va": "center"}
 
-# The probability outside a 90 % band, on either side.
-_TAIL = 0.05
+# Losses in a curve.
+_MAX_POINTS = 200
 
-_MAX_PANELS_IN_A_ROW = 3
+# Of marginals: the share of draws beyond either end of a panel, and its bins; and what a figure
+# has room for.
+_TAIL, _NUM_BINS = 0.005, 40
+_MAX_MARGINALS, _MARGINALS_IN_A_ROW, _MAX_PAIRED = 24, 4, 8
+
+# Points in a panel of pairs.
+_MAX_SHOWN = 2000
 
 # The range of the colours of log densities, in nats below the highest value.
 _LOG_DENSITY_RANGE = 8.0
@@ -146,99 +153,157 @@ def plot_kernels(kernels: Mapping[str, Tensor], *, title: str = "") -> Figure:
     return figure
 
 
-def plot_intensity(
-    positions: Tensor,
-    counts: Tensor,
-    samples: Mapping[str, Tensor],
-    *,
-    truth: Tensor | None = None,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
+def plot_losses(
+    losses: Mapping[str, Sequence[float] | NDArray[np.float64]], *, unit: str = "step"
 ) -> Figure:
-    """Posteriors of an intensity along a line, a panel each, with mean, 90 % band and counts.
+    """Losses of one or more fits, on the scale of the last nine tenths of each.
 
-    The scale is that of square roots, on which Poisson noise has the same width for all counts.
+    Of more than 200 steps, means over groups of them are shown.
 
-    >>> counts = torch.tensor([3.0, 5.0, 4.0])
-    >>> figure = plot_intensity(
-    ...     torch.arange(3.0), counts, {"guide": torch.rand(50, 3)}, xlabel="year", ylabel="events"
-    ... )
+    >>> figure = plot_losses({"first fit": [3.0, 2.0, 1.5], "second fit": [4.0, 2.0, 1.0]})
 
-    :param Tensor positions: of the counts on the line, shape ``(D,)``.
-    :param Tensor counts: the data, shape ``(D,)``.
-    :param samples: for every label, S posterior samples of the intensity, shape ``(S, D)``.
-    :param Tensor truth: the true intensity, shape ``(D,)``, or None.
-    :param str xlabel: what the positions are, and their unit.
-    :param str ylabel: what the counts are, and their unit.
-    :param str title: above the panels.
-    :raises ValueError: if there are no samples, and for tensors of other shapes.
+    :param losses: for every label, the loss of every step or epoch, such as ``result.losses``.
+    :param str unit: what there is a loss of.
+    :raises ValueError: if there are no losses.
     """
-    if not samples:
-        raise ValueError("expected samples for at least one label; got none")
-    line = _values(positions, "positions", ("D",))
-    points = _values(counts, "counts", (len(line),))
-    true_values = None if truth is None else _values(truth, "truth", (len(line),))
-    size = (9.0, 1.9 * len(samples) + 0.8)
-    figure, grid = _panels(len(samples), 1, size, title, sharex=True, sharey=True)
-    column = grid[:, 0]
-    for index, (axes, (label, draws)) in enumerate(zip(column, samples.items(), strict=True)):
-        values = _values(draws, f"samples of {label!r}", ("S", len(line)))
-        lower, upper = np.quantile(values, [_TAIL, 1 - _TAIL], axis=0)
-        color = _COLORS[index % len(_COLORS)]
-        axes.fill_between(
-            line, lower, upper, color=color, alpha=0.4, linewidth=0, label="90 % band"
-        )
-        axes.plot(line, values.mean(0), color=color, linewidth=1.0, label="mean")
-        if true_values is not None:
-            axes.plot(line, true_values, color="black", linewidth=1.0, linestyle=":", label="truth")
-        axes.plot(line, points, ".", color="black", markersize=3, label="counts", clip_on=False)
-        axes.set_title(label, loc="left", fontsize="medium")
-        axes.set_yscale("function", functions=(_square_root, np.square))
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.01)
-        axes.grid(alpha=0.3)
-    column[0].legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 0.97))
-    column[-1].set_xlabel(xlabel)
-    figure.supylabel(f"{ylabel} (square-root scale)", fontsize="medium")
+    if not losses or any(len(values) == 0 for values in losses.values()):
+        raise ValueError("expected losses for at least one label, and at least one of each")
+    curves, late = {}, []
+    for label, values in losses.items():
+        parts = np.array_split(np.asarray(values, dtype=float), min(len(values), _MAX_POINTS))
+        ends = np.cumsum([len(part) for part in parts])
+        curves[label] = (ends.tolist(), [float(part.mean()) for part in parts])
+        late += [part.mean() for part in parts[len(parts) // 10 :]]
+    finite = np.asarray(late)[np.isfinite(late)]
+    limits = None
+    if len(finite):
+        margin = 0.05 * (finite.max() - finite.min()) or 1.0
+        limits = (float(finite.min() - margin), float(finite.max() + margin))
+    return plot_curves(curves, xlabel=unit, ylabel="loss (nats)", ylim=limits)
+
+
+#: Draws: of each site of a model, shape ``(N, ...)``, or of a vector, shape ``(N, D)``.
+Draws = Mapping[str, Tensor] | Tensor
+
+
+def plot_posterior(draws: Mapping[str, Draws], *, title: str = "") -> Figure:
+    """The marginal distributions of draws, a panel for each number, one upon the other.
+
+    >>> guide = {"scale": torch.rand(500), "slopes": torch.randn(500, 2)}
+    >>> figure = plot_posterior({"guide": guide, "NUTS": {"slopes": torch.randn(900, 2)}})
+
+    :param draws: for every label, draws of the sites by name, such as
+        ``guide.sample_posterior(1000)``, or a tensor. The first label says what is shown; sites
+        that others do not have are missing there.
+    :param str title: above the panels.
+    :raises ValueError: if there are no draws, not finite ones, or more than 24 numbers, of which to
+        choose some.
+    """
+    columns = _columns(draws, _MAX_MARGINALS)
+    names = list(next(iter(columns.values())))
+    width = min(len(names), _MARGINALS_IN_A_ROW)
+    rows = math.ceil(len(names) / width)
+    figure, grid = _panels(rows, width, (2.4 * width, 1.9 * rows + 0.4), title)
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid.flat, names, strict=False):
+        _plot_marginals(axes, {label: found.get(name) for label, found in columns.items()})
+        axes.set_title(name, fontsize="medium")
+    if len(columns) > 1:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
 
-def _square_root(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.sqrt(np.maximum(values, 0))  # the margins of a plot can extend below 0
+def plot_pairs(draws: Mapping[str, Draws], *, title: str = "") -> Figure:
+    """Draws in every plane of two numbers, one upon the other, with the marginals on the diagonal.
 
+    >>> figure = plot_pairs({"data": torch.randn(300, 3), "samples": torch.randn(300, 3)})
 
-def plot_fields(fields: Mapping[str, Tensor], *, colorbar_label: str, title: str = "") -> Figure:
-    """Intensities or counts on a grid side by side, on one scale of colours with a colour bar.
-
-    The colours are linear in the square root of the values, as in :func:`plot_intensity`.
-
-    >>> figure = plot_fields({"truth": torch.rand(4, 4)}, colorbar_label="events per cell")
-
-    :param fields: for every label, values >= 0 on the grid, shape ``(H, W)``; row 0 at the bottom.
-    :param str colorbar_label: what the values are, and their unit.
+    :param draws: see :func:`plot_posterior`. The first 2,000 draws are shown as points.
     :param str title: above the panels.
-    :raises ValueError: if there are no fields, for tensors of other shapes, and for values below 0.
+    :raises ValueError: likewise, but for more than 8 numbers.
     """
-    from matplotlib.colors import PowerNorm
-
-    if not fields:
-        raise ValueError("expected at least one field; got none")
-    values = {
-        label: _values(field, f"field {label!r}", ("H", "W")) for label, field in fields.items()
+    columns = _columns(draws, _MAX_PAIRED)
+    names = list(next(iter(columns.values())))
+    limits = {
+        name: _limits([found[name] for found in columns.values() if name in found])
+        for name in names
     }
-    for label, field in values.items():
-        if field.min() < 0:
-            raise ValueError(f"field {label!r}: expected values >= 0; got {field.min():.3g}")
-    columns = min(len(values), _MAX_PANELS_IN_A_ROW)
-    rows = math.ceil(len(values) / columns)
-    figure, grid = _panels(rows, columns, (2.8 * columns + 0.9, 2.9 * rows + 0.3), title)
-    colors = PowerNorm(0.5, vmin=0, vmax=max(field.max() for field in values.values()))
-    _show(grid.flat, values.values(), cmap="viridis", norm=colors, origin="lower")
-    for axes, label in zip(grid.flat, values, strict=False):
-        axes.set_title(label, fontsize="medium")
-    figure.colorbar(grid[0, 0].images[0], ax=grid, label=colorbar_label, shrink=0.9)
+    size = 1.6 * len(names) + 0.6
+    figure, grid = _panels(len(names), len(names), (size, size), title, sharex="col")
+    for row, below in enumerate(names):
+        for column, left in enumerate(names):
+            axes = grid[row, column]
+            if column > row:
+                axes.set_axis_off()
+                continue
+            if column == row:
+                _plot_marginals(axes, {label: found.get(left) for label, found in columns.items()})
+            else:
+                for index, found in enumerate(columns.values()):
+                    if left in found and below in found:
+                        x, y = found[left][:_MAX_SHOWN], found[below][:_MAX_SHOWN]
+                        color = _COLORS[index % len(_COLORS)]
+                        axes.plot(x, y, ".", color=color, markersize=2, mew=0, alpha=0.5)
+                axes.set_ylim(*limits[below])
+            axes.set_xlim(*limits[left])
+            if row == len(names) - 1:
+                axes.set_xlabel(left)
+            if column == 0 and row > 0:
+                axes.set_ylabel(below)
+            elif column < row:
+                axes.set_yticklabels([])
+    if len(columns) > 1:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
+
+
+def _columns(draws: Mapping[str, Draws], most: int) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """For every label, every single number's draws by name."""
+    if not draws:
+        raise ValueError("expected draws for at least one label; got none")
+    columns: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for label, sites in draws.items():
+        named = {"": sites} if isinstance(sites, Tensor) else sites
+        columns[label] = {}
+        for site, values in named.items():
+            if values.dim() == 0 or values.numel() == 0:
+                raise ValueError(
+                    f"{label!r}: expected draws of shape (N, ...); got {tuple(values.shape)}"
+                )
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{label!r}: expected finite draws of {site or 'all numbers'}")
+            table = values.detach().cpu().double().reshape(len(values), -1).numpy()
+            places = np.ndindex(tuple(values.shape[1:]))
+            for place, column in zip(places, table.T, strict=True):
+                index = f"[{','.join(map(str, place))}]" if place else ""
+                columns[label][f"{site}{index}"] = column
+    count = len(next(iter(columns.values())))
+    if not 0 < count <= most:
+        raise ValueError(f"expected draws of 1 to {most} numbers; got {count}: choose some of them")
+    return columns
+
+
+def _limits(draws: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """Where nearly all draws of a number are."""
+    low = min(float(np.quantile(values, _TAIL)) for values in draws)
+    high = max(float(np.quantile(values, 1 - _TAIL)) for values in draws)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _plot_marginals(axes: Axes, columns: Mapping[str, NDArray[np.float64] | None]) -> None:
+    """Histograms of all labels with the same bins; the outermost draws are left out."""
+    shown = {label: values for label, values in columns.items() if values is not None}
+    edges = np.linspace(*_limits(list(shown.values())), _NUM_BINS + 1)
+    for index, (label, values) in enumerate(columns.items()):
+        if values is not None:
+            color = _COLORS[index % len(_COLORS)]
+            weights = np.full(len(values), 1 / (len(values) * (edges[1] - edges[0])))
+            heights, _ = np.histogram(values, edges, weights=weights)
+            axes.stairs(heights, edges, color=color, label=label, linewidth=1.3)
+            axes.stairs(heights, edges, color=color, alpha=0.15, fill=True)
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
 
 
 def plot_densities(

@@ -72,28 +72,37 @@ def test_kernels_are_shown_in_rows_on_their_own_scales() -> None:
     assert _differ(figure, plotting.plot_kernels({"w": second, "inverse": first}))
 
 
-def test_intensity_has_a_panel_for_each_posterior() -> None:
-    positions, counts = torch.arange(4.0), torch.tensor([1, 0, 2, 5])
-    samples = {"first": torch.rand(20, 4), "second": torch.rand(30, 4, requires_grad=True)}
-
-    def draw(truth: torch.Tensor | None) -> Figure:
-        return plotting.plot_intensity(
-            positions, counts, samples, truth=truth, xlabel="year", ylabel="events", title="t"
-        )
-
-    assert [axes.get_title("left") for axes in draw(None).axes] == ["first", "second"]
-    assert _differ(draw(None), draw(torch.ones(4)))
+def test_losses_are_on_the_scale_of_the_late_ones() -> None:
+    losses = [1e6, *[10 - step / 100 for step in range(999)]]
+    axes = plotting.plot_losses({"a": losses, "b": [7.0] * 20}).axes[0]
+    line = axes.lines[0]
+    assert line.get_xdata()[-1] == 1000
+    assert line.get_ydata()[-1] == pytest.approx(sum(losses[-5:]) / 5)
+    assert axes.get_ylim()[1] < 20
+    assert plotting.plot_losses({"a": [float("nan")]}).axes
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 6])
-def test_fields_share_one_colour_scale(number: int) -> None:
-    fields = {f"field {index}": index + torch.rand(3, 3) for index in range(number)}
-    figure = plotting.plot_fields(fields, colorbar_label="events", title="t")
-    shown = [axes.images[0] for axes in figure.axes if axes.images]
-    highest = max(field.max().item() for field in fields.values())
-    assert len(shown) == number
-    assert {image.norm.vmax for image in shown} == {highest}
-    assert _png(figure)
+def test_marginals_of_all_labels_are_in_the_panels_of_the_first() -> None:
+    first = {"scale": torch.rand(100), "slopes": torch.randn(100, 2, 1, requires_grad=True)}
+    draws = {"guide": first, "NUTS": {"slopes": torch.randn(300, 2, 1), "more": torch.rand(9)}}
+    figure = plotting.plot_posterior(draws, title="t")
+    shown = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in shown] == ["scale", "slopes[0,0]", "slopes[1,0]"]
+    assert [len(axes.patches) for axes in shown] == [2, 4, 4]
+    heights, edges, _ = shown[1].patches[0].get_data()
+    assert 0.97 < (heights * (edges[1] - edges[0])).sum() < 1 + 1e-9
+    assert _png(plotting.plot_posterior({"constant": torch.ones(5, 1)}))
+
+
+def test_pairs_of_numbers() -> None:
+    draws = {"data": torch.randn(50, 3), "samples": torch.randn(40, 3)}
+    figure = plotting.plot_pairs(draws, title="t")
+    grid = [figure.axes[3 * row : 3 * row + 3] for row in range(3)]
+    x, y = (grid[2][0].lines[1].get_data()[index] for index in (0, 1))
+    assert torch.equal(torch.as_tensor(x), draws["samples"][:, 0])
+    assert torch.equal(torch.as_tensor(y), draws["samples"][:, 2])
+    assert [axes.get_xlabel() for axes in grid[2]] == ["[0]", "[1]", "[2]"]
+    assert grid[1][0].get_ylabel() == "[1]"
 
 
 def test_densities_are_beside_their_samples() -> None:
@@ -125,7 +134,7 @@ def test_densities_are_beside_their_samples() -> None:
 
 def test_integers_and_float32() -> None:
     assert _png(plotting.plot_image_grid(torch.zeros(2, 3, 3, dtype=torch.uint8), columns=2))
-    assert _png(plotting.plot_fields({"a": torch.ones(2, 2).float()}, colorbar_label="events"))
+    assert _png(plotting.plot_posterior({"a": {"n": torch.arange(5)}, "b": torch.ones(2).float()}))
 
 
 def test_matplotlib_is_imported_by_the_first_plot() -> None:
@@ -138,11 +147,9 @@ def test_matplotlib_is_imported_by_the_first_plot() -> None:
 
 
 LABELS = {"xlabel": "x", "ylabel": "y"}
-LINE, THREE = torch.arange(3.0), torch.ones(5, 3)
+THREE = torch.ones(5, 3)
 curves = partial(plotting.plot_curves, **LABELS)
 grid = partial(plotting.plot_image_grid, columns=2)
-intensity = partial(plotting.plot_intensity, **LABELS)
-fields = partial(plotting.plot_fields, colorbar_label="events")
 densities = partial(plotting.plot_densities, limit=1.0)
 P = {"p": lambda x: x.sum(1)}
 PANELS = r"rows of as many panels each, at least one; got "
@@ -161,20 +168,14 @@ PANELS = r"rows of as many panels each, at least one; got "
         (lambda: grid(torch.rand(4, 4, 4), row_labels=["a"]), "2 row_labels, one a row; got 1"),
         (lambda: plotting.plot_kernels({}), "kernels for at least one label"),
         (lambda: plotting.plot_kernels({"w": THREE}), r"kernels of 'w': .*\(N, H, W\); got \(5, 3"),
-        (lambda: intensity(LINE, LINE, {}), "samples for at least one label"),
-        (
-            lambda: intensity(LINE[:, None], LINE, {"a": THREE}),
-            r"positions: .*\(D,\); got \(3, 1\)",
-        ),
-        (lambda: intensity(LINE, LINE[:2], {"a": THREE}), r"counts: .* \(3,\); got \(2,\)"),
-        (lambda: intensity(LINE, LINE, {"a": LINE}), r"samples of 'a': .*\(S, 3\); got \(3,\)"),
-        (
-            lambda: intensity(LINE, LINE, {"a": THREE}, truth=torch.ones(4)),
-            r"truth: expected shape \(3,\); got \(4,\)",
-        ),
-        (lambda: fields({}), "at least one field"),
-        (lambda: fields({"a": LINE}), r"field 'a': expected shape \(H, W\); got \(3,\)"),
-        (lambda: fields({"a": -THREE}), "field 'a': expected values >= 0; got -1"),
+        (lambda: plotting.plot_losses({}), "losses for at least one label"),
+        (lambda: plotting.plot_losses({"a": []}), "at least one of each"),
+        (lambda: plotting.plot_posterior({}), "draws for at least one label; got none"),
+        (lambda: plotting.plot_posterior({"a": {}}), "draws of 1 to 24 numbers; got 0"),
+        (lambda: plotting.plot_posterior({"a": torch.ones(5, 25)}), "1 to 24 numbers; got 25"),
+        (lambda: plotting.plot_pairs({"a": torch.ones(5, 9)}), "1 to 8 numbers; got 9"),
+        (lambda: plotting.plot_pairs({"a": torch.tensor(1.0)}), r"'a': .* \(N, ...\); got \(\)"),
+        (lambda: plotting.plot_pairs({"a": {"s": THREE / 0}}), "'a': expected finite draws of s"),
         (lambda: densities({}), PANELS + r"\[\]"),
         (lambda: densities({"a": {}}), PANELS + r"\[0\]"),
         (lambda: densities({"a": P, "b": {**P, "q": P["p"]}}), PANELS + r"\[1, 2\]"),
