@@ -77,15 +77,15 @@ class _Multiply(Function):
                 products.append((x.detach(), cotangent))
             grad_theta = _gradient(linear_map, theta, inverse_theta, products, of_log_det)
         if needs_inverse:
-            if of_back is not None and torch.is_grad_enabled():
-                h_of_back = linear_map.multiply(theta, x.detach())  # of which x has no derivative
-            else:
-                h_of_back = h
-            of_mixture, of_log_det = (
-                None if not share or one is None else -share * one for one in (grad_x, of_log_det)
-            )
-            products = [(h, of_mixture), (h_of_back, of_back)]
-            grad_inverse = _gradient(linear_map, inverse_theta, theta, products, of_log_det)
+            weighed = (grad_x, of_log_det) if share else (None, None)
+            of_mixture, of_trace = (None if one is None else -share * one for one in weighed)
+            products = [(h, of_mixture)]
+            if of_back is not None:
+                # The penalty takes x for a constant, also where it is differentiated twice.
+                is_twice = torch.is_grad_enabled()
+                own = linear_map.multiply(theta, x.detach()) if is_twice else h
+                products.append((own, of_back))
+            grad_inverse = _gradient(linear_map, inverse_theta, theta, products, of_trace)
         return grad_x, grad_theta, grad_inverse, None, None
 
 
@@ -101,17 +101,17 @@ def _gradient(
     :param products: pairs ``(x, v)`` of batches. All x are the same, but for their graphs.
     :param of_log_det: c, shape ``()``. Like a v, it may be None, which stands for 0.
     """
-    event_shape = products[0][0].shape[1:]
     given = [(x, cotangent) for x, cotangent in products if cotangent is not None]
     records_graph = torch.is_grad_enabled()  # create_graph=True
     if given and not records_graph:
         given = [(given[0][0], reduce(torch.add, [cotangent for _, cotangent in given]))]
     terms = [linear_map.gradient(theta, x, cotangent) for x, cotangent in given]
     if of_log_det is not None:
+        event_shape = products[0][0].shape[1:]
         trace = linear_map.trace_gradient(theta.detach(), other.detach(), event_shape)
         factor = of_log_det.to(trace.dtype)
         if terms and not records_graph:
-            return terms[0].addcmul_(trace, factor)
+            return terms[0].addcmul_(trace, factor)  # which no one else has
         trace = factor * trace
         terms.append(first_order_only(trace, theta) if records_graph else trace)
     return reduce(torch.add, terms) if terms else None
