@@ -93,8 +93,7 @@ class LogDetMethod(SavesAttributes, ABC):
     ) -> tuple[Tensor, Memo | None]:
         """:meth:`affine` in training, and what :meth:`log_abs_det_with_memo` can use of it.
 
-        The by-product may be of the same graph, if its handle is: see
-        :class:`~pyro_snf.caching.Memo`.
+        A backward pass through the graph of the memo's handle drops it.
         """
         shared = share_gradient(theta, x) if self.has_surrogate else None
         parameter = theta if shared is None else shared.parameter
@@ -105,7 +104,8 @@ class LogDetMethod(SavesAttributes, ABC):
     ) -> Tensor:
         """:meth:`training_log_abs_det` as a tensor with a graph.
 
-        :param memo: what is known from the computation of T(x), whoever has computed it, or None.
+        :param memo: from :meth:`affine_with_memo`, of another class if the layer has kept one of
+            its own, or None.
         """
         value = self.training_log_abs_det(theta, x, state)
         if not isinstance(value, Surrogate):
