@@ -526,6 +526,16 @@ def test_learned_inverse_that_changes_before_the_log_det_or_the_backward_pass() 
         loss.backward()
 
 
+def test_backward_pass_of_a_learned_inverse_is_outside_autocast(kind: Kind) -> None:
+    results = []
+    for is_enabled in (False, True):
+        layer, x = learned(kind, "both"), leaf(*kind.shape)
+        loss = both(layer.float(), x.detach().float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            results.append(list(torch.autograd.grad(loss, [layer.theta, layer.log_det.theta])))
+    assert_same(*results, tolerance=0.0)
+
+
 class _Counter(TorchDispatchMode):
     """Counts operations by name, and their results that are new D × D buffers."""
 
@@ -563,9 +573,10 @@ def no_garbage_collector() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.mark.parametrize("log_det", ["refined", "learned"])
 @pytest.mark.parametrize("after", ["T(x)", "log-det", "backward", "create_graph", "again"])
-def test_nothing_is_kept_by_a_cycle(kind: Kind, after: str) -> None:
-    stack = Compose([kind.make(), kind.make(seed=1)])
+def test_nothing_is_kept_by_a_cycle(kind: Kind, after: str, log_det: str) -> None:
+    stack = Compose([kind.make(seed=seed, log_det=log_det) for seed in (0, 1)])
     with no_garbage_collector():
         x = leaf(*kind.shape)
         y = stack(x)

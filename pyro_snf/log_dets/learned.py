@@ -54,7 +54,7 @@ class _Multiply(Function):
         share: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = linear_map.multiply(theta, x)
-        ctx.linear_map, ctx.share = linear_map, share
+        ctx.linear_map, ctx.share, ctx.device = linear_map, share, x.device
         ctx.save_for_backward(x, theta, inverse_theta, h)
         ctx.set_materialize_grads(False)
         zero = x.new_zeros(())
@@ -64,29 +64,37 @@ class _Multiply(Function):
     def backward(
         ctx: Any, of_h: Tensor | None, of_back: Tensor | None, of_log_det: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, theta, inverse_theta, h = ctx.saved_tensors
-        linear_map, share = ctx.linear_map, ctx.share
-        needs_x, needs_theta, needs_inverse = ctx.needs_input_grad[:3]
-        grad_x = grad_theta = grad_inverse = None
-        if of_h is not None and (needs_x or (needs_inverse and share)):
-            grad_x = linear_map.multiply_transposed(theta, of_h)
-        if needs_theta:
-            products = [(x, of_h)]
-            if of_back is not None:
-                cotangent = linear_map.multiply_transposed(inverse_theta, of_back)
-                products.append((x.detach(), cotangent))
-            grad_theta = _gradient(linear_map, theta, inverse_theta, products, of_log_det)
-        if needs_inverse:
-            weighed = (grad_x, of_log_det) if share else (None, None)
-            of_mixture, of_trace = (None if one is None else -share * one for one in weighed)
-            products = [(h, of_mixture)]
-            if of_back is not None:
-                # The penalty takes x for a constant, also where it is differentiated twice.
-                is_twice = torch.is_grad_enabled()
-                own = linear_map.multiply(theta, x.detach()) if is_twice else h
-                products.append((own, of_back))
-            grad_inverse = _gradient(linear_map, inverse_theta, theta, products, of_trace)
-        return grad_x, grad_theta, grad_inverse, None, None
+        with without_autocast(ctx.device):  # as forward, wherever this is called
+            return (*_gradients(ctx, of_h, of_back, of_log_det), None, None)
+
+
+def _gradients(
+    ctx: Any, of_h: Tensor | None, of_back: Tensor | None, of_log_det: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those in x, in A's parameter and in R's; see :class:`_Multiply`."""
+    x, theta, inverse_theta, h = ctx.saved_tensors
+    linear_map, share = ctx.linear_map, ctx.share
+    needs_x, needs_theta, needs_inverse = ctx.needs_input_grad[:3]
+    grad_x = grad_theta = grad_inverse = None
+    if of_h is not None and (needs_x or (needs_inverse and share)):
+        grad_x = linear_map.multiply_transposed(theta, of_h)
+    if needs_theta:
+        products = [(x, of_h)]
+        if of_back is not None:
+            cotangent = linear_map.multiply_transposed(inverse_theta, of_back)
+            products.append((x.detach(), cotangent))
+        grad_theta = _gradient(linear_map, theta, inverse_theta, products, of_log_det)
+    if needs_inverse:
+        weighed = (grad_x, of_log_det) if share else (None, None)
+        of_mixture, of_trace = (None if one is None else -share * one for one in weighed)
+        products = [(h, of_mixture)]
+        if of_back is not None:
+            # The penalty takes x for a constant, also where it is differentiated twice.
+            is_twice = torch.is_grad_enabled()
+            own = linear_map.multiply(theta, x.detach()) if is_twice else h
+            products.append((own, of_back))
+        grad_inverse = _gradient(linear_map, inverse_theta, theta, products, of_trace)
+    return grad_x, grad_theta, grad_inverse
 
 
 def _gradient(
