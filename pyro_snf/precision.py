@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -77,11 +78,13 @@ def check_finite(weight: Tensor) -> None:
 
 
 def zero_if_finite(weight: Tensor) -> Tensor:
-    """0, shape ``()``; on a GPU, which is not waited for, NaN unless all entries are finite.
+    """0, shape ``()``, in float32 at least; on a GPU, which is not waited for, NaN unless finite.
 
-    :raises torch.linalg.LinAlgError: elsewhere, if one is NaN or infinite.
+    :raises torch.linalg.LinAlgError: elsewhere, if an entry is NaN or infinite.
     """
-    if weight.is_cuda:
-        return torch.where(torch.isfinite(weight).all(), 0.0, torch.nan).to(weight.dtype)
-    check_finite(weight)
-    return weight.new_zeros(())
+    # The sum is as good a test as a look at every entry, for which isfinite makes copies.
+    total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    if not weight.is_cuda and not math.isfinite(total.item()):
+        check_finite(weight)  # else the sum has overflowed
+        return torch.zeros_like(total)
+    return total * 0

@@ -27,6 +27,7 @@ __all__ = [
     "Solver",
     "Surrogate",
     "attach_penalty",
+    "can_share",
     "first_order_only",
     "implicit_solve",
     "share_gradient",
@@ -247,6 +248,17 @@ class SharedParameter(NamedTuple):
         return None
 
 
+def can_share(parameter: Tensor, x: Tensor) -> bool:
+    """Whether a value and its log-determinant may have a node of autograd's graph in common.
+
+    Not under autocast, which casts the gradients; nor in forward mode, which a surrogate does not
+    have; nor in the functional transforms of ``torch.func``.
+    """
+    if torch.is_autocast_enabled(x.device.type) or is_transformed():
+        return False
+    return unpack_dual(x).tangent is None and unpack_dual(parameter).tangent is None
+
+
 def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
     """A view of the parameter to compute with, to whose gradient a surrogate's is added in place.
 
@@ -254,14 +266,9 @@ def share_gradient(parameter: Tensor, x: Tensor) -> SharedParameter | None:
 
     :param Tensor parameter: requires a gradient.
     :param Tensor x: the other input of what is to be computed.
-    :return: None under autocast, which casts the gradients; in forward mode, which a surrogate does
-        not have; and in the functional transforms of ``torch.func``.
+    :return: None unless :func:`can_share`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        return None
-    if unpack_dual(x).tangent is not None or unpack_dual(parameter).tangent is not None:
-        return None
-    if is_transformed():
+    if not can_share(parameter, x):
         return None
     pending = _Pending()
     view, zero = _ShareGradient.apply(parameter, pending)

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Transform
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_snf import Compose
+from pyro_snf import Compose, Learned
 from pyro_snf.maps import Dense
-from tests.registry import conv, linear, make_inverse_exact
+from tests.registry import conv, linear, make_inverse_exact, nudge_inverses
 
 # Float64, R exact, condition below 3: what is left is rounding.
 EXACT = 1e-9
+# The same sums in another order.
+SAME = 1e-12
 # A few roundings of sums over 5 features and 6 rows.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -452,6 +456,111 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert_same([gradient.double() for gradient in actual], expected, ROUNDING[dtype])
 
 
+# --- A learned inverse, and the products that it has in common ----------------------------------
+
+
+def learned(kind: Kind, reconstruction: str, mixture: float = 0.4) -> Any:
+    options = {"reconstruction": reconstruction, "reconstruction_weight": 0.7}
+    layer = kind.make(log_det="learned", mixture=mixture, **options)
+    nudge_inverses(layer, 0.3)
+    return layer
+
+
+def all_gradients(layer: Any, loss: Loss, x: Tensor, **options: bool) -> Gradients:
+    inputs = [x, *layer.parameters()]
+    return list(torch.autograd.grad(loss(layer, x), inputs, allow_unused=True, **options))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("reconstruction", "mixture"),
+    [("both", 0.0), ("both", 0.4), ("inverse", 0.4), ("symmetric", 0.4)],
+)
+@EVERY_LOSS
+def test_learned_inverse_with_and_without_common_products(
+    name: str, loss: Loss, reconstruction: str, mixture: float
+) -> None:
+    kind = KINDS[name]
+    layer, x = learned(kind, reconstruction, mixture), leaf(*kind.shape)
+    apart = all_gradients(layer.with_cache(0), loss, x)
+    for create_graph in (False, True):
+        assert_same(all_gradients(layer, loss, x, create_graph=create_graph), apart, SAME)
+    for _ in range(2):  # the pair's graph is used up by the first backward pass
+        loss(layer, x).backward()
+    twice = [None if gradient is None else 2 * gradient for gradient in apart]
+    assert_same([x.grad, *(one.grad for one in layer.parameters())], twice, SAME)
+
+
+@pytest.mark.parametrize("reconstruction", Learned.RECONSTRUCTIONS)
+def test_second_derivatives_beside_a_learned_inverse(reconstruction: str) -> None:
+    def penalized(layer: Any) -> Gradients:
+        x = leaf(6, 5)
+        y, log_det = evaluate(layer, x)
+        (score,) = torch.autograd.grad(y.pow(3).sum() - log_det.sum(), x, create_graph=True)
+        loss = score.square().sum() - log_det.sum()
+        return list(torch.autograd.grad(loss, [x, *layer.parameters()]))
+
+    layer = learned(KINDS["linear"], reconstruction)
+    assert_same(penalized(layer), penalized(layer.with_cache(0)), SAME)
+    first = all_gradients(layer, both, leaf(6, 5), create_graph=True)
+    for gradient in (first[1], first[-1]):  # in A and in R
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward(retain_graph=True)
+
+
+def total_log_det(layer: Any, x: Tensor) -> Tensor:
+    return evaluate(layer, x)[1].sum()
+
+
+def test_learned_inverse_that_changes_before_the_log_det_or_the_backward_pass() -> None:
+    layer, x = learned(KINDS["linear"], "both"), leaf(6, 5)
+    y = layer(x)
+    layer.refactorize()
+    log_det = layer.log_abs_det_jacobian(x, y)
+    found = torch.autograd.grad(log_det.sum(), list(layer.parameters())[1:], allow_unused=True)
+    expected = all_gradients(layer, total_log_det, leaf(6, 5))[2:]
+    assert_same(list(found), expected, SAME)
+    loss = both(layer, x)
+    layer.refactorize()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_pass_of_a_learned_inverse_is_outside_autocast(kind: Kind) -> None:
+    results = []
+    for is_enabled in (False, True):
+        layer, x = learned(kind, "both"), leaf(*kind.shape)
+        loss = both(layer.float(), x.detach().float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            results.append(list(torch.autograd.grad(loss, [layer.theta, layer.log_det.theta])))
+    assert_same(*results, tolerance=0.0)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations by name, and their results that are new D × D buffers."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.operations, self.buffers = dim, Counter(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations[func.overloadpacket.__name__] += 1
+        if isinstance(result, Tensor) and result.shape == (self.dim, self.dim):
+            storages = {one.data_ptr() for one in args if isinstance(one, Tensor)}
+            self.buffers += result.data_ptr() not in storages
+        return result
+
+
+@pytest.mark.parametrize(("mixture", "buffers"), [(0.5, 4), (0.0, 3)])
+def test_step_of_a_learned_inverse_has_six_products(mixture: float, buffers: int) -> None:
+    layer = linear(40, log_det="learned", mixture=mixture)
+    with _Counter(40) as counter:
+        both(layer, leaf(6, 40)).backward()
+    assert counter.operations["addmm"] + counter.operations["mm"] == 6
+    assert counter.buffers == buffers  # the gradients, and transposes of A and R
+
+
 # --- Memory -------------------------------------------------------------------------------------
 
 
@@ -464,9 +573,10 @@ def no_garbage_collector() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.mark.parametrize("log_det", ["refined", "learned"])
 @pytest.mark.parametrize("after", ["T(x)", "log-det", "backward", "create_graph", "again"])
-def test_nothing_is_kept_by_a_cycle(kind: Kind, after: str) -> None:
-    stack = Compose([kind.make(), kind.make(seed=1)])
+def test_nothing_is_kept_by_a_cycle(kind: Kind, after: str, log_det: str) -> None:
+    stack = Compose([kind.make(seed=seed, log_det=log_det) for seed in (0, 1)])
     with no_garbage_collector():
         x = leaf(*kind.shape)
         y = stack(x)

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_snf.caching import StateCache, TensorState
+from pyro_snf.caching import Memo, StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes
 from pyro_snf.iteration import refine_linear_solution
 from pyro_snf.maps.base import Factors, LinearMap
 from pyro_snf.maps.dense import Dense
 from pyro_snf.options import shown
-from pyro_snf.surrogate import Solver, Surrogate, implicit_solve
+from pyro_snf.surrogate import (
+    SharedParameter,
+    Solver,
+    Surrogate,
+    implicit_solve,
+    share_gradient,
+)
 from pyro_snf.tracing import is_traced, is_wrapped
 
 __all__ = ["LogDetMethod", "as_method", "own_copy"]
@@ -45,7 +51,8 @@ class LogDetMethod(SavesAttributes, ABC):
     Optional: :attr:`inverses` and :meth:`inverse_weight`, where the method knows an approximate
     inverse; :attr:`error_estimate`, :attr:`num_refactorizations` and :meth:`refactorize`, where it
     measures its error; :meth:`affine` and :meth:`invert`, where the gradient of the map itself
-    changes.
+    changes; :meth:`affine_with_memo` and :meth:`log_abs_det_with_memo`, where the two have
+    something in common.
     """
 
     #: The value in training, for a layer's repr: "exact", "estimate", or "0" if there is no value.
@@ -80,6 +87,30 @@ class LogDetMethod(SavesAttributes, ABC):
         """
         self.linear_map = linear_map
         self._factors.clear()
+
+    def affine_with_memo(
+        self, theta: Tensor, log_scale: Tensor, bias: Tensor | None, x: Tensor
+    ) -> tuple[Tensor, Memo | None]:
+        """:meth:`affine` in training, and what :meth:`log_abs_det_with_memo` can use of it.
+
+        A backward pass through the graph of the memo's handle drops it.
+        """
+        shared = share_gradient(theta, x) if self.has_surrogate else None
+        parameter = theta if shared is None else shared.parameter
+        return self.affine(parameter, log_scale, bias, x, is_training=True), shared
+
+    def log_abs_det_with_memo(
+        self, theta: Tensor, x: Tensor, state: TensorState, memo: Memo | None
+    ) -> Tensor:
+        """:meth:`training_log_abs_det` as a tensor with a graph.
+
+        :param memo: from :meth:`affine_with_memo`, of another class if the layer has kept one of
+            its own, or None.
+        """
+        value = self.training_log_abs_det(theta, x, state)
+        if not isinstance(value, Surrogate):
+            return value
+        return memo.attach(value) if isinstance(memo, SharedParameter) else value.attach_to(theta)
 
     @abstractmethod
     def training_log_abs_det(

@@ -11,54 +11,137 @@ and in ``x`` are those of ``log p^f`` itself: equal to the exact ones where ``R 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from pyro_snf.caching import TensorState
+from pyro_snf.caching import Memo, TensorState, version
 from pyro_snf.log_dets.base import LogDetMethod
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_number, check_choice
 from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32, without_autocast, zero_if_finite
-from pyro_snf.surrogate import Solver, attach_penalty, with_gradient
+from pyro_snf.surrogate import Solver, attach_penalty, can_share, first_order_only
 
 __all__ = ["Learned"]
 
 
-class _MixtureMultiply(Function):
-    """``h = A x``, with the share of ``log p^g`` in the gradient of ``R``.
+class _Multiply(Function):
+    """``h = A x`` and two zeros, by which gradients of the log-determinant come to the same node.
 
-    The map of ``p^g`` is ``h = R⁻¹ x``; ``dh = −R⁻¹ dR R⁻¹ x ≈ −A dR h``, so a cotangent ``ḡ`` at
-    ``h`` gives R the gradient of ``−⟨Aᵀ ḡ, R h⟩``: for a matrix, the cotangent of ``x``, which is
-    computed anyway, times ``h``.
+    So there is one product for all gradients in A, and one for all in R, instead of two or three of
+    either and their sums. What the cotangents mean:
+
+    - ``ḡ``, of h. The map of ``p^g`` is ``h = R⁻¹ x``; ``dh = −R⁻¹ dR R⁻¹ x ≈ −A dR h``, so R has
+      the gradient of ``−⟨Aᵀ ḡ, R h⟩``: for a matrix, the cotangent of ``x``, which is computed
+      anyway, times ``h``. It is weighed by the share of ``log p^g``.
+    - ``r̄``, of the first zero, of h's shape: that of ``R A x``, x being constant.
+    - ``c``, of the second one, a scalar: that of ``log|det A|``, with the gradients of ``tr(R A)``
+      in A, and by the share that of ``−tr(A R)`` in R.
     """
 
+    # Without setup_context, which costs a small layer as much as its product.
     @staticmethod
     def forward(
-        x: Tensor, theta: Tensor, inverse_theta: Tensor, linear_map: LinearMap, share: float
-    ) -> Tensor:
-        return linear_map.multiply(theta, x)
+        ctx: Any,
+        x: Tensor,
+        theta: Tensor,
+        inverse_theta: Tensor,
+        linear_map: LinearMap,
+        share: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = linear_map.multiply(theta, x)
+        ctx.linear_map, ctx.share, ctx.device = linear_map, share, x.device
+        ctx.save_for_backward(x, theta, inverse_theta, h)
+        ctx.set_materialize_grads(False)
+        zero = x.new_zeros(())
+        return h, zero.expand_as(h), at_least_float32(zero.clone())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, theta, inverse_theta, ctx.linear_map, ctx.share = inputs
-        ctx.save_for_backward(x, theta, inverse_theta, output)
+    def backward(
+        ctx: Any, of_h: Tensor | None, of_back: Tensor | None, of_log_det: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        with without_autocast(ctx.device):  # as forward, wherever this is called
+            return (*_gradients(ctx, of_h, of_back, of_log_det), None, None)
 
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        x, theta, inverse_theta, h = ctx.saved_tensors
-        linear_map = ctx.linear_map
-        grad_x = grad_theta = grad_inverse = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            grad_x = linear_map.multiply_transposed(theta, cotangent)
-        if ctx.needs_input_grad[1]:
-            grad_theta = linear_map.gradient(theta, x, cotangent)
-        if ctx.needs_input_grad[2] and grad_x is not None:
-            grad_inverse = linear_map.gradient(inverse_theta, h, -ctx.share * grad_x)
-        return grad_x, grad_theta, grad_inverse, None, None
+
+def _gradients(
+    ctx: Any, of_h: Tensor | None, of_back: Tensor | None, of_log_det: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those in x, in A's parameter and in R's; see :class:`_Multiply`."""
+    x, theta, inverse_theta, h = ctx.saved_tensors
+    linear_map, share = ctx.linear_map, ctx.share
+    needs_x, needs_theta, needs_inverse = ctx.needs_input_grad[:3]
+    grad_x = grad_theta = grad_inverse = None
+    if of_h is not None and (needs_x or (needs_inverse and share)):
+        grad_x = linear_map.multiply_transposed(theta, of_h)
+    if needs_theta:
+        products = [(x, of_h)]
+        if of_back is not None:
+            cotangent = linear_map.multiply_transposed(inverse_theta, of_back)
+            products.append((x.detach(), cotangent))
+        grad_theta = _gradient(linear_map, theta, inverse_theta, products, of_log_det)
+    if needs_inverse:
+        weighed = (grad_x, of_log_det) if share else (None, None)
+        of_mixture, of_trace = (None if one is None else -share * one for one in weighed)
+        products = [(h, of_mixture)]
+        if of_back is not None:
+            # The penalty takes x for a constant, also where it is differentiated twice.
+            is_twice = torch.is_grad_enabled()
+            own = linear_map.multiply(theta, x.detach()) if is_twice else h
+            products.append((own, of_back))
+        grad_inverse = _gradient(linear_map, inverse_theta, theta, products, of_trace)
+    return grad_x, grad_theta, grad_inverse
+
+
+def _gradient(
+    linear_map: LinearMap,
+    theta: Tensor,
+    other: Tensor,
+    products: list[tuple[Tensor, Tensor | None]],
+    of_log_det: Tensor | None,
+) -> Tensor | None:
+    """``Σ ∂⟨v, A x⟩/∂θ + c ∂ tr(N A)/∂θ``, N being the map of the parameter ``other``.
+
+    :param products: pairs ``(x, v)`` of batches. All x are the same, but for their graphs.
+    :param of_log_det: c, shape ``()``. Like a v, it may be None, which stands for 0.
+    """
+    given = [(x, cotangent) for x, cotangent in products if cotangent is not None]
+    records_graph = torch.is_grad_enabled()  # create_graph=True
+    if given and not records_graph:
+        given = [(given[0][0], reduce(torch.add, [cotangent for _, cotangent in given]))]
+    terms = [linear_map.gradient(theta, x, cotangent) for x, cotangent in given]
+    if of_log_det is not None:
+        event_shape = products[0][0].shape[1:]
+        trace = linear_map.trace_gradient(theta.detach(), other.detach(), event_shape)
+        factor = of_log_det.to(trace.dtype)
+        if terms and not records_graph:
+            return terms[0].addcmul_(trace, factor)  # which no one else has
+        trace = factor * trace
+        terms.append(first_order_only(trace, theta) if records_graph else trace)
+    return reduce(torch.add, terms) if terms else None
+
+
+class _Product(NamedTuple):
+    """``h = A x`` with the zeros of its node, see :class:`_Multiply`."""
+
+    h: Tensor
+    zeros: Tensor
+    zero: Tensor
+    inverse_theta: Tensor
+    inverse_version: int
+
+    def is_of(self, inverse_theta: Tensor) -> bool:
+        """Whether this is the parameter of R, as the node has saved it."""
+        is_same = inverse_theta is self.inverse_theta
+        return is_same and version(inverse_theta) == self.inverse_version
+
+    @property
+    def handle(self) -> Tensor:
+        return self.zero
 
 
 class Learned(LogDetMethod):
@@ -140,16 +223,22 @@ class Learned(LogDetMethod):
 
         :raises torch.linalg.LinAlgError: if A is not finite. A singular A is not noticed.
         """
-        event_shape = x.shape[1:]
-        fixed, fixed_inverse = theta.detach(), self.theta.detach()
-        gradient = self.linear_map.trace_gradient(fixed, fixed_inverse, event_shape)
-        value = with_gradient(at_least_float32(zero_if_finite(fixed)), theta, gradient)
-        if self._share:
-            gradient = self.linear_map.trace_gradient(fixed_inverse, fixed, event_shape)
-            value = with_gradient(value, self.theta, gradient, scale=-self._share)
+        product = self._multiply(theta, x.detach().to(theta.dtype))
+        return self._log_abs_det(theta, x, state, product)
 
-        error = self._reconstruction_error(theta, x.detach().to(theta.dtype))
-        factor = self._factor(state, error.detach().mean() / event_shape.numel())
+    def log_abs_det_with_memo(
+        self, theta: Tensor, x: Tensor, state: TensorState, memo: Memo | None
+    ) -> Tensor:
+        if isinstance(memo, _Product) and memo.is_of(self.theta):
+            return self._log_abs_det(theta, x, state, memo)
+        return self.training_log_abs_det(theta, x, state)
+
+    def _log_abs_det(
+        self, theta: Tensor, x: Tensor, state: TensorState, product: _Product
+    ) -> Tensor:
+        value = zero_if_finite(theta) + product.zero
+        error = self._reconstruction_error(theta, x.detach().to(theta.dtype), product)
+        factor = self._factor(state, error.detach().mean() / x[0].numel())
         penalty = factor / (1 - self.mixture) * error
         return attach_penalty(value.expand(len(x)), penalty.to(value.dtype))
 
@@ -166,11 +255,18 @@ class Learned(LogDetMethod):
         if is_training and self._share:
             # A custom function runs backward outside autocast: so must it run forward.
             with without_autocast(x.device):
-                x = x.to(theta.dtype)
-                h = _MixtureMultiply.apply(x, theta, self.theta, self.linear_map, self._share)
+                h = self._multiply(theta, x.to(theta.dtype)).h
         else:
             h = self.linear_map.multiply(theta, x)
         return self.linear_map.scale_and_shift(h, log_scale, bias)
+
+    def affine_with_memo(
+        self, theta: Tensor, log_scale: Tensor, bias: Tensor | None, x: Tensor
+    ) -> tuple[Tensor, Memo | None]:
+        if not can_share(theta, x):
+            return super().affine_with_memo(theta, log_scale, bias, x)
+        product = self._multiply(theta, x)
+        return self.linear_map.scale_and_shift(product.h, log_scale, bias), product
 
     def invert(self, theta: Tensor, h: Tensor, inverse: str, *, is_training: bool) -> Tensor:
         if inverse == "one_pass":
@@ -214,17 +310,21 @@ class Learned(LogDetMethod):
         """The weight of ``log p^g`` next to ``log p^f`` in training."""
         return self.mixture / (1 - self.mixture)
 
-    def _reconstruction_error(self, theta: Tensor, x: Tensor) -> Tensor:
+    def _multiply(self, theta: Tensor, x: Tensor) -> _Product:
+        inverse_theta = self.theta
+        arguments = x, theta, inverse_theta, self.linear_map, self._share
+        h, zeros, zero = _Multiply.apply(*arguments)
+        return _Product(h, zeros, zero, inverse_theta, version(inverse_theta))
+
+    def _reconstruction_error(self, theta: Tensor, x: Tensor, product: _Product) -> Tensor:
         """Of every event, shape ``(B,)``."""
-        if self.reconstruction == "inverse":
-            theta = theta.detach()
         multiply, axes = self.linear_map.multiply, tuple(range(1, x.dim()))
-        h = multiply(theta, x)
-        error = (multiply(self.theta, h) - x).square().sum(axes)
+        target = product.h.detach()
+        back = multiply(self.theta, target)  # a function of R alone
+        round_trip = back if self.reconstruction == "inverse" else back.detach() + product.zeros
+        error = (round_trip - x).square().sum(axes)
         if self.reconstruction == "symmetric":
-            target = h.detach()
-            round_trip = multiply(theta, multiply(self.theta, target))
-            error = (error + (round_trip - target).square().sum(axes)) / 2
+            error = (error + (multiply(theta, back) - target).square().sum(axes)) / 2
         return error
 
     def _factor(self, state: TensorState, mean_square_error: Tensor) -> float | Tensor:

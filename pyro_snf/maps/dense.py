@@ -77,7 +77,11 @@ class Dense(LinearMap):
         return (cotangent * self.theta_scale(theta)).mT @ x
 
     def trace_gradient(self, theta: Tensor, other: Tensor, event_shape: torch.Size) -> Tensor:
-        return self.weight(other).mT * self.theta_scale(theta)
+        # A copy in Θ's own layout: transposing is slow in any other operation than a copy.
+        scale = self.theta_scale(theta)
+        gradient = other.mT.clone(memory_format=torch.contiguous_format).mul_(scale**2)
+        gradient.diagonal().add_(scale)
+        return gradient
 
     def factorize(self, theta: Tensor, event_shape: torch.Size) -> Factors:
         return LUFactors(self.weight(theta.detach()))

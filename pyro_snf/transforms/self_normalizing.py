@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_snf.caching import TensorState
+from pyro_snf.caching import Memo, TensorState
 from pyro_snf.log_dets import Exact, Learned, LogDetMethod, Refined
 from pyro_snf.log_dets.base import as_method
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_positive, check_choice, check_device, check_dtype, check_flag
 from pyro_snf.precision import at_least_float32, singular, without_autocast
-from pyro_snf.surrogate import SharedParameter, Surrogate, share_gradient
+from pyro_snf.surrogate import SharedParameter
 from pyro_snf.tracing import is_plain, is_traced, run_eagerly
 from pyro_snf.transforms.base import InvertibleTransformModule
 
@@ -188,20 +188,16 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._affine(self.theta, x, is_training=self._is_training(self.theta))
-
-    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, SharedParameter | None]:
-        theta, shared, is_training = self.theta, None, self._is_training(self.theta)
-        if is_training and self.log_det.has_surrogate and isinstance(x, Tensor):
-            shared = share_gradient(theta, x)
-        parameter = theta if shared is None else shared.parameter
-        return self._affine(parameter, x, is_training=is_training), shared
-
-    def _affine(self, theta: Tensor, x: Tensor, *, is_training: bool) -> Tensor:
-        y = self.log_det.affine(
-            theta, self.log_scale, self.bias, self._as_events(x), is_training=is_training
-        )
+        arguments = self.theta, self.log_scale, self.bias, self._as_events(x)
+        y = self.log_det.affine(*arguments, is_training=self._is_training(self.theta))
         return y if y.shape == x.shape else y.view(x.shape)
+
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, Memo | None]:
+        if not self._is_training(self.theta):
+            return self._call(x), None
+        arguments = self.theta, self.log_scale, self.bias, self._as_events(x)
+        y, memo = self.log_det.affine_with_memo(*arguments)
+        return y if y.shape == x.shape else y.view(x.shape), memo
 
     def _inverse(self, y: Tensor) -> Tensor:
         h = self._as_events(y)
@@ -219,14 +215,12 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
         events, theta = self._as_events(x), self.theta
         event_shape = events.shape[1:]
         with without_autocast(x.device), self._named_errors():
-            state, shared = self._known_of(x, y)
+            state, memo = self._known_of(x, y)
             total = self._sum_of_log_scale(event_shape)
             if not self._is_training(theta):
-                value: Any = self.log_det.exact_log_abs_det(theta, event_shape, state)
+                value = self.log_det.exact_log_abs_det(theta, event_shape, state)
             else:
-                value = self.log_det.training_log_abs_det(theta, events, state)
-                if isinstance(value, Surrogate):
-                    value = value.attach_to(theta) if shared is None else shared.attach(value)
+                value = self.log_det.log_abs_det_with_memo(theta, events, state, memo)
                 if value.shape not in ((), (len(events),)):
                     raise ValueError(
                         f"expected {type(self.log_det).__name__}.training_log_abs_det to return a "
@@ -272,13 +266,12 @@ class AffineSelfNormalizingTransform(SelfNormalizingTransform):
     def _as_events(self, x: Tensor) -> Tensor:
         """Check an input of shape ``(..., *event)`` and flatten it to ``(B, *event)``."""
 
-    def _known_of(self, x: Tensor, y: Tensor) -> tuple[TensorState, SharedParameter | None]:
-        """The state of θ, and the θ that y was computed from, if it is known."""
+    def _known_of(self, x: Tensor, y: Tensor) -> tuple[TensorState, Memo | None]:
+        """The state of θ, and the by-product of the computation of y, if it is known."""
         state, memo = self._state_at(x, y)
-        shared = memo if isinstance(memo, SharedParameter) else None  # see _call_with_memo
-        if state is None or (shared is not None and shared.pending.is_used):
+        if state is None or (isinstance(memo, SharedParameter) and memo.pending.is_used):
             return TensorState(self.theta), None
-        return state[0], shared
+        return state[0], memo
 
     def _sum_of_log_scale(self, event_shape: torch.Size) -> Tensor:
         """``log|det diag(e^s)|``, shape ``()``."""
