@@ -736,6 +736,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
             "event_shape": image,
             "num_levels": count(1, 2),
             "num_steps": count(),
+            "kernel_size": kernel,
             "hidden_channels": count(),
             **LAYER,
         },
