@@ -731,10 +731,10 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
     ),
     (
         "flows.glow",
-        call(flows.glow, event_shape=(1, 4, 4), num_levels=1, num_steps=1, hidden_channels=2),
+        call(flows.glow, event_shape=(1, 16, 16), num_levels=1, num_steps=1, hidden_channels=2),
         {
             "event_shape": image,
-            "num_levels": count(1, 2),
+            "num_levels": count(1, 4),
             "num_steps": count(),
             "kernel_size": kernel,
             "hidden_channels": count(),
