@@ -1,8 +1,8 @@
 """A density of any two networks: two spirals, by one self-normalizing pair.
 
 A free-form layer takes any network f for the flow, and a second one, g, learns to be its inverse.
-Here both are residual networks with sine activations, which no usual flow may have. The spirals
-are a mixture of 800 round Gaussians: their density is known, and so is the best likelihood.
+Here both are plain residual networks, without what makes other flows invertible: no couplings, no
+bounds on weights. The spirals are a mixture of 800 round Gaussians, so their density is known.
 
     python examples/free_form.py    # half a minute; with seed 0:
 

@@ -208,6 +208,16 @@ def test_incubations_are_weibull() -> None:
         torch.testing.assert_close(epidemic.incubation[:, column].sum(), expected)
 
 
+def test_benchmark_has_the_same_epidemic(benchmark_modules: None) -> None:
+    expected, found = amortized.Epidemic(), importlib.import_module("amortization").Epidemic()
+    assert torch.equal(found.incubation, expected.incubation)
+    draws = []
+    for epidemic in (found, expected):
+        pyro.set_rng_seed(0)
+        draws.append(epidemic.simulate(3))
+    assert all(map(torch.equal, *draws))
+
+
 def test_epidemics_are_random_walks() -> None:
     theta, x = amortized.Epidemic().simulate(4000)
     assert (theta.shape, x.shape) == ((4000, 48), (4000, 26))
