@@ -208,6 +208,11 @@ def test_incubations_are_weibull() -> None:
         torch.testing.assert_close(epidemic.incubation[:, column].sum(), expected)
 
 
+def test_extreme_epidemics_have_finite_diagnoses() -> None:
+    rate = amortized.Epidemic().diagnoses(torch.full((1, 48), 1e4)).base_dist.rate
+    assert torch.isfinite(rate).all()
+
+
 def test_benchmark_has_the_same_epidemic(benchmark_modules: None) -> None:
     expected, found = amortized.Epidemic(), importlib.import_module("amortization").Epidemic()
     assert torch.equal(found.incubation, expected.incubation)
