@@ -38,9 +38,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(PARTIAL)
 	@touch $@
 
-demo: setup ## Run the two main examples with their default options
+demo: setup ## Fit a guide to sunspot counts and a density to a table; tables and pictures in outputs/
 	$(PY) examples/svi_guide.py
-	$(PY) examples/density_digits.py
+	$(PY) examples/density_table.py
 
 test: setup ## Run the tests (PYTEST_ARGS="-k name" passes options on)
 	@$(PY) -m pytest -n auto --dist worksteal $(PYTEST_ARGS)

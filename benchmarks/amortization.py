@@ -1,4 +1,8 @@
-"""The posterior of examples/amortized.py: peers of the dense layer, and data in raw units.
+"""The infections behind AIDS diagnoses: peers of the dense layer, and data in raw units.
+
+    θ_1 ~ Normal(log 30, 1.5),    θ_s ~ Normal(θ_{s−1}, 0.4),    x_t ~ Poisson(Σ_s F_ts exp(θ_s))
+
+The model is that of examples/amortized.py: 48 quarters of infections, diagnoses in the last 26.
 
 Nats are −log q(θ | x) of 500 new pairs, in the units of the example.
 
@@ -9,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pyro.distributions as dist
 import torch
@@ -30,10 +32,23 @@ from torch import Tensor, nn
 
 from pyro_snf import ActNorm, conditional_self_normalizing_linear
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from amortized import D, Epidemic
-
+D, NUM_DIAGNOSED = 48, 26
 HIDDEN, BATCH_SIZE, LEARNING_RATE, MAX_NORM, NUM_TEST = [128, 128], 256, 4e-3, 20.0, 500
+
+
+class Epidemic:
+    """Infections, and the diagnoses that follow them."""
+
+    def __init__(self) -> None:
+        steps = torch.ones(D, D).tril() * torch.tensor([1.5] + [0.4] * (D - 1))
+        self.prior = dist.MultivariateNormal(torch.full((D,), math.log(30)), scale_tril=steps)
+        ends = torch.arange(D - NUM_DIAGNOSED, D + 1)
+        years = (ends.unsqueeze(1) - torch.arange(D) - 0.5) / 4
+        self.incubation = -torch.exp(-math.log(2) * (years.relu() / 9.8) ** 2.5).diff(dim=0)
+
+    def simulate(self, count: int) -> tuple[Tensor, Tensor]:
+        theta = self.prior.sample([count])
+        return theta, dist.Poisson(theta.exp() @ self.incubation.mT).sample()
 
 
 class BatchOfCholeskyFactors(LowerCholeskyAffine):
