@@ -14,18 +14,30 @@ extensions = [
     "matplotlib.sphinxext.plot_directive",
     "sphinx-mathjax-offline",  # formulas without a network
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates"]
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
 
 autosummary_generate = True
 autosummary_ignore_module_all = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 autodoc_default_options = {"show-inheritance": True}
 # The API pages are about this library: what torch's and Pyro's classes have is in their docs.
 autodoc_inherit_docstrings = False
+add_module_names = False
+python_use_unqualified_type_names = True
+# A signature that does not fit into a line of a page has a line for each parameter.
+maximum_signature_line_length = 80
+
+# What is copied can be pasted: no prompts, no output.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 # The code of a page is run when it is built; a picture is all that it leaves.
 plot_html_show_source_link = False
@@ -34,3 +46,5 @@ plot_formats = [("png", 150)]
 
 html_theme = "furo"
 html_title = "pyro-snf"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
