@@ -1,5 +1,9 @@
 """Sphinx configuration."""
 
+import importlib
+
+from sphinx import addnodes
+
 import pyro_snf
 
 project = "pyro-snf"
@@ -48,3 +52,35 @@ html_theme = "furo"
 html_title = "pyro-snf"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+
+
+def add_ids(app, doctree):
+    """Let viewcode's links back to the documentation end at what they name.
+
+    It has one module name for all objects of a source file. A public class is documented as one of
+    ``pyro_snf``, and its file's internals as of their own module: each gets the other's name, too.
+    """
+    for signature in doctree.findall(addnodes.desc_signature):
+        module, name = signature.get("module"), signature.get("fullname")
+        if module and name:
+            public = f"{pyro_snf.__name__}.{name}"
+            own = f"{source_module(module, name) or module}.{name}"
+            signature["ids"] += [one for one in (public, own) if one not in signature["ids"]]
+
+
+def source_module(module, name):
+    """The module in which an object says that it is defined; None if it does not say it."""
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return getattr(found, "__module__", None)
+
+
+def keep_out_builtins(app, module, name):
+    """An alias of a builtin type has no source to show; None leaves all others to viewcode."""
+    return module if source_module(module, name) == "builtins" else None
+
+
+def setup(app):
+    app.connect("doctree-read", add_ids)
+    app.connect("viewcode-follow-imported", keep_out_builtins)
