@@ -17,6 +17,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "matplotlib.sphinxext.plot_directive",
     "sphinx-mathjax-offline",  # formulas without a network
+    "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -38,6 +39,13 @@ add_module_names = False
 python_use_unqualified_type_names = True
 # A signature that does not fit into a line of a page has a line for each parameter.
 maximum_signature_line_length = 80
+
+# Without a network, the names of a short list are linked; with one, all of them.
+intersphinx_mapping = {
+    "torch": ("https://docs.pytorch.org/docs/stable/", (None, "inventories/torch.txt")),
+    "pyro": ("https://docs.pyro.ai/en/stable/", (None, "inventories/pyro.txt")),
+}
+intersphinx_timeout = 5
 
 # What is copied can be pasted: no prompts, no output.
 copybutton_prompt_text = r">>> |\.\.\. "
