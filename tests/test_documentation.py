@@ -6,6 +6,7 @@ what stands before the first section; a page in `ONE_PROGRAM` says that it is on
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 import textwrap
@@ -85,3 +86,39 @@ def test_documentation(program: list[str], fresh_process: None) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
     for block in program:
         run(block, names)
+
+
+def test_the_messages_that_are_explained_are_the_librarys() -> None:
+    """ "…" stands for what a message is about; what stands between is in one string of the source."""
+    page = (ROOT / "docs" / "troubleshooting.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"^\.\. code-block:: text\n\n((?:   .*\n)+)", page, re.MULTILINE)
+    messages = re.split(r"\n   (?! )", "\n".join("\n" + block.rstrip() for block in blocks))
+    parts = {
+        part.strip()
+        for message in messages
+        for part in re.split(
+            "…|verdict unreliable:|(?<=finite). (?=Where)", " ".join(message.split())
+        )
+        if " " in part.strip(" :;,.")
+    }
+    source = strings_of_the_library()
+    assert len(parts) > 30
+    assert [part for part in sorted(parts) if bare(part) not in source] == []
+
+
+def bare(text: str) -> str:
+    """Without the class of an error before it, and the punctuation around it."""
+    return re.sub(r"^\w+(Error|Warning): ", "", text).strip(" :;,.")
+
+
+def strings_of_the_library() -> str:
+    """All of them, with "…" in the place of what is formatted into them."""
+    found = []
+    for path in (ROOT / "pyro_snf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                values = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
