@@ -89,7 +89,7 @@ def test_documentation(program: list[str], fresh_process: None) -> None:
 
 
 def test_the_messages_that_are_explained_are_the_librarys() -> None:
-    """ "…" stands for what a message is about; what stands between is in one string of the source."""
+    """What stands between the "…", which stand for details, is in one string of the source."""
     page = (ROOT / "docs" / "troubleshooting.rst").read_text(encoding="utf-8")
     blocks = re.findall(r"^\.\. code-block:: text\n\n((?:   .*\n)+)", page, re.MULTILINE)
     messages = re.split(r"\n   (?! )", "\n".join("\n" + block.rstrip() for block in blocks))
