@@ -1,4 +1,4 @@
-"""Names that every docstring, README and documentation example may use."""
+"""Names that every docstring's example may use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyro_snf import diagnostics
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
-    pyro.clear_param_store()  # of the page before
+    pyro.clear_param_store()  # of the example before
     doctest_namespace.update({name: getattr(pyro_snf, name) for name in pyro_snf.__all__})
     doctest_namespace.update({name: getattr(diagnostics, name) for name in diagnostics.__all__})
     doctest_namespace.update(torch=torch, pyro=pyro, dist=dist)

@@ -84,7 +84,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
     dense layer. A step costs O(D²).
 
     If the activation starts as the identity, the guide starts as the mean-field Gaussian
-    :math:`N(\text{init\_loc\_fn}, \text{init\_scale}^2)`.
+    :math:`N(\mu_0, \sigma_0^2)`, with the location of ``init_loc_fn`` and the scale ``init_scale``.
 
     >>> def model():
     ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -116,7 +116,7 @@ class AutoSelfNormalizingFlow(AutoContinuous):
 
     In a site that is partly masked, as that of missing values (``obs_mask``) is, elements that
     neither the prior nor the data reach have no posterior. Unconstrained, they get the prior
-    :math:`N(\text{init\_loc\_fn}, 1)`: the ELBO remains a bound on the same evidence.
+    :math:`N(\mu_0, 1)`: the ELBO remains a bound on the same evidence.
 
     :param model: a Pyro model of static structure, whose latent variables are continuous, or
         enumerated and hidden from the guide, and outside of subsampled plates.

@@ -23,7 +23,7 @@ class _ZeroLinear(nn.Linear):
 
 
 class ResidualMLP(nn.Module):
-    r"""A residual network of vectors that starts as the identity,
+    r"""A residual network of vectors that starts as the identity.
 
     .. math::
         h_0 = x, \qquad h_{l+1} = h_l + W_l\, \phi_l(h_l, c), \qquad f(x) = h_n,

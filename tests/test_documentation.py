@@ -1,23 +1,124 @@
-"""The README's programs run as they are printed. (Doctests are collected by pytest itself.)"""
+"""The README's and the pages' code runs as a reader would paste it, in a fresh namespace.
+
+Each block of the README runs alone. On a page of the documentation, each section runs alone, after
+what stands before the first section; a page in `ONE_PROGRAM` says that it is one program.
+"""
 
 from __future__ import annotations
 
+import ast
+import doctest
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyro
+import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+from pyro_snf.processes import set_data_group
+
+ROOT = Path(__file__).parents[1]
+ONE_PROGRAM = {"tutorial", "distributed"}
+
+_SECTION = re.compile(r"\n(?=[^\n]+\n---+\n)")
+_CODE = re.compile(r"^\.\. code-block:: python\n((?:\n|[ ]+.*\n)+)", re.MULTILINE)
 
 
-def test_readme_programs() -> None:
+def program_of(text: str) -> str:
+    """The doctests of a piece of a page, or all of its `code-block:: python`."""
+    if re.search(r"^ *>>> ", text, re.MULTILINE):
+        return text
+    return "\n".join(textwrap.dedent(code) for code in _CODE.findall(text))
+
+
+def programs() -> list[Any]:
+    """Lists of blocks, each of which has a namespace of its own."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    found = [pytest.param([block], id=f"README-{i}") for i, block in enumerate(blocks)]
+    for page in sorted((ROOT / "docs").glob("*.rst")):
+        text = page.read_text(encoding="utf-8")
+        sections = [text] if page.stem in ONE_PROGRAM else _SECTION.split(text)
+        first, *rest = [program_of(section) for section in sections]
+        if first.strip() == blocks[0].strip():  # the landing page begins as the README does
+            first = ""
+        parts = [part for part in rest if part] or [""]
+        for i, part in enumerate(parts):
+            if first or part:
+                found.append(pytest.param([first, part], id=f"{page.stem}-{i}"))
+    return found
+
+
+def run(block: str, names: dict[str, object]) -> None:
+    if ">>> " not in block:
+        exec(compile(block, "<documentation>", "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(block, names, "documentation", None, 0)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False)
+    # The globals of the test are a copy, unless they are to be kept for the next block.
+    failed = runner.run(test, out=report.append, clear_globs=False).failed
+    assert failed == 0, "".join(report)
+    names.update(test.globs)
+
+
+@pytest.fixture
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As `torchrun --nproc-per-node 1` starts a program, in float32."""
+    torch.set_default_dtype(torch.float32)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.chdir(tmp_path)
+    yield
+    if torch.distributed.is_initialized():
+        set_data_group(None)
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("program", programs())
+def test_documentation(program: list[str], fresh_process: None) -> None:
     pyro.clear_param_store()
     torch.manual_seed(0)
-    programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(programs) >= 2
-    names: dict[str, object] = {}
-    for program in programs:  # a later one may use what an earlier one imported
-        exec(compile(program, str(README), "exec"), names)
-    assert names["samples"].shape == (1000, 8)
-    assert torch.isfinite(names["loss"])
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in program:
+        run(block, names)
+
+
+def test_the_messages_that_are_explained_are_the_librarys() -> None:
+    """What stands between the "…", which stand for details, is in one string of the source."""
+    page = (ROOT / "docs" / "troubleshooting.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"^\.\. code-block:: text\n\n((?:   .*\n)+)", page, re.MULTILINE)
+    messages = re.split(r"\n   (?! )", "\n".join("\n" + block.rstrip() for block in blocks))
+    parts = {
+        part.strip()
+        for message in messages
+        for part in re.split(
+            "…|verdict unreliable:|(?<=finite). (?=Where)", " ".join(message.split())
+        )
+        if " " in part.strip(" :;,.")
+    }
+    source = strings_of_the_library()
+    assert len(parts) > 30
+    assert [part for part in sorted(parts) if bare(part) not in source] == []
+
+
+def bare(text: str) -> str:
+    """Without the class of an error before it, and the punctuation around it."""
+    return re.sub(r"^\w+(Error|Warning): ", "", text).strip(" :;,.")
+
+
+def strings_of_the_library() -> str:
+    """All of them, with "…" in the place of what is formatted into them."""
+    found = []
+    for path in (ROOT / "pyro_snf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                values = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)

@@ -36,7 +36,9 @@ _FIRST_WEIGHT, _RATE, _FALL = 10.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
-    r"""The reconstruction penalty of a pair of networks f and g. With ``e(x) = g(f(x)) − x``,
+    r"""The reconstruction penalty of a pair of networks f and g.
+
+    With ``e(x) = g(f(x)) − x``, it is
 
     .. math::
         \lambda D \left( \log\bigl(1 + c(x, \tilde x)\bigr)

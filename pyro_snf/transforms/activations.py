@@ -43,7 +43,7 @@ _STEPS_UNTIL_LOOK = 8
 
 
 class SmoothLeakyReLU(InvertibleTransformModule):
-    r"""The smooth leaky rectifier, elementwise:
+    r"""The smooth leaky rectifier, elementwise.
 
     .. math::
         T(x) = \alpha x + (1 - \alpha) \log(1 + e^x), \qquad
@@ -191,7 +191,9 @@ def smooth_leaky_relu(alpha: float = 0.3, **kwargs: Any) -> SmoothLeakyReLU:
 
 class RationalQuadraticSpline(InvertibleTransformModule):
     r"""An increasing spline for every element of an event (Durkan et al., 2019), with K bins on
-    [−B, B] and the identity outside. In a bin from :math:`(x_k, y_k)` to
+    [−B, B] and the identity outside.
+
+    In a bin from :math:`(x_k, y_k)` to
     :math:`(x_{k+1}, y_{k+1})` with the slopes :math:`d_k` and :math:`d_{k+1}` at its ends,
 
     .. math::

@@ -20,7 +20,7 @@ __all__ = ["ActNorm", "actnorm"]
 
 
 class ActNorm(FirstBatchTransform):
-    r"""Activation normalization (Kingma and Dhariwal, 2018): for every channel c,
+    r"""Activation normalization (Kingma and Dhariwal, 2018): a scale and a shift for each channel.
 
     .. math::
         y_c = e^{s_c} (x_c + b_c), \qquad \log|\det J| = HW \sum_c s_c .

@@ -21,7 +21,7 @@ __all__ = ["LowRankAutoregressive", "low_rank_autoregressive"]
 
 
 class LowRankAutoregressive(InvertibleTransformModule):
-    r"""The affine autoregressive map (Kingma et al., 2016) of a narrow network:
+    r"""The affine autoregressive map (Kingma et al., 2016) of a narrow network.
 
     .. math::
         y_i = e^{s_i(x_{<i})}\, x_i + t_i(x_{<i}), \qquad

@@ -32,7 +32,7 @@ _LARGEST_SIZE, _SMALLEST_DEVIATION, _MIN_CONTEXTS = 10.0, 0.01, 32
 
 
 class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
-    r"""The affine map whose bias, scale and low-rank factor depend on a context c:
+    r"""The affine map whose bias, scale and low-rank factor depend on a context c.
 
     .. math::
         T(x; c) = \operatorname{diag}(e^{s(c)})\, W\, (I + U(c) V(c)^\top)\, x + b(c),

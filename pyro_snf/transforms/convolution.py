@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 class SelfNormalizingConv2d(AffineSelfNormalizingTransform):
-    r"""The unconstrained convolution of images of C channels, of stride 1 and "same" size,
+    r"""The unconstrained convolution of images of C channels, of stride 1 and "same" size.
 
     .. math::
         T(x)_o = b_o + e^{s_o} \sum_i a_{oi} \star x_i, \qquad

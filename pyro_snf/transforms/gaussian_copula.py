@@ -44,7 +44,7 @@ class _Memo(NamedTuple):
 
 
 class GaussianCopula(FirstBatchTransform):
-    r"""An increasing spline of each feature, and a dense layer:
+    r"""An increasing spline of each feature, and a dense layer.
 
     .. math::
         T(x) = W\, h(x) + b, \qquad h_i(x) = S_i\bigl((x_i - \mu_i) / \sigma_i\bigr).

@@ -96,8 +96,9 @@ class CouplingNet(nn.Sequential):
 
 
 class ImageCoupling(InvertibleTransformModule):
-    r"""Affine coupling (Dinh et al., 2017) of images: the first half of the channels,
-    :math:`x_1`, shifts and scales the second,
+    r"""Affine coupling (Dinh et al., 2017) of images.
+
+    The first half of the channels, :math:`x_1`, shifts and scales the second,
 
     .. math::
         y_1 = x_1, \qquad y_2 = e^{s(x_1)} \odot x_2 + t(x_1), \qquad

@@ -19,7 +19,7 @@ __all__ = ["SelfNormalizingLinear", "self_normalizing_linear"]
 
 
 class SelfNormalizingLinear(AffineSelfNormalizingTransform):
-    r"""The unconstrained affine map
+    r"""The unconstrained affine map of vectors.
 
     .. math::
         T(x) = W x + b, \qquad

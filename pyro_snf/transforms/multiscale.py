@@ -19,7 +19,9 @@ __all__ = ["MultiScale"]
 
 
 class MultiScale(InvertibleTransformModule):
-    r"""The multi-scale architecture (Dinh et al., 2017): for an image :math:`h_0 = x`,
+    r"""The multi-scale architecture (Dinh et al., 2017).
+
+    For an image :math:`h_0 = x`,
 
     .. math::
         (h_l, z_l) = T_l(h_{l-1}), \quad l < L, \qquad z_L = T_L(h_{L-1}), \qquad

@@ -75,13 +75,14 @@ class _Status:
 
 
 class SelfNormalizingPair(SelfNormalizingTransform):
-    r"""Any network as a bijection, with a second network as its approximate inverse,
+    r"""Any network as a bijection, with a second network as its approximate inverse.
 
     .. math::
         T(x) = f(x), \qquad g(f(x)) \approx x,
 
-    after Keller et al. (2021) and Draxler et al. (2024). Both map a batch of events, of shape
-    ``(B, *event)``, to one of the same shape, each event independently of the others.
+    The idea is that of Keller et al. (2021) and Draxler et al. (2024). Both networks map a batch of
+    events, of shape ``(B, *event)``, to one of the same shape, each event independently of the
+    others.
 
     ============  =======================================  =======================  ================
     ``log_det``   gradient of :math:`\log|\det J_f|`       value in training        cost a step
@@ -471,7 +472,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
 
 
 class ConditionalSelfNormalizingPair(ConditionalTransformModule):
-    r"""A :class:`SelfNormalizingPair` whose networks have a context c as their second argument,
+    r"""A :class:`SelfNormalizingPair` whose networks have a context c as their second argument.
 
     .. math::
         T(x; c) = f(x, c), \qquad g(f(x, c), c) \approx x.

@@ -121,7 +121,7 @@ class _MaskedNetwork(nn.Module):
 
 
 class SplineAutoregressive(InvertibleTransformModule):
-    r"""Each feature by an increasing spline, which the features before it choose:
+    r"""Each feature by an increasing spline, which the features before it choose.
 
     .. math::
         y_i = S(x_i;\, \theta_i), \qquad
@@ -278,7 +278,7 @@ class SplineAutoregressive(InvertibleTransformModule):
 
 
 class ConditionalSplineAutoregressive(ConditionalTransformModule):
-    r"""A :class:`SplineAutoregressive` whose splines depend on a context c as well,
+    r"""A :class:`SplineAutoregressive` whose splines depend on a context c as well.
 
     .. math::
         y_i = S(x_i;\, 	heta_i), \qquad 	heta_i 	ext{ a function of } x_1 \ldots x_{i-1}, c .

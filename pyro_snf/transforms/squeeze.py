@@ -15,7 +15,7 @@ __all__ = ["Squeeze2d", "squeeze2d"]
 
 
 class Squeeze2d(InvertibleTransformModule):
-    r"""Space to depth (Dinh et al., 2017): every f × f square of a channel becomes f² channels,
+    r"""Space to depth (Dinh et al., 2017): every f × f square of a channel becomes f² channels.
 
     .. math::
         y_{c f^2 + i f + j,\, h,\, w} = x_{c,\, f h + i,\, f w + j}, \qquad 0 \le i, j < f.
