@@ -166,8 +166,9 @@ def plot(args: argparse.Namespace) -> None:
     styles = dict(
         zip(METHODS, ["#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"], strict=True)
     )
+    methods = [method for method in args.methods if results.select(rows, method=method)]
     for axes, dim in zip(panels, args.dims, strict=True):
-        for method in args.methods:
+        for method in methods:
             here = results.select(rows, dim=dim, method=method)
             counts = [best_steps(here, condition=condition) for condition in args.conditions]
             heights = [min(count, args.max_steps) for count in counts]  # of NaN, NaN
