@@ -30,6 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 MODULES = {name: importlib.import_module(name) for name in EXAMPLES}
 amortized, density_images, density_table, _, free_form, svi_guide = MODULES.values()
 common = importlib.import_module("common")
+# Benchmarks have modules of the same names.
+sys.path.pop(0)
+for _name in (*EXAMPLES, "common"):
+    del sys.modules[_name]
 
 # An empty picture with its axes takes a few thousand bytes.
 MIN_PNG_BYTES = 10_000
