@@ -182,6 +182,11 @@ def write_report(folder: Path, output_dir: Path) -> None:
     print(f"written: {output_dir / 'results.md'}, {output_dir / 'curves.png'}")
 
 
+def _pairs(options: str) -> list[str]:
+    """Options with their values, one by one."""
+    return [f"--{pair.strip()}" for pair in options.split("--") if pair.strip()]
+
+
 def _plot(sections: Sequence[tuple[str, str, list[Result]]]) -> Figure:
     """Validation NLL against time, a panel for each section."""
     figure = Figure(figsize=(4.6 * min(len(sections), 2), 3.4 * math.ceil(len(sections) / 2)))
@@ -189,7 +194,7 @@ def _plot(sections: Sequence[tuple[str, str, list[Result]]]) -> Figure:
     panels = figure.subplots(math.ceil(len(sections) / 2), min(len(sections), 2), squeeze=False)
     for panel in panels.flat[len(sections) :]:
         panel.set_axis_off()
-    for panel, (preset, _, ones) in zip(panels.flat, sections, strict=False):
+    for panel, (preset, options, ones) in zip(panels.flat, sections, strict=False):
         late: list[float] = []
         for label, log_det, results in _rows(ones, preset):
             for index, one in enumerate(results):
@@ -207,7 +212,9 @@ def _plot(sections: Sequence[tuple[str, str, list[Result]]]) -> Figure:
         if late:
             low, high = min(late), max(late)
             panel.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
-        panel.set_title(preset, fontsize=10)
+        others = [set(_pairs(given)) for name, given, _ in sections if name == preset]
+        special = [pair for pair in _pairs(options) if not all(pair in one for one in others)]
+        panel.set_title("\n".join([preset, " ".join(special)]).strip(), fontsize=9)
         panel.set_xlabel("minutes of training")
         panel.set_ylabel("validation NLL (nats)")
         panel.grid(alpha=0.3)
