@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,13 +184,11 @@ def write_report(folder: Path, output_dir: Path) -> None:
     print(f"written: {output_dir / 'results.md'}, {output_dir / 'curves.png'}")
 
 
-def _pairs(options: str) -> list[str]:
-    """Options with their values, one by one."""
-    return [f"--{pair.strip()}" for pair in options.split("--") if pair.strip()]
-
-
 def _plot(sections: Sequence[tuple[str, str, list[Result]]]) -> Figure:
-    """Validation NLL against time, a panel for each section."""
+    """Validation NLL against time, a panel for each section with more than one method."""
+    several = [one for one in sections if len({label for label, *_ in _rows(one[2], one[0])}) > 1]
+    sections = several or sections
+    count = Counter(preset for preset, *_ in sections)
     figure = Figure(figsize=(4.6 * min(len(sections), 2), 3.4 * math.ceil(len(sections) / 2)))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(math.ceil(len(sections) / 2), min(len(sections), 2), squeeze=False)
@@ -212,9 +212,8 @@ def _plot(sections: Sequence[tuple[str, str, list[Result]]]) -> Figure:
         if late:
             low, high = min(late), max(late)
             panel.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
-        others = [set(_pairs(given)) for name, given, _ in sections if name == preset]
-        special = [pair for pair in _pairs(options) if not all(pair in one for one in others)]
-        panel.set_title("\n".join([preset, " ".join(special)]).strip(), fontsize=9)
+        shown = textwrap.fill(f"{preset} {options}" if count[preset] > 1 else preset, 60)
+        panel.set_title(shown, fontsize=8)
         panel.set_xlabel("minutes of training")
         panel.set_ylabel("validation NLL (nats)")
         panel.grid(alpha=0.3)
