@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report.write_report(args.folder, args.output_dir or args.folder)
             return
         settings = argparse.ArgumentParser(
-            prog=f"python benchmarks/paper run --preset {args.preset}",
+            usage=f"python benchmarks/paper run --preset {args.preset} [--data-dir DIR] [options]",
             parents=[runner],
             allow_abbrev=False,
         )
