@@ -21,7 +21,9 @@ __all__ = [
     "as_image_shape",
     "as_list",
     "as_number",
+    "as_odd_size",
     "as_positive",
+    "as_pyro_seed",
     "as_seed",
     "check_cache_size",
     "check_choice",
@@ -230,6 +232,18 @@ def as_image_shape(shape: Any) -> torch.Size:
     fits = are_counts(shape) and len(shape) == 3
     expect("event_shape (C, H, W), integers >= 1", fits, shape)
     return torch.Size(map(int, shape))
+
+
+def as_odd_size(name: str, size: Any) -> tuple[int, int]:
+    """The height and the width of a kernel, of which one number stands for both.
+
+    :raises ValueError: unless they are odd integers from 1.
+    """
+    pair = (size, size) if is_count(size) else size
+    fits = isinstance(pair, tuple | list) and len(pair) == 2
+    fits = fits and all(is_count(length) and length % 2 == 1 for length in pair)
+    expect(f"{name}, one or two odd integers >= 1", fits, size)
+    return (int(pair[0]), int(pair[1]))
 
 
 def are_counts(sizes: object) -> bool:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -24,21 +24,16 @@ from scipy.integrate import solve_ivp
 
 from pyro_snf.vectorization import can_vectorize
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PEERS = ("FrEIA", "nflows", "normflows", "zuko")
 # Float64; Pyro's exponential is a series that is cut off.
 EXACT = 1e-6
 
 
 @pytest.fixture
-def linear(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def linear(benchmark_modules: None) -> ModuleType:
     for peer in PEERS:
         pytest.importorskip(peer)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import linear
-
-    yield linear
-    sys.modules.pop("linear")
+    return importlib.import_module("linear")
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -96,12 +91,8 @@ def test_small_run_writes_its_results(linear: ModuleType, tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def conv(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import conv
-
-    yield conv
-    sys.modules.pop("conv")
+def conv(benchmark_modules: None) -> ModuleType:
+    return importlib.import_module("conv")
 
 
 def test_kernels_have_the_condition_number_that_is_asked_for(conv: ModuleType) -> None:
@@ -142,13 +133,9 @@ def test_times_of_convolutions(
 
 
 @pytest.fixture
-def free_form(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def free_form(benchmark_modules: None) -> ModuleType:
     torch.set_default_dtype(torch.float32)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import free_form
-
-    yield free_form
-    sys.modules.pop("free_form")
+    return importlib.import_module("free_form")
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -223,12 +210,8 @@ def test_densities_of_pairs(
 
 
 @pytest.fixture
-def posteriordb_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import posteriordb_models
-
-    yield posteriordb_models
-    sys.modules.pop("posteriordb_models")
+def posteriordb_models(benchmark_modules: None) -> ModuleType:
+    return importlib.import_module("posteriordb_models")
 
 
 SCHOOLS = {"y": [28, 8, -3], "sigma": [15, 10, 16]}
@@ -312,12 +295,9 @@ def rows_of(path: Path) -> list[dict]:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+def load(benchmark_modules: None) -> Callable[[str], ModuleType]:
     """Imports a benchmark by its name, for the length of a test."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+    return importlib.import_module
 
 
 def write_zipped(path: Path, content: object) -> None:
@@ -577,9 +557,13 @@ def test_sampling_measures_every_inverse(
     assert all(len(line) == len(header) for line in lines)
 
 
-def test_densities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: object) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    densities = importlib.import_module("densities")
+def test_densities(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: object,
+) -> None:
+    densities = load("densities")
     monkeypatch.setattr(densities.density_fitting, "_clock", densities.density_fitting._clock)
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(count, 3, generator=generator) for count in (60, 20, 20)]

@@ -9,10 +9,9 @@ import os
 import pickle
 import re
 import struct
-import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def datasets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("datasets")
-    sys.modules.pop("datasets")
+def datasets(benchmark_modules: None) -> ModuleType:
+    return importlib.import_module("datasets")
 
 
 def _pixels(*shape: int, seed: int = 0) -> np.ndarray:

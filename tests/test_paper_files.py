@@ -8,22 +8,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("files")
-    sys.modules.pop("files")
+def files(benchmark_modules: None) -> ModuleType:
+    return importlib.import_module("files")
 
 
 def _fail(error: BaseException) -> Callable[..., None]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import doctest
-import sys
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +26,6 @@ from pyro_snf import (
     flows,
 )
 
-PAPER = Path(__file__).parent.parent / "benchmarks" / "paper"
 # Of a series with 13 terms at a norm of 0.9, in the log-determinant of 27 pixels and channels.
 SERIES = 1e-10
 # With 6 terms: 0.9⁷/7! for each of them.
@@ -37,12 +35,8 @@ SIZES = [1, 3, (3, 5)]
 
 
 @pytest.fixture
-def rivals(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(PAPER))
-    import rivals
-
-    yield rivals
-    sys.modules.pop("rivals")
+def rivals(benchmark_modules: None) -> ModuleType:
+    return importlib.import_module("rivals")
 
 
 def matrix_of(kernel: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -9,7 +9,6 @@ from types import ModuleType
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EXACT = 1e-9
 
 

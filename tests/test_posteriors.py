@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from pathlib import Path
 from types import ModuleType
 
 import pyro
@@ -16,8 +15,6 @@ from pyro.infer.autoguide import AutoDiagonalNormal
 
 from pyro_snf import AutoSelfNormalizingFlow
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 SMALL = [
     "Cox process, D = 256",
     "horseshoe regression, D = 62",
@@ -28,8 +25,7 @@ SMALL = [
 
 
 @pytest.fixture
-def posteriors(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def posteriors(benchmark_modules: None) -> ModuleType:
     torch.set_default_dtype(torch.float32)  # as the benchmarks have it
     return importlib.import_module("posteriors")
 

@@ -36,7 +36,7 @@ from pyro_snf import (
 )
 from pyro_snf.caching import TensorMemo, TensorState, fixed_directions
 from pyro_snf.maps import kernels
-from pyro_snf.options import as_count, check_choice, check_device, check_dtype, expect, is_count
+from pyro_snf.options import as_count, as_odd_size, check_choice, check_device, check_dtype, expect
 from pyro_snf.surrogate import with_gradient
 from pyro_snf.transforms.base import InvertibleTransformModule, check_image, check_input
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
@@ -167,7 +167,8 @@ class _RelativeProduct(Function):
 class _ConvolutionRival(InvertibleTransformModule):
     """A convolution of images of C channels, with zeros beyond the edges, of "same" size.
 
-    Subclasses define :meth:`_map`, :meth:`_map_inverse` and ``log_abs_det_jacobian``.
+    Subclasses define their kernels, by ``_make_kernels`` and ``reset_parameters``, ``_call``,
+    ``_inverse`` and ``log_abs_det_jacobian``.
     """
 
     domain = constraints.independent(constraints.real, 3)
@@ -183,14 +184,12 @@ class _ConvolutionRival(InvertibleTransformModule):
     ) -> None:
         super().__init__()
         self.channels = as_count("channels", channels)
-        pair = (kernel_size, kernel_size) if is_count(kernel_size) else kernel_size
-        fits = isinstance(pair, tuple) and len(pair) == 2
-        fits = fits and all(is_count(length) and length % 2 == 1 for length in pair)
-        expect("kernel_size, one or two odd integers >= 1", fits, kernel_size)
+        self.kernel_size = as_odd_size("kernel_size", kernel_size)
         check_device(device)
         check_dtype(dtype)
-        self.kernel_size = pair
         self.bias = nn.Parameter(torch.zeros(self.channels, device=device, dtype=dtype))
+        self._make_kernels(device=device, dtype=dtype)
+        self.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
@@ -245,22 +244,13 @@ class EmergingConv2d(_ConvolutionRival):
     Normalizing Flows. ICML 2019. [arXiv:1901.11137]
     """
 
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int | tuple[int, int] = 3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channels, kernel_size, device=device, dtype=dtype)
+    def _make_kernels(self, **factory: Any) -> None:
         size = [length // 2 + 1 for length in self.kernel_size]
         shape = (self.channels, self.channels, *size)
-        mask = torch.ones(shape, device=device, dtype=dtype)
+        mask = torch.ones(shape, **factory)
         mask[:, :, -1, -1].tril_()
         self.register_buffer("mask", mask, persistent=False)
         self.first, self.second = (nn.Parameter(torch.empty_like(mask)) for _ in range(2))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -365,20 +355,11 @@ class ConvolutionExponential(_ConvolutionRival):
     #: Of the power iteration: a unit vector, of the shape of the latest images in training.
     direction: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int | tuple[int, int] = 3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channels, kernel_size, device=device, dtype=dtype)
+    def _make_kernels(self, **factory: Any) -> None:
         shape = (self.channels, self.channels, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
         # Of no images yet. Like all else that T depends on, it is saved.
-        self.register_buffer("direction", torch.empty(0, device=device, dtype=dtype))
-        self.reset_parameters()
+        self.register_buffer("direction", torch.empty(0, **factory))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyro_snf.log_dets import LogDetMethod
 from pyro_snf.maps import Convolution
 from pyro_snf.maps.kernels import PADDING_MODES
-from pyro_snf.options import as_count, check_choice, expect, is_count
+from pyro_snf.options import as_count, as_odd_size, check_choice, expect
 from pyro_snf.transforms.base import check_image
 from pyro_snf.transforms.self_normalizing import AffineSelfNormalizingTransform
 
@@ -106,10 +106,10 @@ class SelfNormalizingConv2d(AffineSelfNormalizingTransform):
         dtype: torch.dtype | None = None,
     ) -> None:
         channels = as_count("channels", channels)
-        size = _odd_size("kernel_size", kernel_size)
+        size = as_odd_size("kernel_size", kernel_size)
         inverse_size = None
         if inverse_kernel_size is not None:
-            inverse_size = _odd_size("inverse_kernel_size", inverse_kernel_size)
+            inverse_size = as_odd_size("inverse_kernel_size", inverse_kernel_size)
             expected = "inverse_kernel_size 1 or None for a 1 × 1 kernel, as its inverse is 1 × 1"
             expect(expected, inverse_size == (1, 1) or size != (1, 1), inverse_kernel_size)
         check_choice("padding_mode", padding_mode, PADDING_MODES)
@@ -157,14 +157,6 @@ class SelfNormalizingConv2d(AffineSelfNormalizingTransform):
             )
         self.event_shape = x.shape[-3:]
         return x.reshape(-1, *x.shape[-3:])
-
-
-def _odd_size(name: str, size: Any) -> Size:
-    pair = (size, size) if is_count(size) else size
-    fits = isinstance(pair, tuple | list) and len(pair) == 2
-    fits = fits and all(is_count(length) and length % 2 == 1 for length in pair)
-    expect(f"{name}, one or two odd integers >= 1", fits, size)
-    return (int(pair[0]), int(pair[1]))
 
 
 def self_normalizing_conv2d(channels: int, **kwargs: Any) -> SelfNormalizingConv2d:
