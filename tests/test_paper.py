@@ -122,6 +122,8 @@ def test_why_a_run_ends(paper: Callable[..., Any]) -> None:
     for reason, options in ends.items():
         result = paper("fc-mnist", *tiny, *options, folder=reason)
         assert result["reason"] == reason
+        if reason == "patience":
+            assert result["history"][-1]["epoch"] == 1
     assert paper("fc-mnist", *tiny, "--resume", folder="max_seconds")["reason"] == "epochs"
     with pytest.raises(SystemExit, match="expected seed to be 0, as in the checkpoint; got 1"):
         paper("fc-mnist", *tiny, "--resume", "--seed", "1", folder="max_seconds")
@@ -129,6 +131,8 @@ def test_why_a_run_ends(paper: Callable[..., Any]) -> None:
         paper("fc-mnist", *tiny, folder="max_seconds")
     with pytest.raises(SystemExit, match="expected a checkpoint to resume from"):
         paper("fc-mnist", *tiny, "--resume", folder="new")
+    with pytest.raises(SystemExit, match=r"expected warm_up_epochs below epochs, 4, .* got 10"):
+        paper("fc-mnist", *tiny, "--schedule", "cosine", folder="wrong")
     with pytest.raises(SystemExit, match="expected num_blocks for conv only; got fc"):
         paper("fc-mnist", "--num-blocks", "2", folder="wrong")
     with pytest.raises(SystemExit, match="expected geco_rate for learned only; got exact"):

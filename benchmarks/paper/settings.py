@@ -232,4 +232,9 @@ def make_settings(preset: str, options: dict[str, Any]) -> Any:
             raise ValueError(f"expected {name} for {' or '.join(models)} only; got {made.model}")
         if name in _OF_LEARNED and made.log_det != "learned":
             raise ValueError(f"expected {name} for learned only; got {made.log_det}")
+    if made.schedule == "cosine" and made.warm_up_epochs >= made.epochs:
+        raise ValueError(
+            f"expected warm_up_epochs below epochs, {made.epochs}, with the cosine schedule; "
+            f"got {made.warm_up_epochs:g}"
+        )
     return made

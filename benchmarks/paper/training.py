@@ -315,6 +315,6 @@ def _reason_to_stop(run: Run, num_steps: int, is_interrupted: bool) -> str | Non
         return "epochs"
     if one.max_seconds and run.seconds >= one.max_seconds:
         return "max_seconds"
-    if one.patience and run.epoch - run.best.epoch >= one.patience + one.evaluate_every:
+    if one.patience and run.history[-1].epoch - run.best.epoch >= one.patience:
         return "patience"
     return "interrupted" if is_interrupted else None
