@@ -216,6 +216,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(one, _Generator) and (one._cdata in _simulated_generators) != on_device:
             raise RuntimeError(f"{func}: the generator is not one of the tensor's device")
     if kwargs.get("pin_memory"):
+        if on_device:
+            raise RuntimeError("Only dense CPU tensors can be pinned")
         kwargs = {**kwargs, "pin_memory": False}
     if not own and not on_device:
         return func(*args, **kwargs)

@@ -102,7 +102,7 @@ class _Reading:
     """Numbers on their way from a GPU to the host, beside the device's other work."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
         self._copy.copy_(numbers, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
