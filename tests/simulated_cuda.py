@@ -230,6 +230,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _copy(*args, **kwargs)
     if own and name in _INDEXING:
         _check_indices(args[1])
+        if len(args) > 2 and not isinstance(args[2], SimulatedTensor):
+            _wait("a number written to indices")
     elif own and any(one.dim() > 0 for one in others):
         found = [f"{one.device.type} {tuple(one.shape)}" for one in [*own, *others]]
         raise RuntimeError(f"expected all tensors on one device; {name} got {', '.join(found)}")

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -48,11 +48,38 @@ from tests.registry import (
     one_of_a_kind,
     output_batch,
 )
+from tests.test_simulated_cuda import is_simulated
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generators give the numbers of the CPU's of the same seed, as the simulated ones do:
+    estimates by random probes can then be compared."""
+    if is_simulated:
+        return
+    on_cpu: dict[torch.Generator, torch.Generator] = {}
+
+    def of_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def drawn(
+            *args: object, generator: torch.Generator | None = None, **options: Any
+        ) -> Tensor:
+            if generator is None or generator.device.type != "cuda":
+                return draw(*args, generator=generator, **options)
+            if generator not in on_cpu:
+                on_cpu[generator] = torch.Generator().manual_seed(generator.initial_seed())
+            values = draw(*args, generator=on_cpu[generator], **{**options, "device": "cpu"})
+            return values.pin_memory().to("cuda", non_blocking=True)
+
+        return drawn
+
+    for name in ("rand", "randn", "randint"):
+        monkeypatch.setattr(torch, name, of_the_cpu(getattr(torch, name)))
+
 
 # What is left, after some steps of training, of sums and products in another order than the CPU's.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}
