@@ -9,10 +9,11 @@ import pyro.distributions as dist
 import rivals
 import torch
 from settings import Settings
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_snf import (
     GECO,
+    Compose,
     Learned,
     MultiScale,
     SelfNormalizingConv2d,
@@ -25,7 +26,7 @@ Layer = SelfNormalizingLinear | SelfNormalizingConv2d
 
 
 def make_flow(settings: Settings, event_shape: torch.Size) -> Any:
-    """The flow of the settings, from logits to latents.
+    """The flow of the settings, from its inputs to latents.
 
     :raises ValueError: for images that do not fit, and for a rival that the model has no place for.
     """
@@ -37,7 +38,7 @@ def make_flow(settings: Settings, event_shape: torch.Size) -> Any:
     }
     if settings.model == "fc":
         flow = flows.fully_connected(
-            event_shape,
+            event_shape.numel() if settings.inputs == "whitened" else event_shape,
             num_layers=settings.num_layers,
             activation=settings.activation,
             **options,
@@ -77,6 +78,30 @@ def _log_det(settings: Settings) -> str | Learned:
     return "exact" if settings.log_det in rivals.KINDS else settings.log_det
 
 
+def whiten_first(flow: Compose, logits: Tensor) -> Compose:
+    """The flow of centred, decorrelated inputs of variance 1, as a flow of logits.
+
+    A frozen dense layer comes first: ``W = C^{-1/2}`` of the logits' covariance C. What the flow
+    can represent is the same; the layer after it is better conditioned.
+
+    :param Tensor logits: of the training images.
+    """
+    shape = logits.shape[1:]
+    first = next(flow.parameters())
+    whitening = flows.fully_connected(
+        shape, num_layers=1, log_det="exact", device=first.device, dtype=first.dtype
+    )
+    rows = logits.flatten(1).double()
+    variances, axes = torch.linalg.eigh(torch.cov(rows.mT))
+    weight = (axes * variances.rsqrt()) @ axes.mT
+    (layer,) = layers_of(whitening)
+    assert isinstance(layer, SelfNormalizingLinear)
+    layer.set_weight(weight)
+    with torch.no_grad():
+        layer.bias.copy_(-weight @ rows.mean(0))
+    return Compose([*whitening.requires_grad_(False).parts, *flow.parts])
+
+
 def make_density(flow: nn.Module, event_shape: torch.Size, num_levels: int) -> Any:
     """The density of dequantized images that a flow defines."""
     zeros = next(flow.parameters()).new_zeros(event_shape.numel())
@@ -87,8 +112,12 @@ def make_density(flow: nn.Module, event_shape: torch.Size, num_levels: int) -> A
 
 
 def layers_of(flow: nn.Module) -> list[Layer]:
-    """The self-normalizing layers, in their order."""
-    return [module for module in flow.modules() if isinstance(module, Layer)]
+    """The self-normalizing layers that are trained, in their order."""
+    return [module for module in flow.modules() if _is_trained_layer(module)]
+
+
+def _is_trained_layer(module: nn.Module) -> bool:
+    return isinstance(module, Layer) and module.theta.requires_grad
 
 
 def layers_with_shapes(flow: Any, event_shape: torch.Size) -> Iterator[tuple[Layer, torch.Size]]:
@@ -98,6 +127,6 @@ def layers_with_shapes(flow: Any, event_shape: torch.Size) -> Iterator[tuple[Lay
         if index > 0:
             event_shape = torch.Size([event_shape[0] // 2, *event_shape[1:]])
         for part in stack.parts:
-            if isinstance(part, Layer):
+            if _is_trained_layer(part):
                 yield part, event_shape
             event_shape = part.forward_shape(event_shape)

@@ -61,6 +61,11 @@ class Settings:
     activation: str = _setting(
         "smooth_leaky_relu", "of fc and conv", choices=("smooth_leaky_relu", "spline")
     )
+    inputs: str = _setting(
+        "logits",
+        "of fc's first layer: whitened ones are decorrelated by a frozen layer before it",
+        choices=("logits", "whitened"),
+    )
     num_layers: int = _count(2, "of fc")
     num_blocks: int = _count(3, "of conv")
     layers_per_block: int = _count(3, "of conv")
@@ -108,6 +113,7 @@ class Settings:
 #: Options that not all models, and not all methods, have.
 _MODELS_WITH = {
     "activation": ("fc", "conv"),
+    "inputs": ("fc",),
     "num_layers": ("fc",),
     "num_blocks": ("conv",),
     "layers_per_block": ("conv",),

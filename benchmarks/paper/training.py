@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Images
 from files import deferred_interrupt, save_state
-from models import layers_of, make_density, make_flow
+from models import layers_of, make_density, make_flow, whiten_first
 from settings import BUDGETS, Settings
 from torch import Tensor
 
@@ -64,6 +64,11 @@ class Run:
         )
         self.clock = time.process_time if settings.clock == "processor" else time.perf_counter
         self.flow = make_flow(settings, data.event_shape)
+        if settings.inputs == "whitened":
+            generator = torch.Generator().manual_seed(settings.seed)
+            pixels = self._dequantize(self.data.train, generator)
+            to_logits = images.LogitTransform(data.num_levels)
+            self.flow = whiten_first(self.flow, to_logits(pixels))
         self.evaluated = copy.deepcopy(self.flow) if settings.averaging else self.flow
         self.density, self.evaluated_density = (
             make_density(flow, data.event_shape, data.num_levels)
