@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from pyro_snf.images import LogitTransform, dequantize
+
 SMALL = ["--data", "digits", "--num-train", "120", "--num-evaluated", "30", "--batch-size", "40"]
 SMALL += ["--clock", "processor"]
 SIZES = {
@@ -141,6 +143,37 @@ def test_why_a_run_ends(paper: Callable[..., Any]) -> None:
         paper("fc-mnist", *tiny, "--device", "abacus", folder="wrong")
     with pytest.raises(SystemExit, match=r"expected .* of kind 'emerging'"):
         paper("fc-mnist", *tiny, "--log-det", "emerging", folder="wrong")
+
+
+def test_whitened_inputs(paper: Callable[..., Any]) -> None:
+    from datasets import load_images
+    from models import layers_of
+    from settings import make_settings
+    from training import Run
+
+    data = load_images("digits", None)
+    run = Run(make_settings("fc-mnist", {"inputs": "whitened", "dtype": "float64"}), data)
+    generator = torch.Generator().manual_seed(0)  # of the run's seed
+    pixels = dequantize(data.train.double(), num_levels=data.num_levels, generator=generator)
+    logits = LogitTransform(data.num_levels)(pixels)
+    flatten, whitening, *rest = run.flow.parts
+    hidden = whitening(flatten(logits))
+    assert hidden.mean(0).abs().max() < 1e-9
+    assert (torch.cov(hidden.mT) - torch.eye(64)).abs().max() < 1e-9
+    expected = -0.5 * torch.linalg.slogdet(torch.cov(logits.flatten(1).mT)).logabsdet
+    found = whitening.log_abs_det_jacobian(flatten(logits), hidden)
+    assert math.isclose(found[0].item(), expected.item(), abs_tol=1e-8)
+    assert [layer in rest for layer in layers_of(run.flow)] == [True, True]
+    before = whitening.weight.clone()
+    for _ in range(3):
+        run.step()
+    assert torch.equal(whitening.weight, before)
+
+    result = paper("fc-mnist", *SMALL, "--inputs", "whitened", "--epochs", "2")
+    plain = paper("fc-mnist", *SMALL, "--epochs", "2", folder="plain")
+    assert result["validation"] < plain["validation"]
+    with pytest.raises(SystemExit, match="expected inputs for fc only; got conv"):
+        paper("conv-mnist", *SMALL, "--inputs", "whitened", folder="conv")
 
 
 def test_schedule_and_average(paper: Callable[..., Any]) -> None:
