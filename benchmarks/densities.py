@@ -19,6 +19,7 @@ written to disk when it is there, and what is there is not run again.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 import warnings
@@ -32,6 +33,7 @@ import numpy as np
 import pyro.distributions.transforms as pyro_transforms
 import results
 import torch
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from pyro_snf import (
@@ -293,24 +295,28 @@ def print_tables(args: argparse.Namespace) -> None:
 
 
 def _plot(rows: Sequence[results.Row], path: Path) -> None:
+    """How far each model is from the best one of the same table and seed."""
     here = results.select(rows, seconds=min(row["seconds"] for row in rows))
     tables = [name for name in TABLES if results.select(here, table=name)]
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.1 * len(tables), 3.2), sharey=True)
+    figure, axes = plt.subplots(2, math.ceil(len(tables) / 2), figsize=(8, 5.6), sharey=True)
     names = [name for name in reversed(MODELS) if results.select(here, model=name)]
-    for axis, table in zip(np.atleast_1d(axes), tables, strict=True):
-        base = min(row["test NLL"] for row in results.select(here, table=table))
+    for axis, table in zip(axes.flat, tables, strict=False):
+        best: dict[int, float] = {}
+        for row in results.select(here, table=table):
+            best[row["seed"]] = min(row["test NLL"], best.get(row["seed"], math.inf))
         for place, name in enumerate(names):
             found = results.select(here, table=table, model=name)
-            above = [row["test NLL"] - base + 0.05 for row in found]
+            above = [row["test NLL"] - best[row["seed"]] for row in found]
             color = "tab:red" if name == "tabular" else "0.35"
-            axis.plot(above, [place] * len(above), "o", color=color, markersize=4)
-        axis.set_xscale("log")
-        axis.set_title(table, fontsize=9)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-    figure.supxlabel("test NLL above the best, plus 0.05 (nats)", fontsize=9)
+            axis.plot(above, [place] * len(above), "o", color=color, markersize=5, alpha=0.7)
+        axis.set_xscale("symlog", linthresh=0.1, linscale=1)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_title(table)
+        axis.grid(alpha=0.3)
+        axis.set_yticks(range(len(names)), names)
+    figure.supxlabel("test NLL above the best model's of the same seed (nats)", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
