@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from timing import TimedTraining, take_turns
 from torch import Tensor, nn
 
 from pyro_snf import SelfNormalizingConv2d
@@ -355,47 +356,19 @@ def make_layer(method: str, channels: int, kernel_size: int) -> nn.Module:
     return SelfNormalizingConv2d(channels, kernel_size, log_det=method)
 
 
-class Run:
-    """The training of one layer, stopped and continued from turn to turn."""
+def make_training(method: str, data: Tensor, kernel_size: int, rate: float) -> TimedTraining:
+    torch.manual_seed(0)
+    channels = data.shape[2]
+    layer = make_layer(method, channels, kernel_size).to(data.device)
 
-    def __init__(self, method: str, data: Tensor, kernel_size: int, rate: float) -> None:
-        torch.manual_seed(0)
-        self.method, self.data = method, data
-        channels = data.shape[2]
-        self.layer = make_layer(method, channels, kernel_size).to(data.device)
-        # A step on θ at rate·√(C k²) is one on the kernel at the rate.
-        factor = 1 if method == "conv2d" else math.sqrt(channels) * kernel_size
-        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=rate * factor)
-        self.count = 0
-        self.turns: list[float] = []
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = layer(x)
+        return y, None if method == "conv2d" else layer.log_abs_det_jacobian(x, y)
 
-    def step(self) -> None:
-        x = self.data[self.count % len(self.data)].requires_grad_()  # as inside a flow
-        self.optimizer.zero_grad()
-        y = self.layer(x)
-        loss = y.square().sum() / (2 * len(x))
-        if self.method != "conv2d":
-            loss = loss - self.layer.log_abs_det_jacobian(x, y).mean()
-        loss.backward()
-        x.grad = None
-        self.count += 1
-        self.optimizer.step()
-
-    def turn(self, seconds: float, least: int = 1) -> None:
-        """Steps for so long, and so many at least."""
-        # A GPU has no CPU time. On a CPU that others use too, only CPU time means anything.
-        clock = time.perf_counter if self.data.is_cuda else time.process_time
-        start, done = clock(), 0
-        while done < least or clock() - start < seconds:
-            self.step()
-            if self.data.is_cuda:
-                torch.cuda.synchronize()
-            done += 1
-        self.turns.append(1e3 * (clock() - start) / done)
-
-    def milliseconds(self) -> float:
-        average = statistics.fmean if self.method == "refined" else statistics.median
-        return average(self.turns)
+    # A step on θ at rate·√(C k²) is one on the kernel at the rate.
+    factor = 1 if method == "conv2d" else math.sqrt(channels) * kernel_size
+    steady = method != "refined"
+    return TimedTraining(forward, layer.parameters(), data, rate * factor, is_steady=steady)
 
 
 #: The largest D of a dense matrix that is tried.
@@ -404,8 +377,8 @@ MAX_DENSE = 3200
 
 def step(args: argparse.Namespace) -> None:
     kernel_size = 3
-    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d | refactorizations |")
-    print("|---|---|" + "---|" * (len(args.methods) + 2))
+    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d |")
+    print("|---|---|" + "---|" * (len(args.methods) + 1))
     for channels, height, width in args.images:
         generator = torch.Generator().manual_seed(0)
         count = 4 * args.batch
@@ -413,23 +386,17 @@ def step(args: argparse.Namespace) -> None:
         data = images.view(4, args.batch, channels, height, width).to(args.device)
         dim = channels * height * width
         runs = {
-            method: Run(method, data, kernel_size, args.learning_rate)
+            method: make_training(method, data, kernel_size, args.learning_rate)
             for method in args.methods
             if (method != "dense" or dim <= MAX_DENSE)
             and (method != "exact" or channels * min(height, width) <= 1024)
         }
-        for run in runs.values():
-            run.turn(0, least=2)
-            run.turns.clear()
-        for _ in range(args.turns):
-            for run in runs.values():
-                run.turn(args.seconds / args.turns, least=6 if run.method == "refined" else 1)
-        cells = [f"{runs[m].milliseconds():.2f}" if m in runs else "–" for m in args.methods]
-        ratio = runs["refined"].milliseconds() / runs["conv2d"].milliseconds()
-        refined_run = runs["refined"]
-        share = f"{refined_run.layer.num_refactorizations} in {refined_run.count}"
+        take_turns(list(runs.values()), seconds=args.seconds, turns=args.turns)
+        times = {method: sum(run.average()[1:3]) for method, run in runs.items()}
+        cells = [f"{times[m]:.2f}" if m in times else "–" for m in args.methods]
+        ratio = times["refined"] / times["conv2d"]
         print(
-            f"| {channels} | {height}×{width} | {' | '.join(cells)} | {ratio:.2f} | {share} |",
+            f"| {channels} | {height}×{width} | {' | '.join(cells)} | {ratio:.2f} |",
             flush=True,
         )
 
@@ -467,13 +434,13 @@ def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             rows = x.movedim(1, -1).reshape(-1, channels)
             (y,), log_det = layer([rows])
-            return y, log_det
+            return y, torch.as_tensor(log_det)
 
         return layer, forward
 
     def plain() -> tuple[nn.Module, Callable]:
         layer = nn.Conv2d(channels, channels, 1)
-        return layer, lambda x: (layer(x), torch.zeros(()))
+        return layer, lambda x: (layer(x), None)
 
     def library(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, Callable]]:
         def build() -> tuple[nn.Module, Callable]:
@@ -506,37 +473,23 @@ def pointwise(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|")
     for channels, height, width in args.images:
         generator = torch.Generator().manual_seed(0)
-        x = correlated_images(args.batch, channels, (height, width), generator)
-        layers = {name: make() for name, make in pointwise_methods(channels).items()}
-        optimizers = {
-            name: torch.optim.Adam(layer.parameters(), lr=args.learning_rate)
-            for name, (layer, _) in layers.items()
-        }
-        times: dict[str, list[float]] = defaultdict(list)
-
-        def train(name: str, x: Tensor = x, layers=layers, optimizers=optimizers) -> None:
-            optimizers[name].zero_grad()
-            y, log_det = layers[name][1](x.requires_grad_())
-            loss = y.square().sum() / (2 * len(x)) - torch.as_tensor(log_det).mean()
-            loss.backward()
-            x.grad = None
-            optimizers[name].step()
-
-        for name in layers:
-            train(name)
-        for _ in range(args.turns):
-            for name in layers:
-                start, done = time.perf_counter(), 0
-                while done < 3 or time.perf_counter() - start < args.seconds / args.turns:
-                    train(name)
-                    done += 1
-                times[name].append(1e3 * (time.perf_counter() - start) / done)
-        limit = statistics.median(times["conv2d"])
-        for name, turns in times.items():
-            average = statistics.fmean if name == "refined" else statistics.median
-            ms = average(turns)
+        data = correlated_images(args.batch, channels, (height, width), generator).unsqueeze(0)
+        runs = {}
+        for name, make in pointwise_methods(channels).items():
+            layer, forward = make()
+            runs[name] = TimedTraining(
+                forward,
+                layer.parameters(),
+                data,
+                args.learning_rate,
+                is_steady=name != "refined",
+            )
+        take_turns(list(runs.values()), seconds=args.seconds, turns=args.turns)
+        times = {name: sum(run.average()[1:3]) for name, run in runs.items()}
+        for name, ms in times.items():
             print(
-                f"| {channels} | {height}×{width} | {name} | {ms:.2f} | {ms / limit:.2f} |",
+                f"| {channels} | {height}×{width} | {name} | {ms:.2f} | "
+                f"{ms / times['conv2d']:.2f} |",
                 flush=True,
             )
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from datasets import load_images
 from files import save_json
 from pyro.distributions import constraints
 from results import select, slope
+from timing import Forward, TimedTraining, take_turns
 from torch import Tensor, nn
 from torch.distributions import transform_to
 from tqdm import tqdm
@@ -48,17 +48,13 @@ from pyro_snf.images import LogitTransform, dequantize, quantize
 
 DIMS = (64, 128, 256, 512, 784, 1024, 2048, 4096)
 BATCHES = (1, 32, 128, 512)
-#: Its steps are not all alike: the mean counts, over this many steps of a turn at least.
+#: Its steps are not all alike: the mean counts.
 AMORTIZED = "refined"
-MIN_STEPS = 30
 #: Reflections of the peers that are products of them. D of them would be the full family, at D
 #: passes in Python: seconds a step from D = 1024 up.
 REFLECTIONS = 16
 #: The exponent of the time in D is fitted from here up, where a step is not all overhead.
 FIT_FROM = 1024
-
-#: ``x -> (z, log|det|)``, the log-determinant None, a scalar or one for each row.
-Forward = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 
 
 @dataclass
@@ -247,26 +243,6 @@ METHODS = {
 }
 
 
-class Clock:
-    """Marks in time: of the CPU, or of the device's own stream of work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def mark(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if isinstance(start, float):
-            return 1e3 * (end - start)
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
 def correlated(count: int, dim: int, generator: torch.Generator) -> Tensor:
     """Rows with a power-law spectrum, as images have, of unit variance; shape (count, dim)."""
     noise = torch.fft.rfft(torch.randn(count, dim, generator=generator))
@@ -286,45 +262,23 @@ def images(directory: Path, count: int, dim: int, generator: torch.Generator) ->
     return LogitTransform(event_dim=1)(dequantize(integers, generator=generator))
 
 
-class Run:
-    """The training of one method, stopped and continued from turn to turn."""
+class Run(TimedTraining):
+    """The training of one method, and its inverse."""
 
-    def __init__(self, name: str, dim: int, data: Tensor, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, data: Tensor, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.name, self.data = name, data
-        self.clock = Clock(data.device)
+        self.name = name
         with torch.device(data.device):
-            self.method = METHODS[name].make(dim)
-        self.optimizer = torch.optim.Adam(self.method.parameters, lr=args.learning_rate, fused=True)
-        self.input_gradient = args.input_gradient
-        self.count = 0
-        #: Means over the steps of each turn, ms.
-        self.step_ms: list[float] = []
-        self.adam_ms: list[float] = []
+            self.method = METHODS[name].make(data.shape[-1])
+        super().__init__(
+            self.method.forward,
+            self.method.parameters,
+            data,
+            args.learning_rate,
+            is_steady=name != AMORTIZED,
+            input_gradient=args.input_gradient,
+        )
         self.inverse_ms: list[float] = []
-
-    def forward_backward(self) -> None:
-        x = self.data[self.count % len(self.data)].requires_grad_(self.input_gradient)
-        z, log_det = self.method.forward(x)
-        loss = z.square().sum() / (2 * len(x))
-        if log_det is not None:
-            loss = loss - log_det.mean()
-        loss.backward()
-        x.grad = None
-        self.count += 1
-
-    def turn(self, steps: int) -> None:
-        marks = []
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            start = self.clock.mark()
-            self.forward_backward()
-            middle = self.clock.mark()
-            self.optimizer.step()
-            marks.append((start, middle, self.clock.mark()))
-        ms = self.clock.milliseconds
-        self.step_ms.append(statistics.fmean(ms(start, middle) for start, middle, _ in marks))
-        self.adam_ms.append(statistics.fmean(ms(middle, end) for _, middle, end in marks))
 
     def peak_bytes(self) -> int:
         """What one step allocates at most at a time, gradients included."""
@@ -356,8 +310,6 @@ class Run:
             tqdm.write(f"{self.name}: no inverse ({str(error).splitlines()[0]})")
             return False
         self.turn(1)  # new weights, for the first inverse by them
-        self.step_ms.pop()
-        self.adam_ms.pop()
         return True
 
     def time_inverse(self, z: Tensor) -> None:
@@ -407,33 +359,19 @@ def measure(dim: int, batch: int, args: argparse.Namespace) -> list[dict]:
         if dim <= METHODS[name].max_dim
         and not (METHODS[name].matrix_a_row and 4 * batch * dim**2 > 2**31)
     ]
-    runs = [Run(name, dim, data, args) for name in names]
-    steps = {}
-    for run in runs:
-        run.turn(1)  # the first step of all makes buffers and chooses kernels
-        run.turn(1)
-        seconds = (run.step_ms[-1] + run.adam_ms[-1]) / 1e3
-        affordable = min(args.max_steps, round(args.seconds / args.turns / seconds))
-        steps[run.name] = max(affordable, MIN_STEPS if run.name == AMORTIZED else 1)
-        if seconds < args.seconds:
-            run.turn(steps[run.name])
-        run.step_ms.clear()
-        run.adam_ms.clear()
-    for _ in range(args.turns):
-        for run in runs:
-            run.turn(steps[run.name])
+    runs = [Run(name, data, args) for name in names]
+    take_turns(runs, seconds=args.seconds, turns=args.turns, max_steps=args.max_steps)
     rows = []
     for run in runs:
+        times = run.average()
         row = {
             "method": run.name,
             "family": METHODS[run.name].family,
             "dim": dim,
             "batch": batch,
-            "steps": steps[run.name] * args.turns,
-            "step_ms": (statistics.fmean if run.name == AMORTIZED else statistics.median)(
-                run.step_ms
-            ),
-            "adam_ms": statistics.median(run.adam_ms),
+            "steps": times.num_steps,
+            "step_ms": times.step_ms,
+            "adam_ms": times.adam_ms,
             "peak_matrices": run.peak_bytes() / (4 * dim**2),
         }
         rows.append(row)

@@ -17,7 +17,7 @@ def timescaling(benchmark_modules: None, monkeypatch: pytest.MonkeyPatch) -> Mod
     module = importlib.import_module("timescaling")
     # It would change the whole process of the tests.
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(module, "REFINED_STEPS", 2)
+    monkeypatch.setattr("timing.MIN_STEPS", 2)
     return module
 
 

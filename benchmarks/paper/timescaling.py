@@ -22,11 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import operator
 import platform
-import resource
-import statistics
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,6 +30,7 @@ import torch
 from conv import correlated_images
 from matplotlib.figure import Figure
 from results import Row, append, load, print_table, select, slope
+from timing import TimedTraining, take_turns
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,8 +50,6 @@ KINDS = {
 }
 #: The paper's learning rates, of a matrix and of a kernel.
 RATES = {"dense": 1e-4, "conv": 1e-3}
-#: Refined's steps are not all alike: a turn has so many at least.
-REFINED_STEPS = 20
 #: Different batches of data.
 NUM_BATCHES = 8
 #: The slope is fitted from here up, where a step is not all overhead.
@@ -123,68 +118,20 @@ def _make_layer(kind: str, method: str, dim: int) -> nn.Module:
     return SelfNormalizingConv2d(1, 3, log_det=method)
 
 
-class _Run:
-    """The training of one layer, stopped and continued from turn to turn.
+def _make_training(kind: str, method: str, data: Tensor, seed: int) -> TimedTraining:
+    torch.manual_seed(seed)
+    dim = data[0, 0].numel()
+    layer = _make_layer(kind, method, dim)
 
-    :param Tensor data: shape ``(NUM_BATCHES, batch_size, *event)``.
-    """
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = layer(x)
+        return y, None if method == "plain" else layer.log_abs_det_jacobian(x, y)
 
-    def __init__(self, kind: str, method: str, data: Tensor, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.method, self.data = method, data
-        dim = data[0, 0].numel()
-        self.layer = _make_layer(kind, method, dim)
-        # The weight is the identity plus θ/√D, or θ/3: a step on θ is that much longer.
-        factor = 1 if method == "plain" else math.sqrt(dim) if kind == "dense" else 3
-        rate = RATES[kind] * factor
-        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=rate, fused=True)
-        self.num_steps = 0
-        #: Of each turn: its steps, its seconds a step, those of Adam, and its page faults.
-        self.turns: list[tuple[int, float, float, int]] = []
-
-    def forward_backward(self) -> None:
-        x = self.data[self.num_steps % len(self.data)].requires_grad_()  # as inside a flow
-        y = self.layer(x)
-        loss = y.square().sum() / (2 * len(x))
-        if self.method != "plain":
-            loss = loss - self.layer.log_abs_det_jacobian(x, y).mean()
-        loss.backward()
-        x.grad = None
-        self.num_steps += 1
-
-    def turn(self, seconds: float) -> None:
-        """Steps for so long, one of them at least."""
-        count, faults, taken, of_adam = 0, _num_faults(), 0.0, 0.0
-        least = REFINED_STEPS if self.method == "refined" and self.turns else 1
-        while count < least or taken < seconds:
-            self.optimizer.zero_grad()
-            start = time.process_time()
-            self.forward_backward()
-            middle = time.process_time()
-            self.optimizer.step()
-            taken += middle - start
-            of_adam += time.process_time() - middle
-            count += 1
-        self.turns.append((count, taken / count, of_adam / count, _num_faults() - faults))
-
-    def figures(self) -> Row:
-        """What is known after some turns; the first two, which make buffers, do not count."""
-        counts, seconds, of_adam, faults = zip(*self.turns[2:], strict=True)
-        if self.method == "refined":
-            step = sum(map(operator.mul, counts, seconds)) / sum(counts)
-        else:
-            step = statistics.median(seconds)
-        return {
-            "step_ms": 1e3 * step,
-            "adam_ms": 1e3 * statistics.median(of_adam),
-            "steps": sum(counts),
-            "faults": sum(faults) / sum(counts),
-        }
-
-
-def _num_faults() -> int:
-    """Pages that the system has given to this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    # The weight is the identity plus θ/√D, or θ/3: a step on θ is that much longer.
+    factor = 1 if method == "plain" else math.sqrt(dim) if kind == "dense" else 3
+    steady = method != "refined"
+    rate = RATES[kind] * factor
+    return TimedTraining(forward, layer.parameters(), data, rate, is_steady=steady)
 
 
 def _measure(
@@ -203,14 +150,18 @@ def _measure(
     images = correlated_images(NUM_BATCHES * batch_size, 1, size, generator)
     event = (dim,) if kind == "dense" else (1, *size)
     data = images.view(NUM_BATCHES, batch_size, *event)
-    runs = [_Run(kind, method, data, seed) for method in methods]
-    for one in runs:
-        one.turn(0.0)
-        one.turn(0.0)
-    for _ in range(turns):
-        for one in runs:
-            one.turn(seconds / turns)
-    return {one.method: one.figures() for one in runs}
+    runs = [_make_training(kind, method, data, seed) for method in methods]
+    take_turns(runs, seconds=seconds, turns=turns)
+    found = {}
+    for method, one in zip(methods, runs, strict=True):
+        times = one.average()
+        found[method] = {
+            "step_ms": times.step_ms,
+            "adam_ms": times.adam_ms,
+            "steps": times.num_steps,
+            "faults": times.faults,
+        }
+    return found
 
 
 def run(
