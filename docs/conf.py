@@ -2,9 +2,12 @@
 
 import importlib
 
+import torch
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sphinx import addnodes
 
-import pyro_snf
+import pyro_snf.plotting
 
 project = "pyro-snf"
 author = "the pyro-snf developers"
@@ -55,11 +58,23 @@ copybutton_prompt_is_regexp = True
 plot_html_show_source_link = False
 plot_html_show_formats = False
 plot_formats = [("png", 150)]
+torch.set_num_threads(1)  # models are small: several threads would wait for each other
 
 html_theme = "furo"
 html_title = "pyro-snf"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+
+
+def show(make_panels):
+    """The library's figures are made without pyplot, where the build looks for them."""
+
+    def make_and_show(*args, **options):
+        figure, panels = make_panels(*args, **options)
+        Gcf._set_new_active_manager(FigureCanvasAgg.new_manager(figure, len(Gcf.figs) + 1))
+        return figure, panels
+
+    return make_and_show
 
 
 def add_ids(app, doctree):
@@ -90,5 +105,6 @@ def keep_out_builtins(app, module, name):
 
 
 def setup(app):
+    pyro_snf.plotting._panels = show(pyro_snf.plotting._panels)
     app.connect("doctree-read", add_ids)
     app.connect("viewcode-follow-imported", keep_out_builtins)
