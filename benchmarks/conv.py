@@ -212,13 +212,12 @@ def gradient(args: argparse.Namespace) -> None:
 
 
 def plot(tables: dict[str, dict[tuple[str, int], list[float]]]) -> Figure:
-    figure = Figure(figsize=(5 * len(tables), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(tables), 4.8), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     shown = {
         ("learned kernel 3 × 3", 0): ("tab:red", "o-"),
         ("learned kernel 7 × 7", 0): ("tab:red", "s--"),
         ("learned kernel 7 × 7", 10): ("tab:orange", "s-"),
-        ("learned kernel 7 × 7, GMRES", 10): ("tab:orange", "s--"),
         ("refined, periodic", 0): ("tab:blue", "o:"),
         ("refined, periodic", 10): ("tab:blue", "o-"),
         ("refined, factors", 3): ("tab:green", "o-"),
@@ -228,9 +227,10 @@ def plot(tables: dict[str, dict[tuple[str, int], list[float]]]) -> Figure:
             label = f"{name}, {num_iterations} iterations"
             axis.loglog(CONDITIONS, medians[name, num_iterations], style, color=color, label=label)
         axis.axhline(0.05, color="gray", linewidth=0.8)
+        axis.text(CONDITIONS[-1], 0.053, "5 %", color="gray", fontsize=9, ha="right")
         axis.set(title=title, xlabel="condition number of J")
     axes[0].set_ylabel("relative error of ∂ log|det J|/∂a")
-    axes[0].legend(fontsize="x-small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
