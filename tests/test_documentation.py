@@ -126,3 +126,44 @@ def strings_of_the_library() -> str:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return "\n".join(found)
+
+
+_HEADLINE = re.compile(
+    r"\| (?P<claim>.*?) \| (?P<measured>.*) \| \[.*?\]\((?P<page>\w+)\.md#?(?P<anchor>[^)]*)\) \|"
+)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def section_of(page: str, anchor: str) -> str:
+    """The section of a page of results that an anchor names; the whole page for none."""
+    paths = {
+        "results": [ROOT / "benchmarks" / "RESULTS.md"],
+        "reproduction": [
+            ROOT / "docs" / "reproduction.md",
+            ROOT / "benchmarks" / "paper" / "results" / "results.md",
+        ],
+    }
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths[page])
+    if not anchor:
+        return text
+    for title in re.finditer(r"^(#+) (.*)$", text, re.MULTILINE):
+        if anchor == re.sub("[^a-z0-9]+", "-", title[2].lower()).strip("-"):
+            rest = text[title.end() :]
+            end = re.search(rf"^#{{1,{len(title[1])}}} ", rest, re.MULTILINE)
+            return rest[: end.start()] if end else rest
+    raise AssertionError(f"no section #{anchor} of {page}")
+
+
+def test_headlines_are_what_was_measured() -> None:
+    """Each number is, rounded, one of the section that the line links to."""
+    lines = (ROOT / "docs" / "headlines.md").read_text(encoding="utf-8").splitlines()
+    headlines = [found for found in map(_HEADLINE.fullmatch, lines) if found]
+    assert len(headlines) > 10
+    for found in headlines:
+        section = section_of(found["page"], found["anchor"]).replace(",", "")
+        known = [float(number) for number in _NUMBER.findall(section)]
+        for number in _NUMBER.findall(found["measured"].replace(",", "")):
+            digits = len(number.partition(".")[2])
+            unit = 10.0**-digits
+            is_known = any(abs(float(number) - one) < 0.51 * unit for one in known)
+            assert is_known, (found["claim"], number)
