@@ -53,17 +53,20 @@ from training import Run, load_checkpoint, train
 import pyro_snf
 
 
-def versions() -> dict[str, str]:
+def versions(device: str) -> dict[str, str]:
     """Of what a result depends on."""
+    machine = [platform.system(), platform.machine()]
+    if torch.device(device).type == "cuda":
+        machine.append(torch.cuda.get_device_name(device))
     num_threads = torch.get_num_threads()
-    threads = f"{num_threads} threads" if num_threads > 1 else "one thread"
+    machine.append(f"{num_threads} threads" if num_threads > 1 else "one thread")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": pyro.__version__,
         "numpy": np.__version__,
         "pyro_snf": pyro_snf.__version__,
-        "machine": f"{platform.system()}, {platform.machine()}, {threads}",
+        "machine": ", ".join(machine),
     }
 
 
@@ -84,7 +87,7 @@ def header(preset: str, one: Any) -> dict[str, Any]:
     return {
         "preset": preset,
         "settings": dataclasses.asdict(one),
-        "versions": versions(),
+        "versions": versions(getattr(one, "device", "cpu")),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -57,7 +57,9 @@ def draw(run: Run, folder: Path) -> dict[str, float]:
     if not has_one_pass:
         return {}
     figure = plotting.plot_kernels(
-        kernel_rows(run), title="Layers, and below each its approximate inverse"
+        kernel_rows(run),
+        title="Weights of layers, and below each those of its approximate inverse:\n"
+        "red is positive, blue negative; δ is the identity",
     )
     figure.savefig(folder / "kernels.png", dpi=150)
     found = {

@@ -161,8 +161,10 @@ def _section(preset: str, options: str, results: Sequence[Result]) -> str:
     first = results[0]
     dates = sorted({one["date"][:10] for one in results})
     commits = sorted({str(one["commit"]) for one in results})
+    device = first["settings"]["device"]
     origin = (
-        f"Torch {first['versions']['torch']}, {first['versions']['machine']}, time of the "
+        f"Torch {first['versions']['torch']}, {first['versions']['machine']}"
+        f"{'' if device == 'cpu' else f', {device}'}, time of the "
         f"{first['settings']['clock']}, {' to '.join([dates[0], *dates[1:][-1:]])}, commit "
         f"{', '.join(commits)}."
     )
