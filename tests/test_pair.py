@@ -182,6 +182,7 @@ def contraction_by_hand(
     )
 
 
+@pytest.mark.filterwarnings("ignore:the pair is trained on numbers")
 @pytest.mark.parametrize("needs_gradient", [False, True])
 @pytest.mark.parametrize("trains", ["both", "inverse"])
 @EVERY_LOG_DET
@@ -285,6 +286,7 @@ def test_controller_sees_the_largest_contraction_of_the_batch() -> None:
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
 
 
+@pytest.mark.filterwarnings("ignore:the pair is trained on numbers")
 def test_contraction_has_no_units() -> None:
     pair, x, found = bad_pair(), events(40, 3), []
     for unit in (1.0, 1e-3, 1e3):
@@ -300,6 +302,19 @@ def test_contraction_has_no_units() -> None:
         assert largest == pytest.approx(found[0][0], rel=1e-6)  # rounding of small differences
         for name, one in gradient.items():
             assert is_close(one, found[0][1][name], 1e-6), name
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(30.0, 0.0), (0.05, 0.0), (1.0, 30.0)])
+@pytest.mark.parametrize("log_det", ["refined", "exact"])
+def test_other_scales_than_one_are_warned_of_once(
+    scale: float, offset: float, log_det: str
+) -> None:
+    x, layers = torch.randn(64, 2), [self_normalizing_pair(2, [8], log_det=log_det) for _ in "12"]
+    density_loss(layers[0], x)
+    with pytest.warns(RuntimeWarning, match=r"a mean of .* put ActNorm\(…, event_dim=1\) before"):
+        density_loss(layers[1], scale * x + offset)
+    for layer in layers:  # a warning would be an error
+        density_loss(layer, scale * x + offset)
 
 
 def test_known_folds_raise_the_weight_and_are_warned_of_once() -> None:

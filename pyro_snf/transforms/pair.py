@@ -54,6 +54,12 @@ __all__ = [
 ]
 
 
+# What is about unit scale: standard deviations between a tenth and ten, and means up to ten, over
+# so many events at least.
+_MAX_SCALE = 10.0
+_MIN_ROWS = 16
+
+
 class _Evaluation(NamedTuple):
     """``y = f(x)``, with the graph for products with the Jacobian."""
 
@@ -72,6 +78,8 @@ class _Status:
     convergence: Convergence | None = None
     #: Whether training has warned of a fold.
     is_warned: bool = False
+    #: Whether the scale of what training gives to f has been looked at.
+    is_scale_checked: bool = False
 
 
 class SelfNormalizingPair(SelfNormalizingTransform):
@@ -138,8 +146,9 @@ class SelfNormalizingPair(SelfNormalizingTransform):
     :raises ValueError: for options that are not of these; for inputs that are not floating, empty,
         or of another shape or dtype; and for networks that map to another shape, are random, or mix
         the events of a batch.
-    :warns RuntimeWarning: where samples of ``T.inv`` have not converged, and where the signs of
-        exact determinants show that f is not invertible.
+    :warns RuntimeWarning: where samples of ``T.inv`` have not converged; where the signs of exact
+        determinants show that f is not invertible; and where training begins on numbers that are
+        not of about unit scale.
 
     References:
 
@@ -274,6 +283,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
 
         :param Tensor rows: x, as a batch of events.
         """
+        self._check_scale(rows)
         pair, method, reconstruction = self._networks(), self.log_det, self.reconstruction
         evaluation = self._evaluation_of(x, y)
         if evaluation is None:
@@ -412,6 +422,26 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """The inputs in the dtype of the networks: under autocast they may have another one."""
         dtype = self._dtype() or rows.dtype
         return rows.to(dtype), tuple(one.to(dtype) for one in context)
+
+    def _check_scale(self, rows: Tensor) -> None:
+        """Warn, once, where the first batch is not of about unit scale."""
+        if self._status.is_scale_checked or len(rows) < _MIN_ROWS or not is_plain():
+            return
+        self._status.is_scale_checked = True
+        rows = rows.detach().flatten(1).double()
+        mean = rows.mean(0)
+        measured = read((rows - mean).square().mean().sqrt(), mean.square().mean().sqrt())
+        scale, offset = (one.item() for one in measured)
+        are_copies = scale <= 1e-6 * offset  # of one event
+        fits = 1 / _MAX_SCALE <= scale <= _MAX_SCALE and offset <= _MAX_SCALE
+        if not (fits or are_copies):
+            warnings.warn(
+                f"the pair is trained on numbers with a mean of {offset:.2g} in size and a "
+                f"standard deviation of {scale:.2g}: networks suit those of about unit scale, and fold, or "
+                f"learn slowly, on others; put ActNorm(…, event_dim={self._event_dim}) before it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _check_orientation(self, sign: Tensor) -> Tensor | None:
         """Warn where det J has both signs: that of a bijection of ℝᴰ has one. In training once.
