@@ -437,8 +437,9 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         if not (fits or are_copies):
             warnings.warn(
                 f"the pair is trained on numbers with a mean of {offset:.2g} in size and a "
-                f"standard deviation of {scale:.2g}: networks suit those of about unit scale, and fold, or "
-                f"learn slowly, on others; put ActNorm(…, event_dim={self._event_dim}) before it",
+                f"standard deviation of {scale:.2g}: networks suit those of about unit scale, and "
+                f"fold, or learn slowly, on others; put ActNorm(…, event_dim={self._event_dim}) "
+                "before it",
                 RuntimeWarning,
                 stacklevel=3,
             )
