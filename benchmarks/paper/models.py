@@ -85,8 +85,14 @@ def whiten_first(flow: Compose, logits: Tensor) -> Compose:
     can represent is the same; the layer after it is better conditioned.
 
     :param Tensor logits: of the training images.
+    :raises ValueError: for no more images than they have pixels: C is singular.
     """
     shape = logits.shape[1:]
+    if len(logits) <= shape.numel():
+        raise ValueError(
+            f"expected more training images than pixels for whitened inputs; got {len(logits)} "
+            f"images of {shape.numel()} pixels"
+        )
     first = next(flow.parameters())
     whitening = flows.fully_connected(
         shape, num_layers=1, log_det="exact", device=first.device, dtype=first.dtype
