@@ -174,7 +174,7 @@ def test_whitened_inputs(paper: Callable[..., Any]) -> None:
     assert result["validation"] < plain["validation"]
     with pytest.raises(SystemExit, match="expected inputs for fc only; got conv"):
         paper("conv-mnist", *SMALL, "--inputs", "whitened", folder="conv")
-    with pytest.raises(SystemExit, match="expected more training images than pixels .* got 50"):
+    with pytest.raises(SystemExit, match=r"expected more training images than pixels .* got 50"):
         paper("fc-mnist", *SMALL, "--inputs", "whitened", "--num-train", "50", folder="few")
 
 
