@@ -98,8 +98,15 @@ def test_flows_are_normalized_and_approach_the_density(
     assert len(content) > MIN_PNG_BYTES
 
 
+@pytest.mark.parametrize(
+    ("log_det", "expected"), [("learned", ["learned", "pair"]), ("pair", ["pair"])]
+)
 def test_one_log_det_beside_the_other_flows(
-    densities_2d: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    log_det: str,
+    expected: list[str],
+    densities_2d: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     torch.set_default_dtype(torch.float32)
     for name, value in {
@@ -108,8 +115,8 @@ def test_one_log_det_beside_the_other_flows(
         "NUM_CELLS": 4,
     }.items():
         monkeypatch.setattr(densities_2d, name, value)
-    rows = _run(densities_2d, tmp_path, num_steps=1, log_det="learned", densities=["sine"])
-    assert [row["flow"] for row in rows] == ["learned", "pair"]
+    rows = _run(densities_2d, tmp_path, num_steps=1, log_det=log_det, densities=["sine"])
+    assert [row["flow"] for row in rows] == expected
 
 
 def test_other_densities_are_named(densities_2d: ModuleType, tmp_path: Path) -> None:

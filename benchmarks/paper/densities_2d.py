@@ -309,7 +309,10 @@ def run(settings: Densities2dSettings, output_dir: Path) -> list[dict[str, Any]]
     unknown = [name for name in names if name not in DENSITIES]
     if unknown:
         raise ValueError(f"expected densities among {', '.join(DENSITIES)}; got {unknown[0]!r}")
-    chosen = [name for name in FLOWS if settings.log_det in ("all", name) or name not in LOG_DETS]
+    if settings.log_det in ("all", PAIR):
+        chosen = list(FLOWS) if settings.log_det == "all" else [PAIR]
+    else:
+        chosen = [name for name in FLOWS if name == settings.log_det or name not in LOG_DETS]
     rows, pictures = [], {}
     with Progress(True, settings.num_steps * len(names) * len(chosen)) as progress:
         for density_name in names:

@@ -194,7 +194,9 @@ class Densities2dSettings:
     """Of the densities in the plane; see densities_2d.py."""
 
     log_det: str = _setting(
-        "all", "of the dense flow", choices=("all", "exact", "refined", "learned")
+        "all",
+        "of the dense flow; pair is the pair of networks alone",
+        choices=("all", "exact", "refined", "learned", "pair"),
     )
     densities: tuple[str, ...] = _setting((), "by name, all unless given", nargs="+", type=str)
     num_layers: int = _count(8, "of the dense flow")
