@@ -39,7 +39,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from timing import TimedTraining, take_turns
+from timing import TimedTraining, forward_of, take_turns
 from torch import Tensor, nn
 
 from pyro_snf import SelfNormalizingConv2d
@@ -360,14 +360,10 @@ def make_training(method: str, data: Tensor, kernel_size: int, rate: float) -> T
     torch.manual_seed(0)
     channels = data.shape[2]
     layer = make_layer(method, channels, kernel_size).to(data.device)
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = layer(x)
-        return y, None if method == "conv2d" else layer.log_abs_det_jacobian(x, y)
-
     # A step on θ at rate·√(C k²) is one on the kernel at the rate.
     factor = 1 if method == "conv2d" else math.sqrt(channels) * kernel_size
     steady = method != "refined"
+    forward = forward_of(layer)
     return TimedTraining(forward, layer.parameters(), data, rate * factor, is_steady=steady)
 
 
@@ -410,12 +406,7 @@ def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, 
 
     def ours(log_det: str) -> tuple[nn.Module, Callable]:
         layer = SelfNormalizingConv2d(channels, 1, log_det=log_det)
-
-        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-            y = layer(x)
-            return y, layer.log_abs_det_jacobian(x, y)
-
-        return layer, forward
+        return layer, forward_of(layer)
 
     def pyro_permute() -> tuple[nn.Module, Callable]:
         layer = GeneralizedChannelPermute(channels)
@@ -440,7 +431,7 @@ def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, 
 
     def plain() -> tuple[nn.Module, Callable]:
         layer = nn.Conv2d(channels, channels, 1)
-        return layer, lambda x: (layer(x), None)
+        return layer, forward_of(layer)
 
     def library(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, Callable]]:
         def build() -> tuple[nn.Module, Callable]:

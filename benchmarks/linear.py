@@ -38,7 +38,7 @@ from datasets import load_images
 from files import save_json
 from pyro.distributions import constraints
 from results import select, slope
-from timing import Forward, TimedTraining, take_turns
+from timing import Forward, TimedTraining, forward_of, take_turns
 from torch import Tensor, nn
 from torch.distributions import transform_to
 from tqdm import tqdm
@@ -70,7 +70,7 @@ class Method:
 
 def plain(dim: int) -> Method:
     layer = nn.Linear(dim, dim)
-    return Method(list(layer.parameters()), lambda x: (layer(x), None))
+    return Method(list(layer.parameters()), forward_of(layer))
 
 
 def slogdet(dim: int) -> Method:
@@ -111,12 +111,7 @@ def relative_gradient(dim: int) -> Method:
 def self_normalizing(log_det: str) -> Callable[[int], Method]:
     def make(dim: int) -> Method:
         layer = SelfNormalizingLinear(dim, log_det=log_det)
-
-        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-            z = layer(x)
-            return z, layer.log_abs_det_jacobian(x, z)
-
-        return Method(list(layer.parameters()), forward, layer.inv, layer.train)
+        return Method(list(layer.parameters()), forward_of(layer), layer.inv, layer.train)
 
     return make
 

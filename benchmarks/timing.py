@@ -10,13 +10,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: ``x -> (z, log|det|)``, the log-determinant None, a scalar or one for each row.
 Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 #: The steps of a turn, at least, where they are not all alike.
 MIN_STEPS = 30
+
+
+def forward_of(layer: nn.Module) -> Forward:
+    """A transform and its log-determinant; None for a layer that has none, such as nn.Linear."""
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        z = layer(x)
+        has_log_det = hasattr(layer, "log_abs_det_jacobian")
+        return z, layer.log_abs_det_jacobian(x, z) if has_log_det else None
+
+    return forward
 
 
 class Clock:

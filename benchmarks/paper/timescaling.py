@@ -30,7 +30,7 @@ import torch
 from conv import correlated_images
 from matplotlib.figure import Figure
 from results import Row, append, load, print_table, select, slope
-from timing import TimedTraining, take_turns
+from timing import TimedTraining, forward_of, take_turns
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -122,16 +122,11 @@ def _make_training(kind: str, method: str, data: Tensor, seed: int) -> TimedTrai
     torch.manual_seed(seed)
     dim = data[0, 0].numel()
     layer = _make_layer(kind, method, dim)
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = layer(x)
-        return y, None if method == "plain" else layer.log_abs_det_jacobian(x, y)
-
     # The weight is the identity plus θ/√D, or θ/3: a step on θ is that much longer.
     factor = 1 if method == "plain" else math.sqrt(dim) if kind == "dense" else 3
     steady = method != "refined"
     rate = RATES[kind] * factor
-    return TimedTraining(forward, layer.parameters(), data, rate, is_steady=steady)
+    return TimedTraining(forward_of(layer), layer.parameters(), data, rate, is_steady=steady)
 
 
 def _measure(
