@@ -50,15 +50,18 @@ _LENGTH_OF_DECAY = 1.5
 # The parameters that are validated are averages over the latest tenth of the steps.
 _AVERAGED_SHARE, _FEWEST_AVERAGED = 0.1, 10.0
 
-# Validations without a gain until the decay of weights grows, or in the end the rates fall; and the
-# share of all so far, and the steps, that they have to be.
+# Validations without a gain until something is changed, and the share of all so far, and the steps,
+# that they have to be.
 _PATIENCE, _SHARE_OF_PATIENCE = 10, 0.2
 _STEPS_OF_PATIENCE = 100
 
-# The decay of weights (AdamW's), at first and where nothing is gained any more, times 1000 over the
+# The decay of weights (AdamW's), at first and where rows are learned by heart, times 1000 over the
 # number of rows. 3,700 rows of 57 columns need 3 to 10, which gain six nats; on 15,000 rows of 10
 # columns, 1 costs 0.4 nats.
 _WEIGHT_DECAYS = (1.0, 5.0, 25.0)
+
+# What the learning rate is multiplied by where steps are too large to gain anything, and how often.
+_RATE_FACTOR, _MAX_REDUCTIONS = 0.3, 2
 
 # Of the gradient of a mean of log densities, in nats.
 _MAX_GRADIENT_NORM = 10.0
@@ -156,9 +159,10 @@ def fit_density(
     the parameters over the latest tenth of the steps are validated; those of the lowest loss are
     kept. The learning rate falls to 0 in the second half of the budget, which is ``num_epochs``
     and ``max_seconds``, whichever is used up first. Until then, when the validation loss has not
-    fallen for a while, training goes back to the best parameters and on with a larger decay of the
-    weights of ``nn.Linear`` layers, which keeps networks from learning small tables by heart; at
-    last with falling rates, so that training stops before the budget is used up. Where a loss is
+    fallen for a while, training goes back to the best parameters. If the loss of training data has
+    fallen since then, they are being learned by heart, and training goes on with a larger decay of
+    the weights of ``nn.Linear`` layers; if not, at a lower rate; and where both have been tried,
+    with falling rates, so that it stops before the budget is used up. Where a loss is
     not finite, training goes back to the averages and on at half the rate. Ctrl-C stops it, and
     what there is is kept.
 
@@ -310,9 +314,11 @@ class _Run:
         self.validation_losses: list[float] = []
         self.num_steps = self.num_failures = 0
         self.best_epoch = self.latest_change = 0
-        self.decays = (1000 * decay / num_rows for decay in _WEIGHT_DECAYS)
+        self.decays = iter([1000 * decay / num_rows for decay in _WEIGHT_DECAYS])
         self.weight_decay = next(self.decays)
+        self.num_reductions = 0
         self.best: Any = None
+        self.best_decay = self.weight_decay
         self._new_optimizer()
 
     def _new_optimizer(self) -> None:
@@ -374,11 +380,11 @@ class _Run:
             )
             if held_out is not None and since >= patience and used < decay_from:
                 self.latest_change = epoch + 1
-                decay = next(self.decays, None)
-                if decay is None:
+                every = math.ceil(count / len(held_out.data))
+                if not self._change(training.at(slice(None, None, every))):
                     decay_from, decay_to = used, used * _LENGTH_OF_DECAY
-                else:
-                    self.weight_decay = decay
+            elif used >= decay_from and self.weight_decay > self.best_decay:
+                self.weight_decay = self.best_decay
                 self._go_back(self.best)
         return "num_epochs" if decay_to == 1 else "converged"
 
@@ -417,6 +423,29 @@ class _Run:
                 average.lerp_(parameter, weight)
         return value
 
+    def _change(self, rows: _Rows) -> bool:
+        """Go back to the best, and change what has kept the loss from falling since then.
+
+        :param rows: of the training data.
+        :return: whether there was something left to change.
+        """
+        latest = self._mean_loss(rows)
+        self.averaged.load_state_dict(self.best)
+        is_by_heart = latest < self._mean_loss(rows)
+        if self.weight_decay > self.best_decay:  # it has gained nothing: a larger one will not
+            is_by_heart, self.decays = True, iter(())
+        self.weight_decay, has_changed = self.best_decay, False
+        if is_by_heart:
+            decay = next(self.decays, None)
+            if decay is not None:
+                self.weight_decay, has_changed = decay, True
+        elif self.num_reductions < _MAX_REDUCTIONS:
+            self.num_reductions += 1
+            self.learning_rate *= _RATE_FACTOR
+            has_changed = True
+        self._go_back(self.best)
+        return has_changed
+
     def _go_back(self, state: Any) -> None:
         self.flow.load_state_dict(state)
         self.averaged.load_state_dict(state)
@@ -437,6 +466,7 @@ class _Run:
     def _keep_best(self, loss: float) -> None:
         if self.best is None or loss < min(self.validation_losses, default=math.inf):
             self.best = copy.deepcopy(self.averaged.state_dict())
+            self.best_decay = self.weight_decay
             self.best_epoch = len(self.losses)
         if self.losses:
             self.validation_losses.append(loss)

@@ -139,6 +139,7 @@ def krylov(
     preconditioned: Tensor | None = None,
     tolerance: float,
     max_steps: int,
+    is_mean: bool = False,
     expected_steps: int = 1,
     beside: Tensor | None = None,
 ) -> KrylovSpace:
@@ -152,6 +153,8 @@ def krylov(
     :param preconditioned: ``P⁻¹ v``, if it is known.
     :param float tolerance: of ``‖v − J u‖/‖v‖``.
     :param int max_steps: the largest dimension of the space, at least 1.
+    :param bool is_mean: whether the tolerance is that of the root mean square over all v, and not
+        of the largest residual.
     :param int expected_steps: on a GPU, which is waited for after so many steps, and then after
         each. The result is that of the fewest steps that suffice, and does not depend on it.
     :param beside: numbers that are to be read when the GPU is waited for.
@@ -198,9 +201,10 @@ def krylov(
             while num_solved <= step:
                 num_solved += 1
                 weights, residual = _least_squares(known[:, : num_solved + 1, :num_solved])
-                if residual.max() <= tolerance:
+                measure = residual.square().mean().sqrt() if is_mean else residual.max()
+                if measure <= tolerance:
                     break
-            if residual.max() <= tolerance or step + 1 == max_steps:
+            if measure <= tolerance or step + 1 == max_steps:
                 break
         basis[:, step + 1] = direction
     weights = send(weights, rows).mT  # (B, 1, n)
@@ -266,14 +270,37 @@ def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace 
 def _least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
     """The y that minimize ``‖e₁ − H y‖``, shape ``(B, n, 1)``, and the residuals, shape ``(B,)``.
 
+    By Givens' rotations, each for all B matrices at once: LAPACK, called for one matrix after the
+    other, takes 20 times as long. Where H is singular, so that y is not unique, elements of it are
+    0.
+
     :param Tensor hessenberg: H, shape ``(B, n + 1, n)``, on the CPU.
     """
+    count, size = len(hessenberg), hessenberg.shape[2]
+    # H and e₁, with the batch last: [i, j] is that entry of all matrices.
+    upper = np.zeros((size + 1, size + 1, count))
+    upper[:, :size] = hessenberg.permute(1, 2, 0).numpy()
+    upper[0, size] = 1
+    negligible = np.finfo(float).eps * size * np.abs(upper[:, :size]).max((0, 1))
+    for step in range(size):
+        top, below = upper[step, step], upper[step + 1, step]
+        length = np.hypot(top, below)
+        divisor = np.where(length == 0, 1, length)
+        cosine, sine = np.where(length == 0, 1, top / divisor), below / divisor
+        first, second = upper[step, step:], upper[step + 1, step:]
+        upper[step, step:], upper[step + 1, step:] = (
+            cosine * first + sine * second,
+            cosine * second - sine * first,
+        )
+    weights = np.zeros((size, count))
+    for step in reversed(range(size)):
+        rest = upper[step, size] - (upper[step, step + 1 : size] * weights[step + 1 :]).sum(0)
+        is_singular = np.abs(upper[step, step]) <= negligible
+        weights[step] = np.where(is_singular, 0, rest / np.where(is_singular, 1, upper[step, step]))
+    solution = torch.from_numpy(weights.T.copy()).unsqueeze(2)
     target = torch.zeros_like(hessenberg[:, :, :1])
     target[:, 0] = 1
-    # The default driver, gelsy, reads pivots that torch leaves uninitialized, so that the last
-    # digits would differ from run to run.
-    weights = torch.linalg.lstsq(hessenberg, target, driver="gelsd").solution
-    return weights, torch.linalg.vector_norm(target - hessenberg @ weights, dim=(1, 2))
+    return solution, torch.linalg.vector_norm(target - hessenberg @ solution, dim=(1, 2))
 
 
 def log_quadrature(

@@ -165,7 +165,8 @@ def probe_gradient(
     :param near: f, linearized at x, with the graph of all that is to have a gradient.
     :param inverse: g, linearized at ``f(x)``.
     :param Tensor probes: v, shape ``(k, B, *event)``.
-    :param float tolerance: the residual ``‖v − Jᵀ w‖/‖v‖`` at which the Krylov steps end.
+    :param float tolerance: the root mean square of ``‖v − Jᵀ w‖/‖v‖`` over the batch, at which the
+        Krylov steps end: the gradient is a mean over the batch too.
     :param int krylov_steps: the most; 0 for none.
     :param int expected_steps: see :func:`~pyro_snf.krylov.krylov`, like ``beside``.
     """
@@ -180,6 +181,7 @@ def probe_gradient(
                 preconditioned=at_least_float32(solution).flatten(0, 1),
                 tolerance=tolerance,
                 max_steps=krylov_steps,
+                is_mean=True,
                 expected_steps=expected_steps,
                 beside=beside,
             )

@@ -241,7 +241,8 @@ class PairRefined(PairLearned):
 
     :param int num_probes: k, for each event.
     :param str probe: as for :class:`PairLearned`.
-    :param float tolerance: in (0, 1), of the residual :math:`\|v - J_f^\top w\|/\|v\|`.
+    :param float tolerance: in (0, 1), of the root mean square of the residuals
+        :math:`\|v - J_f^\top w\|/\|v\|` over the batch.
     :param int krylov_steps: the most for each probe. The first one alone gains almost nothing.
     :param int lanczos_steps: for the estimate of the value; 0 for none, and the value 0.
     :param seed: as for :class:`PairLearned`.
