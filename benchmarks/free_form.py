@@ -54,6 +54,7 @@ from pyro_snf import (
     Reconstruction,
     ResidualMLP,
     SelfNormalizingPair,
+    self_normalizing_pair,
 )
 from pyro_snf.free_form.linearization import Linearization, linearize
 from pyro_snf.free_form.log_det import (
@@ -722,46 +723,53 @@ def densities(args: argparse.Namespace) -> None:
 
 # --- Time ----------------------------------------------------------------------------------------
 
-#: The largest D for "exact", a step of which takes minutes at 2048.
-MAX_EXACT = 512
+#: Of the pairs that are timed.
+LOG_DETS = ("learned", "refined", "exact")
+#: The largest D for "exact".
+MAX_EXACT = 32
 
 
 def step_times(args: argparse.Namespace) -> None:
-    log_dets: dict[str, str | PairMethod] = {
-        "learned": "learned",
-        "refined": "refined",
-        "refined, value 0": REFINED,
-        "exact": "exact",
-    }
+    """Whole steps, Adam's included, of pairs at their defaults."""
     print(f"Milliseconds a step (to the autoencoder's), batch {args.batch}\n")
-    print_header("D", "width", "autoencoder", *log_dets)
+    print_header("D", "autoencoder", *LOG_DETS)
     for dim in args.dims:
-        width = max(64, dim)
-        generator = torch.Generator().manual_seed(args.seed)
         torch.manual_seed(args.seed)
-        forward, inverse = (perturbed(ResidualMLP(dim, [width]), 0.2, generator) for _ in range(2))
-        x = torch.randn(args.batch, dim, generator=generator)
-        methods = {"autoencoder": lambda f=forward, g=inverse, x=x: plain_step(f, g, x).backward()}
-        for name, log_det in log_dets.items():
-            if name == "exact" and dim > MAX_EXACT:
-                continue
-            transform = SelfNormalizingPair(forward, inverse, event_shape=dim, log_det=log_det)
-            methods[name] = partial(_flow_step, transform, x)
-        # By itself: its memory goes back to the system, and the next would wait for new one.
-        exact = methods.pop("exact", None)
+        x = torch.randn(args.batch, dim) @ torch.randn(dim, dim) / dim**0.5
+        x = (x + torch.sin(2 * x)) / x.std()
+        plain = self_normalizing_pair(dim, [args.width] * 2)
+        methods = {"autoencoder": _step_of(plain, lambda plain=plain, x=x: _plain_loss(plain, x))}
+        for name in LOG_DETS:
+            if name != "exact" or dim <= MAX_EXACT:
+                pair = self_normalizing_pair(dim, [args.width] * 2, log_det=name)
+                methods[name] = _step_of(pair, lambda pair=pair, x=x: _flow_loss(pair, x))
+        for method in methods.values():  # g is the inverse of f at first, which needs no steps
+            for _ in range(args.num_steps):
+                method()
         ms = race(methods, args.turns)
-        if exact is not None:
-            ms |= race({"exact": exact}, min(args.turns, 3))
         limit = ms["autoencoder"]
-        cells = [f"{ms[m]:.2f} ({ms[m] / limit:.1f})" if m in ms else "–" for m in log_dets]
-        print_row(dim, width, f"{limit:.2f}", *cells)
+        cells = [f"{ms[m]:.2f} ({ms[m] / limit:.1f})" if m in ms else "–" for m in LOG_DETS]
+        print_row(dim, f"{limit:.2f}", *cells)
 
 
-def _flow_step(transform: SelfNormalizingPair, x: Tensor) -> None:
-    transform.zero_grad()
-    y = transform(x)
-    loss = y.square().sum(1) / 2 - transform.log_abs_det_jacobian(x, y)
-    loss.mean().backward()
+def _plain_loss(pair: SelfNormalizingPair, x: Tensor) -> Tensor:
+    return plain_step(pair.forward_net, pair.inverse_net, x)
+
+
+def _flow_loss(pair: SelfNormalizingPair, x: Tensor) -> Tensor:
+    y = pair(x)
+    return (y.square().sum(1) / 2 - pair.log_abs_det_jacobian(x, y)).mean()
+
+
+def _step_of(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -811,9 +819,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--every", type=int, default=500)
         command.add_argument("--output", type=Path, default=Path("outputs"))
     command = add("time", step_times)
-    command.add_argument("--dims", type=int, nargs="+", default=[8, 32, 128, 512, 2048])
-    command.add_argument("--batch", type=int, default=32)
-    command.add_argument("--turns", type=int, default=20)
+    command.add_argument("--dims", type=int, nargs="+", default=[2, 5, 10, 16, 64, 256])
+    command.add_argument("--width", type=int, default=64)
+    command.add_argument("--batch", type=int, default=256)
+    command.add_argument("--num-steps", type=int, default=1000, help="before they are timed")
+    command.add_argument("--turns", type=int, default=100)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.run(args)

@@ -170,7 +170,7 @@ def test_the_bias_of_refined_falls(
         ("products", ["--dims", "3", "5", "--widths", "4", "4", "--turns", "1"], [2, 2]),
         ("probes", ["--krylov-steps", "0", "1", "--turns", "1"], [3, 3]),
         ("value", ["--turns", "1"], [5]),
-        ("time", ["--dims", "2", "3", "--batch", "2", "--turns", "1"], [2]),
+        ("time", ["--dims", "2", "3", "--batch", "2", "--turns", "1", "--num-steps", "1"], [2]),
     ],
 )
 def test_tables_of_pairs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,19 @@ def test_stops_when_all_residuals_are_small() -> None:
     assert 1 < steps < DIM
     before = space(matrix, images, max_steps=steps - 1)
     assert not (before.residual <= 1e-3).all()
+
+
+def test_stops_when_the_mean_of_the_residuals_is_small() -> None:
+    # One of many rows takes more steps than all the others.
+    matrix, images = torch.eye(DIM), right_sides(100)
+    matrix[:, 0] = torch.linspace(1, 4, DIM)
+    images[1:] *= torch.tensor([0.0] + [1.0] * (DIM - 1)).view(SHAPE)
+    mean, largest = (
+        krylov(partial(product, matrix), lambda vectors: vectors, images, tolerance=0.1, **options)
+        for options in ({"max_steps": DIM, "is_mean": True}, {"max_steps": DIM})
+    )
+    assert mean.num_steps == 1 < largest.num_steps
+    assert mean.residual.max() > 0.1 >= mean.residual.square().mean().sqrt()
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -33,8 +33,10 @@ from pyro_snf import (
     ResidualMLP,
     SelfNormalizingPair,
     SmoothLeakyReLU,
+    conditional_self_normalizing_pair,
     self_normalizing_pair,
 )
+from pyro_snf.free_form.reconstruction import _NUM_REMEMBERED as NUM_REMEMBERED
 from pyro_snf.free_form.reconstruction import _steps
 from tests.pairs import (
     EXACT,
@@ -154,11 +156,11 @@ def penalty_gradients(
 
 
 def surroundings_of(pair: SelfNormalizingPair, x: Tensor, **options: object) -> list[Tensor]:
-    """The two halves of the events around x that the penalty reconstructs."""
+    """The two halves of the events around x that the penalty reconstructs, at its first step."""
     f = Recorder(pair.forward_net)
     layer = pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0, **options})
     log_det_of(layer, x)
-    first, second = (one.detach() for one in f.inputs[-2:])
+    first, second = (one[NUM_REMEMBERED:].detach() for one in f.inputs[-2:])
     assert len(first) == (len(x) + 1) // 2
     assert len(first) + len(second) == len(x)
     return [first, second]
@@ -193,7 +195,8 @@ def test_penalty_is_the_formula(log_det: str, trains: str, needs_gradient: bool)
     halves = surroundings_of(pair, x)
     error = (pair.inverse_net(pair.forward_net(x)) - x).square().sum(1)
     pair.zero_grad()
-    terms = 3 * torch.log(1 + contraction_by_hand(pair, x, *halves))
+    # The steps to be remembered are 0 yet.
+    terms = 3 * torch.log(1 + contraction_by_hand(pair, x, *halves)).sum() / (41 + NUM_REMEMBERED)
     terms = terms + 3 * torch.log(1 + error / (3 * x.var(0, unbiased=False).mean()))
     # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
     (0.7 * cotangent.abs() * terms).sum().backward()
@@ -249,8 +252,59 @@ def test_noise_is_a_function_of_the_seed_and_the_step(log_det: str) -> None:
     for _ in range(2):
         log_det_of(layer, x.clone())
     assert torch.equal(torch.get_rng_state(), state)
-    halves = [one for one in f.inputs if one.shape == (3, 3)]
+    halves = [one for one in f.inputs if one.shape == (3 + NUM_REMEMBERED, 3)]
     assert len({one.sum().item() for one in halves}) == 4
+
+
+def test_steps_with_the_largest_contraction_are_remembered_and_turned() -> None:
+    pair, x = bad_pair(), events(40, 3)
+    f = Recorder(pair.forward_net)
+    options = {"log_det": "exact", "reconstruction": {"weight": 1.0, "seed": 0}}
+    layer = pair_of(f, pair.inverse_net, **options)
+
+    def error(x: Tensor) -> Tensor:
+        return pair.inverse_net(pair.forward_net(x)) - x
+
+    known_starts, known_steps = x[:1].expand(NUM_REMEMBERED, -1), torch.zeros(NUM_REMEMBERED, 3)
+    for _ in range(3):
+        log_det_of(layer, x.clone())
+        starts, ends = f.inputs[-2][: NUM_REMEMBERED + 20], f.inputs[-1]
+        assert torch.equal(starts[:NUM_REMEMBERED], known_starts)
+        assert torch.equal(ends[:NUM_REMEMBERED], known_starts + known_steps)
+        change, length = error(ends) - error(starts), (ends - starts).norm(dim=1)
+        chosen = (change.norm(dim=1) / length.clamp_min(1e-9)).topk(NUM_REMEMBERED).indices
+        known_starts, known_steps = layer.reconstruction.remembered.clone()
+        assert torch.equal(known_starts, starts[chosen])
+        turned = F.normalize(change[chosen]) * length[chosen].unsqueeze(1)
+        assert is_close(known_steps, turned, EXACT)
+    # Events that are not finite are not remembered.
+    log_det_of(layer, torch.full((4, 3), math.nan))
+    assert layer.reconstruction.remembered.isfinite().all()
+
+
+def test_contraction_is_looked_at_where_it_was_large_before() -> None:
+    # f folds in a small place, which few steps come to.
+    f = Perturbed(Fixed(lambda x: x - 0.2 * torch.exp(-((x - 1) ** 2) / 0.005)), 1, 0.0)
+    f.scale = nn.Parameter(torch.ones(()))
+    controller = GECO(0.9, decay=0.0)
+    layer = pair_of(
+        f, nn.Identity(), 1, log_det="learned", reconstruction={"weight": controller, "seed": 0}
+    )
+    largest = []
+    for seed in range(60):
+        step(f)
+        log_det_of(layer, events(16, 1, seed=seed))
+        largest.append(layer.reconstruction.weight.mean_square_error.item())
+    assert min(largest[30:]) > 1
+
+
+def test_pairs_without_a_size_or_with_a_context_remember_nothing() -> None:
+    layer = SelfNormalizingPair(*(ResidualMLP(3, [4]) for _ in "fg"), event_dim=1)
+    density_loss(layer, events(6, 3))
+    assert layer.reconstruction.remembered is None
+    conditional = conditional_self_normalizing_pair(3, 2, [4])
+    density_loss(conditional.condition(events(6, 2)), events(6, 3))
+    assert not conditional.transform.reconstruction.remembered.any()
 
 
 # --- The weight λ: controlled, or on a schedule -------------------------------------------------
@@ -401,8 +455,10 @@ def test_one_pass_of_each_network_a_step_and_checks_of_few_events_once_in_each_m
         f.inputs.clear()
         g.inputs.clear()
         use(events(6, 3)).backward()
-        # x; and around it, two halves.
-        assert [len(one) for one in f.inputs] == [len(one) for one in g.inputs] == [6, 3, 3]
+        # x; and around it, two halves, and what is remembered.
+        around = 3 + NUM_REMEMBERED
+        assert [len(one) for one in f.inputs] == [6, around, around]
+        assert [len(one) for one in g.inputs] == [6, around, around]
     for mode in (True, False):
         layer.train(mode)
         layer(x.clone())

@@ -203,6 +203,17 @@ def test_set_weight() -> None:
 # --- fit_density --------------------------------------------------------------------------------
 
 
+class Normal(nn.Module):
+    """Normal in the plane, with a mean that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(2))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return dist.Normal(self.mean, 1.0).to_event(1).log_prob(x)
+
+
 def quick(data: Tensor, **options: object) -> density_fitting.DensityFit:
     torch.manual_seed(0)
     flow = flows.tabular(data.shape[1], hidden_dim=16, num_layers=1)
@@ -256,6 +267,42 @@ def test_fit_stops_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == pytest.approx(result.loss, abs=1e-6)
 
 
+def changes_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, bool]]:
+    """The learning rate and the decay of weights after each change, and whether it was one."""
+    found, original = [], density_fitting._Run._change
+
+    def change(self: object, rows: object) -> bool:
+        has_changed = original(self, rows)
+        found.append((self.learning_rate, self.weight_decay, has_changed))
+        return has_changed
+
+    monkeypatch.setattr(density_fitting._Run, "_change", change)
+    monkeypatch.setattr(density_fitting, "_STEPS_OF_PATIENCE", 10)
+    return found
+
+
+def test_fit_lowers_a_rate_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, data = changes_of(monkeypatch), rows(512, 2)
+    module = Normal()
+    options = {"validation": data, "batch_size": 16, "learning_rate": 3.0, "seed": 0}
+    result = fit_density(module, data, num_epochs=1000, progress=False, **options)
+    assert result.reason == "converged"
+    assert [one[0] for one in changes] == pytest.approx([0.9, 0.27, 0.27])
+    assert [one[2] for one in changes] == [True, True, False]
+    assert len({one[1] for one in changes}) == 1
+    assert torch.allclose(module.mean, data.mean(0), atol=0.02)
+
+
+def test_fit_takes_back_a_decay_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(density_fitting, "_WEIGHT_DECAYS", (1e-3, 5.0, 25.0))
+    changes = changes_of(monkeypatch)
+    data = rows(40, 3)
+    result = quick(data, validation=rows(40, 3, 1), num_epochs=1000)
+    assert result.reason == "converged"
+    # 1000/40 times 5; and then training stops.
+    assert changes == [(6e-3, 125.0, True), (6e-3, 0.025, False)]
+
+
 def test_fit_without_validation_and_with_little_time() -> None:
     result = quick(skewed(), validation=0, num_epochs=3)
     assert (result.best_epoch, len(result.validation_losses), result.reason) == (3, 0, "num_epochs")
@@ -265,14 +312,6 @@ def test_fit_without_validation_and_with_little_time() -> None:
 
 
 def test_fit_of_any_module_with_a_log_prob() -> None:
-    class Normal(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mean = nn.Parameter(torch.zeros(2))
-
-        def log_prob(self, x: Tensor) -> Tensor:
-            return dist.Normal(self.mean, 1.0).to_event(1).log_prob(x)
-
     module, data = Normal(), 0.3 + rows(500, 2)
     result = fit_density(
         module, data, learning_rate=0.05, validation=0, num_epochs=60, progress=False

@@ -202,13 +202,13 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self.forward_net = forward_net
         self.inverse_net = inverse_net
         parameters = chain(forward_net.parameters(), inverse_net.parameters())
-        device = next((one.device for one in parameters), None)
-        method.setup(device)
+        like = next(parameters, torch.empty(0))
+        method.setup(like.device)
         self.log_det = method
         self.reconstruction = (
             Reconstruction() if reconstruction is None else own_copy(reconstruction)
         )
-        self.reconstruction.setup(self.event_shape, device)
+        self.reconstruction.setup(self.event_shape, like)
         self._status = _Status()
         self._context: tuple[Tensor, ...] = ()
         self._context_dim = 0
