@@ -40,6 +40,7 @@ class GECO(nn.Module):
 
     :param float tolerance: τ > 0, the root mean square error per element to hold.
     :param float weight: the first λ > 0.
+    :param float max_weight: the largest λ, not below the first one; by default there is none.
     :param float rate: η > 0.
     :param float fall: φ > 0, the rate at which λ falls, in units of η.
     :param float decay: ρ in ``[0, 1)``, of the moving average.
@@ -57,6 +58,7 @@ class GECO(nn.Module):
         tolerance: float,
         *,
         weight: float = 1.0,
+        max_weight: float = math.inf,
         rate: float = 1e-2,
         fall: float = 1.0,
         decay: float = 0.9,
@@ -68,7 +70,10 @@ class GECO(nn.Module):
         self.rate = as_positive("rate", rate)
         self.fall = as_positive("fall", fall)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
-        self._first_log_weight = math.log(as_positive("weight", weight))
+        weight = as_positive("weight", weight)
+        expected = f"max_weight >= {weight}, the first one"
+        self.max_weight = as_number(expected, max_weight, lambda number: number >= weight)
+        self._first_log_weight = math.log(weight)
         self.register_buffer("log_weight", torch.empty(()))
         self.register_buffer("mean_square_error", torch.empty(()))
         self.reset_parameters()
@@ -85,7 +90,11 @@ class GECO(nn.Module):
         return super()._apply(keep_float32(fn), recurse)
 
     def extra_repr(self) -> str:
-        return f"tolerance={self.tolerance}, rate={self.rate}, fall={self.fall}, decay={self.decay}"
+        bound = "" if self.max_weight == math.inf else f"max_weight={self.max_weight}, "
+        return (
+            f"tolerance={self.tolerance}, {bound}rate={self.rate}, fall={self.fall}, "
+            f"decay={self.decay}"
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -109,6 +118,7 @@ class GECO(nn.Module):
         excess = (error.log() / 2 - math.log(self.tolerance)).clamp(-1, 1)
         excess = torch.where(excess < 0, self.fall * excess, excess)
         self.log_weight.add_(torch.where(is_finite, excess, 0), alpha=self.rate)
+        self.log_weight.clamp_(max=math.log(self.max_weight))
 
 
 #: λ: a number, a function of the number of optimizer steps taken, or a controller.

@@ -188,15 +188,18 @@ def test_tables_of_pairs(
     assert all(len(row) == len(rows[0]) for rows in found for row in rows)
 
 
-@pytest.mark.parametrize("network", ["mlp", "conv", "conv + mlp"])
+@pytest.mark.parametrize(
+    ("network", "copula"), [("mlp", True), ("conv", False), ("conv + mlp", False)]
+)
 def test_densities_of_pairs(
     free_form: ModuleType,
     network: str,
+    copula: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = {"network": network, "width": 8, "num_blocks": 1, "spline": True}
+    options = {"network": network, "width": 8, "num_blocks": 1, "spline": True, "copula": copula}
     monkeypatch.setitem(free_form.SETTINGS, "learned", options)
     arguments = ["--settings", "learned", "--num-steps", "3", "--every", "2"]
     free_form.main(["digits", *arguments, "--output", str(tmp_path)])

@@ -25,18 +25,19 @@ _NOISE = 2
 # reaches beyond the data on all sides.
 _SCALES = (0.01, 3.0)
 
-# What the default controller holds, 0.6 + 0.3/√D: below 1, and with a margin, for what is looked at
-# does not have the largest c of all. The margin is larger where there are more directions to look
-# in: held at 0.77, 256 modes in eight dimensions fold.
-_CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.3
+# What the default controller holds, 0.6 + 0.35/√D: below 1, and with a margin, for what is looked
+# at does not have the largest c of all. The margin is larger where there are more directions to
+# look in: held at 0.8, 256 modes in eight dimensions fold.
+_CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 
 # The steps that are remembered. With none, some folds away from the data are not found for
 # hundreds of steps; 16 gain little over 8.
 _NUM_REMEMBERED = 8
 
-# Its first λ, with which the steps that Adam makes first do not fold f. It rises fast, and falls
-# five times as slowly: so most batches are below what is held.
-_FIRST_WEIGHT, _RATE, _FALL = 10.0, 0.1, 0.2
+# Its first λ, with which the steps that Adam makes first do not fold f, and its largest one: where
+# the penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ
+# rises fast, and falls five times as slowly: so most batches are below what is held.
+_FIRST_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 100.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
@@ -71,7 +72,7 @@ class Reconstruction(nn.Module):
     remembered where the networks have a context, or the layer does not know the shape of events.)
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
-    :math:`0.6 + 0.3/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
+    :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
     it.
 
     The first term is the mean over all steps. The penalty is weighted by the absolute value of the
@@ -82,8 +83,8 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        ``GECO(0.6 + 0.3 / D**0.5, weight=10.0, rate=0.1, fall=0.2, decay=0.0)``, with 0.6 for
-        events of any size.
+        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, max_weight=100.0, rate=0.1, fall=0.2,
+        decay=0.0)``, with 0.6 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -240,7 +241,14 @@ class Reconstruction(nn.Module):
 def _controller(dim: float) -> GECO:
     """The default weight for events of D elements, infinite if that is not known."""
     contraction = _CONTRACTION + _ADDED_CONTRACTION / math.sqrt(dim)
-    return GECO(contraction, weight=_FIRST_WEIGHT, rate=_RATE, fall=_FALL, decay=0.0)
+    return GECO(
+        contraction,
+        weight=_FIRST_WEIGHT,
+        max_weight=_MAX_WEIGHT,
+        rate=_RATE,
+        fall=_FALL,
+        decay=0.0,
+    )
 
 
 def _along(direction: Tensor, steps: Tensor) -> Tensor:
