@@ -52,7 +52,8 @@ class GaussianCopula(FirstBatchTransform):
     The density of :math:`T^{-1}(z)` with a standard normal z is a Gaussian copula with marginals of
     its own: a good place to start from for tables, whose columns are skewed, bounded, or have gaps
     and peaks. Each S is a rational-quadratic spline with K bins that goes on as a straight line
-    outside; the values and slopes at its knots are learned. The knots, μ and σ are constants.
+    outside; the values and slopes at its knots are learned. The knots, the slopes of the lines, μ
+    and σ are constants.
 
     **The first batch initializes it**, as it does :class:`~pyro_snf.ActNorm`, in training; or
     :meth:`initialize` does, with all of the data. μ and σ become the mean and the standard
@@ -95,6 +96,7 @@ class GaussianCopula(FirstBatchTransform):
     mean: Tensor
     deviation: Tensor
     knots: Tensor
+    end_slopes: Tensor
 
     def __init__(
         self,
@@ -121,7 +123,10 @@ class GaussianCopula(FirstBatchTransform):
         self.register_buffer("knots", empty(self.num_bins + 1))
         self.first_y = nn.Parameter(empty())
         self.log_heights = nn.Parameter(empty(self.num_bins))
-        self.log_slopes = nn.Parameter(empty(self.num_bins + 1))
+        self.log_slopes = nn.Parameter(empty(self.num_bins - 1))
+        # Nor are the slopes of the straight lines beyond the data: the few rows at the ends would
+        # make them steep, and a larger number would be hundreds of deviations away.
+        self.register_buffer("end_slopes", empty(2))
         self._make_initialized(device)
         self.reset_parameters()
 
@@ -205,7 +210,8 @@ class GaussianCopula(FirstBatchTransform):
         if self.linear.bias is not None:
             self.linear.bias.copy_(-weight @ values.mean(0))
         self.linear.set_weight(weight)
-        for tensor in (*self.parameters(), self.mean, self.deviation, self.knots):
+        buffers = (self.mean, self.deviation, self.knots, self.end_slopes)
+        for tensor in (*self.parameters(), *buffers):
             tensor.copy_(gather(tensor)[0])
         self.linear.refactorize()
         self._note_initialized()
@@ -265,10 +271,11 @@ class GaussianCopula(FirstBatchTransform):
         """Each field of shape ``(D, K + 1)``."""
         first = at_least_float32(self.first_y).unsqueeze(-1)
         heights = at_least_float32(self.log_heights).exp()
+        left, right = at_least_float32(self.end_slopes).split(1, dim=-1)
         return rational_quadratic.Knots(
             at_least_float32(self.knots),
             torch.cat([first, first + heights.cumsum(-1)], dim=-1),
-            at_least_float32(self.log_slopes).exp(),
+            torch.cat([left, at_least_float32(self.log_slopes).exp(), right], dim=-1),
         )
 
     def _set_knots(self, columns: Any, x: Tensor, y: Tensor, slopes: Tensor | None = None) -> None:
@@ -276,10 +283,11 @@ class GaussianCopula(FirstBatchTransform):
         self.knots[columns] = x.to(self.knots)
         self.first_y[columns] = y[..., 0].to(self.first_y)
         self.log_heights[columns] = y.diff(dim=-1).log().to(self.first_y)
-        self.log_slopes[columns] = slopes.log().to(self.first_y)
+        self.log_slopes[columns] = slopes[..., 1:-1].log().to(self.first_y)
+        self.end_slopes[columns] = slopes[..., [0, -1]].to(self.end_slopes)
 
     def _map_parameters(self) -> list[Tensor]:
-        splines = [self.knots, self.first_y, self.log_heights, self.log_slopes]
+        splines = [self.knots, self.first_y, self.log_heights, self.log_slopes, self.end_slopes]
         return [self.mean, self.deviation, *splines, *self.linear._map_parameters()]
 
 
