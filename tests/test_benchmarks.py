@@ -188,6 +188,21 @@ def test_tables_of_pairs(
     assert all(len(row) == len(rows[0]) for rows in found for row in rows)
 
 
+@pytest.mark.usefixtures("benchmark_modules")
+def test_folds_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    folds = importlib.import_module("folds")
+    folds.main(["--data", "narrow", "eight", "--rates", "1e-3", "--num-steps", "2", "--batch", "4"])
+    ((_, *rows),) = tables(capsys.readouterr().out)
+    assert [row[4:6] for row in rows] == [["0.00 %", "0.00 %"]] * 4
+    assert [row[6] for row in rows[2:]] == ["nan", "nan"]
+    # Of x², at 1, −2, 3, halfway 2, −½, ½, and beyond 4, 2½, −4½.
+    pair = folds.self_normalizing_pair(1)
+    pair.forward_net = torch.nn.Identity()
+    pair.forward_net.forward = torch.square
+    share = folds.share_of_other_signs(pair, torch.tensor([[1.0], [-2.0], [3.0]]))
+    assert share == pytest.approx(3 / 9)
+
+
 @pytest.mark.parametrize(
     ("network", "copula"), [("mlp", True), ("conv", False), ("conv + mlp", False)]
 )
