@@ -81,7 +81,7 @@ def integral(density: dist.TransformedDistribution, dim: int) -> float:
         return math.nan
     axis = torch.linspace(-BOUND[dim], BOUND[dim], NUM_POINTS[dim])
     grid = torch.cartesian_prod(*[axis] * dim).view(-1, dim)
-    cell = (axis[1] - axis[0]).item() ** dim
+    cell = (2 * BOUND[dim] / (NUM_POINTS[dim] - 1)) ** dim
     return density.log_prob(grid).exp().sum().item() * cell
 
 
