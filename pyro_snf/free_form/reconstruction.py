@@ -37,7 +37,7 @@ _NUM_REMEMBERED = 8
 # Its first λ, with which the steps that Adam makes first do not fold f, and its largest one: where
 # the penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ
 # rises fast, and falls five times as slowly: so most batches are below what is held.
-_FIRST_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 100.0, 0.1, 0.2
+_FIRST_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 20.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
@@ -83,7 +83,7 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, max_weight=100.0, rate=0.1, fall=0.2,
+        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, max_weight=20.0, rate=0.1, fall=0.2,
         decay=0.0)``, with 0.6 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
