@@ -271,8 +271,8 @@ def _least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
     """The y that minimize ``‖e₁ − H y‖``, shape ``(B, n, 1)``, and the residuals, shape ``(B,)``.
 
     By Givens' rotations, each for all B matrices at once: LAPACK, called for one matrix after the
-    other, takes seven times as long for 256 of 5 × 4. Where H is singular, so that y is not unique, elements of it are
-    0.
+    other, takes seven times as long for 256 of 5 × 4. Where H is singular, so that y is not unique,
+    elements of it are 0.
 
     :param Tensor hessenberg: H, shape ``(B, n + 1, n)``, on the CPU.
     """
