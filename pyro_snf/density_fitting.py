@@ -161,7 +161,7 @@ def fit_density(
     and ``max_seconds``, whichever is used up first. Until then, when the validation loss has not
     fallen for a while, training goes back to the best parameters. If the loss of training data has
     fallen since then, they are being learned by heart, and training goes on with a larger decay of
-    the weights of ``nn.Linear`` layers; if not, at a lower rate; and where both have been tried,
+    the weights of ``nn.Linear`` layers; if not, at a lower rate; and where that has been tried,
     with falling rates, so that it stops before the budget is used up. Where a loss is
     not finite, training goes back to the averages and on at half the rate. Ctrl-C stops it, and
     what there is is kept.
@@ -314,7 +314,7 @@ class _Run:
         self.validation_losses: list[float] = []
         self.num_steps = self.num_failures = 0
         self.best_epoch = self.latest_change = 0
-        self.decays = iter([1000 * decay / num_rows for decay in _WEIGHT_DECAYS])
+        self.decays = (1000 * decay / num_rows for decay in _WEIGHT_DECAYS)
         self.weight_decay = next(self.decays)
         self.num_reductions = 0
         self.best: Any = None
@@ -432,19 +432,16 @@ class _Run:
         latest = self._mean_loss(rows)
         self.averaged.load_state_dict(self.best)
         is_by_heart = latest < self._mean_loss(rows)
-        if self.weight_decay > self.best_decay:  # it has gained nothing: a larger one will not
-            is_by_heart, self.decays = True, iter(())
-        self.weight_decay, has_changed = self.best_decay, False
-        if is_by_heart:
-            decay = next(self.decays, None)
-            if decay is not None:
-                self.weight_decay, has_changed = decay, True
-        elif self.num_reductions < _MAX_REDUCTIONS:
+        has_failed = self.weight_decay > self.best_decay  # then a larger decay would fail as well
+        before = self.best_decay, self.learning_rate
+        self.weight_decay = self.best_decay
+        if is_by_heart and not has_failed:
+            self.weight_decay = next(self.decays, self.best_decay)
+        elif not has_failed and self.num_reductions < _MAX_REDUCTIONS:
             self.num_reductions += 1
             self.learning_rate *= _RATE_FACTOR
-            has_changed = True
         self._go_back(self.best)
-        return has_changed
+        return (self.weight_decay, self.learning_rate) != before
 
     def _go_back(self, state: Any) -> None:
         self.flow.load_state_dict(state)

@@ -225,7 +225,7 @@ class Reconstruction(nn.Module):
             return x[:0], x[:0]
         starts, steps = self.remembered.to(x)
         is_none = (steps == 0).flatten(1).all(1).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(is_none, x[:1].detach(), starts), steps
+        return torch.where(is_none, x[:1], starts), steps
 
     @torch.no_grad()
     def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor) -> None:
