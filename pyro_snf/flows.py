@@ -55,6 +55,12 @@ ACTIVATIONS = ("smooth_leaky_relu", "spline")
 # Up to here, an exact log-determinant of a dense layer costs less than an estimate.
 _EXACT_DIM = 64
 
+# What it has to gain, in nats, to subtract from a column the ones before it. That turns an axis,
+# and bounds, zeros and rounded numbers are not along one any more: ten tables whose columns gain
+# less are all as good without it or better, by up to 2.2 nats. But a column that is nearly a copy
+# of another is narrower than a bin of a spline.
+_MIN_GAIN = 1.0
+
 Activation = str | Callable[[torch.Size], Transform]
 
 
@@ -229,8 +235,11 @@ def tabular(
 
     Columns may be in any units. The first batch in training initializes the copula; better,
     ``flow.initialize(data)`` does with all of the data, which :func:`~pyro_snf.fit_density` calls.
-    The dense layers start by reversing the order of the features, so that the splines of each
-    feature see the features before it, and then those after it.
+    It subtracts from a column what is a linear function of the columns before it where that makes
+    it narrower by a factor of e or more; others stay as they are, for bounds and gaps of a column
+    are easiest to fit along its axis. The dense layers start by reversing the order of the
+    features, so that the splines of each feature see the features before it, and then those after
+    it.
 
     >>> flow = tabular(3, hidden_dim=16)
     >>> flow(torch.randn(50, 3)).shape
@@ -261,7 +270,7 @@ def tabular(
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     if input_dim <= _EXACT_DIM:
         options = {"log_det": "exact", **options}
-    parts: list[Any] = [GaussianCopula(input_dim, **options, **factory)]
+    parts: list[Any] = [GaussianCopula(input_dim, min_gain=_MIN_GAIN, **options, **factory)]
     for _ in range(num_layers):
         sizes: dict[str, Any] = {"hidden_dim": hidden_dim, "num_bins": num_bins, **factory}
         parts.append(

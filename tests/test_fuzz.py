@@ -616,7 +616,12 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
     (
         "GaussianCopula",
         call(pyro_snf.GaussianCopula, input_dim=2),
-        {"input_dim": count(), "num_bins": count(2, 1000), **LAYER},
+        {
+            "input_dim": count(),
+            "num_bins": count(2, 1000),
+            "min_gain": number(lambda x: x >= 0),
+            **LAYER,
+        },
     ),
     (
         "gaussian_copula",

@@ -144,6 +144,26 @@ def test_copula_leaves_what_is_normal() -> None:
     assert torch.allclose(copula.linear.weight.triu(1), torch.zeros(3, 3), atol=1e-9)
 
 
+@pytest.mark.parametrize("correlation", [0.5, -0.9])
+def test_copula_decorrelates_where_that_gains_enough(correlation: float) -> None:
+    first, second = rows(20_000, 2).unbind(1)
+    second = correlation * first + (1 - correlation**2) ** 0.5 * second
+    x = torch.stack([first, 5 + 10 * second], dim=1)
+    # The second feature becomes narrower by √(1 − ρ²).
+    gain = -0.5 * math.log(1 - correlation**2)
+    for min_gain, expected in [
+        (0.9 * gain, 0.0),
+        (1.1 * gain, correlation),
+        (math.inf, correlation),
+    ]:
+        copula = GaussianCopula(2, min_gain=min_gain)
+        copula.initialize(x)
+        y = copula(x)
+        assert torch.allclose(y.mean(0), torch.zeros(2), atol=1e-4)
+        covariance = torch.tensor([[1.0, expected], [expected, 1.0]])
+        assert torch.allclose(y.mT.cov(), covariance, atol=0.02)
+
+
 @pytest.mark.parametrize("count", [2, 7, 20])
 def test_copula_of_few_rows(count: int) -> None:
     copula = GaussianCopula(4)

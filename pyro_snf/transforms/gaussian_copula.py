@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.special import ndtr, ndtri
 
 from pyro_snf import rational_quadratic
-from pyro_snf.options import as_count
+from pyro_snf.options import as_count, as_number
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import gather
 from pyro_snf.transforms.base import check_input
@@ -73,6 +73,8 @@ class GaussianCopula(FirstBatchTransform):
 
     :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
     :param int num_bins: K, from 2 to 1000.
+    :param float min_gain: at least 0, in nats: the logarithm of how much narrower a feature has to
+        become.
     :param device: of the parameters.
     :param dtype: of the parameters.
     :param options: of the dense layer, such as ``log_det``.
@@ -103,6 +105,7 @@ class GaussianCopula(FirstBatchTransform):
         input_dim: int,
         *,
         num_bins: int = 16,
+        min_gain: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -110,6 +113,7 @@ class GaussianCopula(FirstBatchTransform):
         super().__init__()
         self.input_dim = as_count("input_dim", input_dim)
         self.num_bins = rational_quadratic.as_num_bins(num_bins)
+        self.min_gain = as_number("min_gain >= 0", min_gain, lambda gain: gain >= 0)
         #: W and b.
         self.linear = SelfNormalizingLinear(input_dim, device=device, dtype=dtype, **options)
 
@@ -141,7 +145,8 @@ class GaussianCopula(FirstBatchTransform):
         self._reset_initialized()
 
     def extra_repr(self) -> str:
-        return f"{self.input_dim}, num_bins={self.num_bins}, linear={self.linear}"
+        sizes = f"{self.input_dim}, num_bins={self.num_bins}, min_gain={self.min_gain:g}"
+        return f"{sizes}, linear={self.linear}"
 
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
@@ -203,9 +208,11 @@ class GaussianCopula(FirstBatchTransform):
         self._set_knots(~is_normalized, identity[~is_normalized], identity[~is_normalized])
         values = torch.where(is_normalized, values, z)
         covariance = values.mT.cov(correction=0).view(self.input_dim, self.input_dim)
-        if not dependent:
-            covariance = covariance.diagonal().diag()
-        weight = torch.linalg.inv(torch.linalg.cholesky(covariance))
+        weight = scales = covariance.diagonal().rsqrt().diag()
+        if dependent:
+            weight = torch.linalg.inv(torch.linalg.cholesky(covariance))
+            gain = (weight.diagonal() / scales.diagonal()).log()
+            weight = torch.where((gain < self.min_gain).unsqueeze(1), scales, weight)
         self.linear.reset_parameters()
         if self.linear.bias is not None:
             self.linear.bias.copy_(-weight @ values.mean(0))
