@@ -33,6 +33,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_snf.transfer import read, send
@@ -160,8 +161,7 @@ def krylov(
     :param beside: numbers that are to be read when the GPU is waited for.
     """
     rows = vectors.flatten(1)
-    failed = ~torch.isfinite(rows).all(1, keepdim=True)
-    rows = torch.where(failed, 0, rows)
+    rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, torch.nan)
     count, dim = rows.shape
     max_steps = min(max_steps, dim)
     first_look = min(expected_steps, max_steps) if rows.is_cuda else 1
@@ -169,11 +169,12 @@ def krylov(
     # The solution for a right-hand side of zeros is zero.
     divisor = size.clamp_min(torch.finfo(rows.dtype).tiny)
     basis = rows.new_empty(count, max_steps, dim)
-    basis[:, 0] = rows / divisor
+    basis[:, 0] = (rows / divisor).nan_to_num(0.0)
     images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which spans the solutions
-    hessenberg = rows.new_zeros(count, max_steps + 1, max_steps, dtype=torch.float64)
-    has_failed = torch.zeros_like(rows[:, :max_steps], dtype=torch.bool)  # in a step, or before
-    num_solved = 0
+    unread = [size]  # and then the columns of H, shape (B, step + 2)
+    columns: list[NDArray[np.float64]] = []  # with the batch last
+    problem = _LeastSquares(count)
+    beside = rows.new_empty(0) if beside is None else beside
     for step in range(max_steps):
         if step == 0 and preconditioned is not None:
             image = preconditioned.flatten(1) / divisor
@@ -181,40 +182,30 @@ def krylov(
             image = preconditioner(basis[:, step].view_as(vectors)).flatten(1)
         images_of_basis[:, step] = image
         vector = operator(image.view_as(vectors)).flatten(1)
-        finite = torch.isfinite(vector).all(1, keepdim=True)
-        failed = failed | ~finite
-        has_failed[:, step : step + 1] = failed
-        vector = torch.where(finite, vector, 0)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
-        hessenberg[:, : step + 2, step] = torch.cat([column, rest], dim=1).double()
-        # The column of an exhausted space is zero. With a 1 on the diagonal, H stays regular, and
-        # the solution is the same.
-        is_exhausted = ~(basis[:, step] != 0).any(1)
-        hessenberg[:, step, step].masked_fill_(is_exhausted, 1.0)
+        unread.append(torch.cat([column, rest], dim=1))
         if step + 1 >= first_look:
-            known, known_failed, known_size, known_beside = read(
-                hessenberg[:, : step + 2, : step + 1],
-                has_failed[:, : step + 1],
-                size.squeeze(1),
-                rows.new_empty(0) if beside is None else beside,
-            )
-            while num_solved <= step:
-                num_solved += 1
-                weights, residual = _least_squares(known[:, : num_solved + 1, :num_solved])
-                measure = residual.square().mean().sqrt() if is_mean else residual.max()
+            known_beside, *known = read(beside, *unread)
+            unread.clear()
+            columns += [one.mT.numpy() for one in known]
+            while problem.num_steps <= step:
+                before, latest = columns[problem.num_steps : problem.num_steps + 2]
+                residual = problem.add(latest, before[-1])
+                measure = residual.max(initial=0.0)
+                if is_mean:
+                    measure = np.linalg.norm(residual) / max(count, 1) ** 0.5
                 if measure <= tolerance:
                     break
             if measure <= tolerance or step + 1 == max_steps:
                 break
         basis[:, step + 1] = direction
-    weights = send(weights, rows).mT  # (B, 1, n)
-    solution = (weights @ images_of_basis[:, :num_solved]).squeeze(1) * size
-    solution = torch.where(has_failed[:, num_solved - 1 : num_solved], torch.nan, solution)
+    weights = send(torch.from_numpy(problem.solution()).mT, rows).unsqueeze(1)  # (B, 1, n)
+    solution = (weights @ images_of_basis[:, : problem.num_steps]).squeeze(1) * size
     return KrylovSpace(
         solution=solution.view_as(vectors),
-        residual=residual.masked_fill(known_failed[:, num_solved - 1] != 0, torch.inf),
-        hessenberg=known[:, :num_solved, :num_solved],
-        size=known_size,
+        residual=torch.from_numpy(residual),
+        hessenberg=torch.from_numpy(problem.hessenberg()),
+        size=torch.from_numpy(columns[0][0]),
         beside=known_beside,
     )
 
@@ -267,40 +258,87 @@ def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace 
     )
 
 
-def _least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
-    """The y that minimize ``‖e₁ − H y‖``, shape ``(B, n, 1)``, and the residuals, shape ``(B,)``.
+class _LeastSquares:
+    """The y that minimize ``‖e₁ − H y‖`` for B matrices H, which grow by a column in each step.
 
     By Givens' rotations, each for all B matrices at once: LAPACK, called for one matrix after the
     other, takes seven times as long for 256 of 5 × 4. Where H is singular, so that y is not unique,
     elements of it are 0.
 
-    :param Tensor hessenberg: H, shape ``(B, n + 1, n)``, on the CPU.
+    :param int count: B.
     """
-    count, size = len(hessenberg), hessenberg.shape[2]
-    # H and e₁, with the batch last: [i, j] is that entry of all matrices.
-    upper = np.zeros((size + 1, size + 1, count))
-    upper[:, :size] = hessenberg.permute(1, 2, 0).numpy()
-    upper[0, size] = 1
-    negligible = np.finfo(float).eps * size * np.abs(upper[:, :size]).max((0, 1))
-    for step in range(size):
-        top, below = upper[step, step], upper[step + 1, step]
-        length = np.hypot(top, below)
-        divisor = np.where(length == 0, 1, length)
-        cosine, sine = np.where(length == 0, 1, top / divisor), below / divisor
-        first, second = upper[step, step:], upper[step + 1, step:]
-        upper[step, step:], upper[step + 1, step:] = (
-            cosine * first + sine * second,
-            cosine * second - sine * first,
-        )
-    weights = np.zeros((size, count))
-    for step in reversed(range(size)):
-        rest = upper[step, size] - (upper[step, step + 1 : size] * weights[step + 1 :]).sum(0)
-        is_singular = np.abs(upper[step, step]) <= negligible
-        weights[step] = np.where(is_singular, 0, rest / np.where(is_singular, 1, upper[step, step]))
-    solution = torch.from_numpy(weights.T.copy()).unsqueeze(2)
-    target = torch.zeros_like(hessenberg[:, :, :1])
-    target[:, 0] = 1
-    return solution, torch.linalg.vector_norm(target - hessenberg @ solution, dim=(1, 2))
+
+    def __init__(self, count: int) -> None:
+        # Columns of H, and of R, which is H after the rotations, with the batch last.
+        self._columns: list[NDArray[np.float64]] = []
+        self._upper: list[NDArray[np.float64]] = []
+        self._rotations: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        self._target = [np.ones(count)]  # the entries of the rotated e₁
+        self._is_singular: list[NDArray[np.bool_]] = []
+        self._largest = np.zeros(count)
+        self._left_over = np.zeros(count)
+        self._has_failed = np.zeros(count, dtype=bool)
+
+    @property
+    def num_steps(self) -> int:
+        """n, the number of columns."""
+        return len(self._columns)
+
+    def add(self, column: NDArray[np.float64], length: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The residuals ``‖e₁ − H y‖``, shape ``(B,)``, with one more column.
+
+        They are infinite from the first column on that is not finite, or whose vector is not.
+
+        :param column: shape ``(n + 2, B)``.
+        :param length: of the vector, before it was divided by that, shape ``(B,)``: the last entry
+            of the column before it, or ‖v‖.
+        """
+        step = self.num_steps
+        is_finite = np.isfinite(column).all(0) & np.isfinite(length)
+        self._has_failed |= ~is_finite
+        column = np.where(is_finite, column, 0)
+        # The column of an exhausted space is zero. With a 1 on the diagonal, H stays regular, and
+        # the solution is the same.
+        column[step, length == 0] = 1
+        self._columns.append(column.copy())
+        self._largest = np.maximum(self._largest, np.abs(column).max(0))
+        for row, (cosine, sine) in enumerate(self._rotations):
+            first, second = column[row], column[row + 1]
+            column[row], column[row + 1] = (
+                cosine * first + sine * second,
+                cosine * second - sine * first,
+            )
+        diagonal = np.hypot(column[step], column[step + 1])
+        is_singular = diagonal <= np.finfo(float).eps * (step + 1) * self._largest
+        divisor = np.where(is_singular, 1, diagonal)
+        cosine = np.where(is_singular, 1, column[step] / divisor)
+        sine = np.where(is_singular, 0, column[step + 1] / divisor)
+        target = self._target[step]
+        self._upper.append(np.concatenate([column[:step], divisor[None]]))
+        self._rotations.append((cosine, sine))
+        self._is_singular.append(is_singular)
+        self._target[step:] = [cosine * target, -sine * target]
+        self._left_over += np.where(is_singular, target**2, 0)
+        residual = np.sqrt(self._left_over + self._target[-1] ** 2)
+        return np.where(self._has_failed, np.inf, residual)
+
+    def solution(self) -> NDArray[np.float64]:
+        """y, shape ``(n, B)``; NaN where the residual is infinite."""
+        weights: list[NDArray[np.float64]] = []
+        for step in reversed(range(self.num_steps)):
+            rest = self._target[step].copy()
+            for other, weight in zip(range(self.num_steps - 1, step, -1), weights, strict=True):
+                rest -= self._upper[other][step] * weight
+            weights.append(np.where(self._is_singular[step], 0, rest / self._upper[step][step]))
+        return np.where(self._has_failed, np.nan, np.stack(weights[::-1]))
+
+    def hessenberg(self) -> NDArray[np.float64]:
+        """The upper part of H, shape ``(B, n, n)``."""
+        matrices = np.zeros((len(self._largest), self.num_steps, self.num_steps))
+        for step, column in enumerate(self._columns):
+            rows = min(step + 2, self.num_steps)
+            matrices[:, :rows, step] = column[:rows].T
+        return matrices
 
 
 def log_quadrature(
@@ -373,16 +411,18 @@ def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
     :param Tensor vector: shape ``(B, D)``.
     :param Tensor basis: of orthonormal rows, or rows of zeros, shape ``(B, n, D)``.
     :return: shapes ``(B, D)``, ``(B, 1)`` and ``(B, n)``. The first two are 0 where the remainder
-        is within rounding, that is, where the space is exhausted.
+        is within rounding, that is, where the space is exhausted; and where a vector is not finite,
+        the first is 0, and the second NaN.
     """
     before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
     column = torch.zeros_like(basis[:, :, 0])
     for _ in range(2):  # Gram-Schmidt; twice is enough
-        part = (basis @ vector.unsqueeze(-1)).squeeze(-1)
-        vector = vector - (part.unsqueeze(1) @ basis).squeeze(1)
+        # Not by matrix products, which take a few times as long for so few vectors.
+        part = torch.linalg.vecdot(basis, vector.unsqueeze(1))
+        vector = vector - (part.unsqueeze(2) * basis).sum(1)
         column = column + part
     length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-    # A remainder that is not finite is kept, so that it is noticed.
-    is_rounding = (length <= 10 * torch.finfo(vector.dtype).eps * before) & torch.isfinite(before)
-    length = torch.where(is_rounding, 0, length)
-    return torch.where(is_rounding, 0, vector / length), length, column
+    is_kept = length > 10 * torch.finfo(vector.dtype).eps * before
+    # A length that is not finite is kept, so that it is noticed.
+    length = torch.where(is_kept, length, 0 * before)
+    return torch.where(is_kept, vector / length, 0), length, column
