@@ -164,6 +164,16 @@ def test_copula_decorrelates_where_that_gains_enough(correlation: float) -> None
         assert torch.allclose(y.mT.cov(), covariance, atol=0.02)
 
 
+def test_copula_decorrelates_all_where_that_gains_enough_on_average() -> None:
+    first, second, third = rows(5000, 3).unbind(1)
+    x = torch.stack([first, first + 0.1 * second, first + third], dim=1)
+    # ½ log 2 for the third feature, some 2.3 for the second: 0.9 on average.
+    for min_gain, expected in [(0.8, 0.0), (1.2, 0.5**0.5)]:
+        copula = GaussianCopula(3, min_gain=min_gain)
+        copula.initialize(x)
+        assert torch.allclose(copula(x).mT.cov()[2, 0], torch.tensor(expected), atol=0.03)
+
+
 @pytest.mark.parametrize("count", [2, 7, 20])
 def test_copula_of_few_rows(count: int) -> None:
     copula = GaussianCopula(4)

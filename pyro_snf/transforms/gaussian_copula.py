@@ -212,7 +212,8 @@ class GaussianCopula(FirstBatchTransform):
         if dependent:
             weight = torch.linalg.inv(torch.linalg.cholesky(covariance))
             gain = (weight.diagonal() / scales.diagonal()).log()
-            weight = torch.where((gain < self.min_gain).unsqueeze(1), scales, weight)
+            is_worth_it = (gain >= self.min_gain) | (gain.mean() >= self.min_gain)
+            weight = torch.where(is_worth_it.unsqueeze(1), weight, scales)
         self.linear.reset_parameters()
         if self.linear.bias is not None:
             self.linear.bias.copy_(-weight @ values.mean(0))
