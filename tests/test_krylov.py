@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.krylov import KrylovSpace, krylov, log_quadrature
+from pyro_snf.krylov import KrylovSpace, _LeastSquares, krylov, log_quadrature
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.
@@ -164,6 +165,33 @@ def test_multiple_of_the_identity_takes_one_step(value: float) -> None:
         for steps in (1, 3, DIM):
             actual = quadrature(matrix, images, steps)
             assert torch.allclose(actual, math.log(abs(value)) * squares, rtol=EXACT, atol=EXACT)
+
+
+def test_least_squares_of_columns_that_come_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    matrices = np.triu(generator.standard_normal((6, 5, 4)), -1)
+    matrices[1, :, 0] = 0  # singular: a column of zeros,
+    matrices[2, :, 2] = matrices[2, :, 1]  # two equal ones,
+    matrices[3, 1, 1] = matrices[3, 0, 1] * matrices[3, 1, 0] / matrices[3, 0, 0]
+    matrices[3, 2, 1] = 0  # or at the end of the space
+    matrices[4, 0, 1] = math.nan
+    problem = _LeastSquares(len(matrices))
+    lengths = np.ones(len(matrices))
+    for size in range(1, 5):
+        residuals = problem.add(matrices[:, : size + 1, size - 1].T, lengths)
+        for index, (matrix, residual) in enumerate(zip(matrices, residuals, strict=True)):
+            part, target = matrix[: size + 1, :size], np.eye(size + 1)[0]
+            if not np.isfinite(part).all():
+                assert residual == math.inf
+                assert np.isnan(problem.solution()[:, index]).all()
+                continue
+            best = np.linalg.lstsq(part, target, rcond=1e-12)[0]
+            found = part @ problem.solution()[:, index] - target
+            assert np.linalg.norm(found) == pytest.approx(residual, abs=1e-12)
+            if index not in (1, 2, 3):
+                assert np.allclose(problem.solution()[:, index], best, rtol=1e-9, atol=1e-9)
+            assert residual >= np.linalg.norm(part @ best - target) - 1e-12
+    assert np.array_equal(problem.hessenberg()[0], matrices[0, :4])
 
 
 @pytest.mark.parametrize("tolerance", [EXACT, -1.0])
