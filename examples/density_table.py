@@ -8,9 +8,9 @@ comparison, a Gaussian and a mixture of Gaussians, by scikit-learn.
 
     density   test NLL (nats)  behind     ±  area / radius²
     data                    –       –     –    3.01 to 3.15
-    flow                 4.16       0     0    3.01 to 3.15
-    mixture              4.64    0.49  0.13    2.98 to 3.18
-    Gaussian             6.35    2.19   0.2    1.01 to 3.60
+    flow                 4.22       0     0    3.01 to 3.15
+    mixture              4.64    0.42  0.13    2.98 to 3.18
+    Gaussian             6.35    2.13   0.2    1.01 to 3.60
 
 The negative log-likelihood is that of 150 rows that no density was fitted to, lower being better;
 "behind" is by how much the flow is better, give or take a standard error. The last column has the
