@@ -186,7 +186,7 @@ class FreeFormFlow(nn.Module):
 
 
 def pair(dim: int) -> nn.Module:
-    """A free-form pair of this library, with its defaults, after the copula of the tables' flow."""
+    """A free-form pair of this library, with its defaults, after a copula."""
     f, g = (ResidualMLP(dim, [128, 128], num_blocks=2) for _ in range(2))
     return Compose([GaussianCopula(dim), SelfNormalizingPair(f, g, event_shape=dim)])
 
