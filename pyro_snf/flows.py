@@ -55,11 +55,11 @@ ACTIVATIONS = ("smooth_leaky_relu", "spline")
 # Up to here, an exact log-determinant of a dense layer costs less than an estimate.
 _EXACT_DIM = 64
 
-# What it has to gain, in nats, to subtract from a column the ones before it. That turns an axis,
-# and bounds, zeros and rounded numbers are not along one any more: ten tables whose columns gain
-# less are all as good without it or better, by up to 2.2 nats. But a column that is nearly a copy
-# of another is narrower than a bin of a spline. And of tables that gain more on average, two of 36
-# and 40 columns are better off with all of it, by 0.6 nats each.
+# What the copula has to gain, in nats, to subtract from a column the ones before it. That turns an
+# axis, and bounds, zeros and rounded numbers are not along one any more: ten tables whose columns
+# gain less are all as good without it or better, by up to 2.2 nats. But a column that is nearly a
+# copy of another is narrower than a bin of a spline. And of tables that gain more on average, two
+# of 36 and 40 columns are better off with all of it, by 0.6 nats each.
 _MIN_GAIN = 1.0
 
 Activation = str | Callable[[torch.Size], Transform]
@@ -236,11 +236,11 @@ def tabular(
 
     Columns may be in any units. The first batch in training initializes the copula; better,
     ``flow.initialize(data)`` does with all of the data, which :func:`~pyro_snf.fit_density` calls.
-    It subtracts from a column what is a linear function of the columns before it where that makes
-    it, or all columns on average, narrower by a factor of e or more; others stay as they are, for
-    bounds and gaps of a column are easiest to fit along its axis. The dense layers start by
-    reversing the order of the features, so that the splines of each feature see the features before
-    it, and then those after it.
+    The copula subtracts from a column what is a linear function of the columns before it where that
+    makes it, or all columns on average, narrower by a factor of e or more; others stay as they are,
+    for bounds and gaps of a column are easiest to fit along its axis. The dense layers after the
+    splines start by reversing the order of the features, so that the splines of each feature see
+    the features before it, and then those after it.
 
     >>> flow = tabular(3, hidden_dim=16)
     >>> flow(torch.randn(50, 3)).shape

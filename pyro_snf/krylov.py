@@ -274,7 +274,6 @@ class _LeastSquares:
         self._upper: list[NDArray[np.float64]] = []
         self._rotations: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._target = [np.ones(count)]  # the entries of the rotated e₁
-        self._is_singular: list[NDArray[np.bool_]] = []
         self._largest = np.zeros(count)
         self._left_over = np.zeros(count)
         self._has_failed = np.zeros(count, dtype=bool)
@@ -310,13 +309,12 @@ class _LeastSquares:
             )
         diagonal = np.hypot(column[step], column[step + 1])
         is_singular = diagonal <= np.finfo(float).eps * (step + 1) * self._largest
-        divisor = np.where(is_singular, 1, diagonal)
-        cosine = np.where(is_singular, 1, column[step] / divisor)
-        sine = np.where(is_singular, 0, column[step + 1] / divisor)
+        diagonal = np.where(is_singular, np.inf, diagonal)  # by which that element of y is 0
+        cosine = np.where(is_singular, 1, column[step] / diagonal)
+        sine = column[step + 1] / diagonal
         target = self._target[step]
-        self._upper.append(np.concatenate([column[:step], divisor[None]]))
+        self._upper.append(np.concatenate([column[:step], diagonal[None]]))
         self._rotations.append((cosine, sine))
-        self._is_singular.append(is_singular)
         self._target[step:] = [cosine * target, -sine * target]
         self._left_over += np.where(is_singular, target**2, 0)
         residual = np.sqrt(self._left_over + self._target[-1] ** 2)
@@ -324,13 +322,14 @@ class _LeastSquares:
 
     def solution(self) -> NDArray[np.float64]:
         """y, shape ``(n, B)``; NaN where the residual is infinite."""
-        weights: list[NDArray[np.float64]] = []
-        for step in reversed(range(self.num_steps)):
-            rest = self._target[step].copy()
-            for other, weight in zip(range(self.num_steps - 1, step, -1), weights, strict=True):
-                rest -= self._upper[other][step] * weight
-            weights.append(np.where(self._is_singular[step], 0, rest / self._upper[step][step]))
-        return np.where(self._has_failed, np.nan, np.stack(weights[::-1]))
+        size = self.num_steps
+        weights = np.zeros((size, len(self._largest)))
+        for step in reversed(range(size)):
+            known = sum(
+                self._upper[other][step] * weights[other] for other in range(step + 1, size)
+            )
+            weights[step] = (self._target[step] - known) / self._upper[step][step]
+        return np.where(self._has_failed, np.nan, weights)
 
     def hessenberg(self) -> NDArray[np.float64]:
         """The upper part of H, shape ``(B, n, n)``."""
@@ -417,7 +416,7 @@ def _orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tenso
     before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
     column = torch.zeros_like(basis[:, :, 0])
     for _ in range(2):  # Gram-Schmidt; twice is enough
-        # Not by matrix products, which take a few times as long for so few vectors.
+        # Not by matrix products: on a CPU, they take twice as long for so few vectors.
         part = torch.linalg.vecdot(basis, vector.unsqueeze(1))
         vector = vector - (part.unsqueeze(2) * basis).sum(1)
         column = column + part

@@ -92,7 +92,7 @@ class PairExact(PairMethod):
     """Exact values and gradients, with D backward passes and O(D³) operations for every event:
     ``log_det="exact"``.
 
-    For D up to 3, it is as cheap as the other methods; at D = 10 it takes 1.6 times as long as
+    For D up to 3, it is as cheap as the other methods; at D = 10 it takes 1.7 times as long as
     :class:`PairRefined` (batches of 256). Its gradient has no noise, and the signs of the
     determinants are known at every step.
 
