@@ -213,7 +213,7 @@ def test_surroundings_are_near_and_far_in_units_of_the_data() -> None:
     for unit in (1e-3, 1.0, 1e3):
         x = unit * (5 + scale * torch.randn(2000, 2))
         other, ratio = x, []
-        for step in (_steps(x, torch.Generator().manual_seed(seed)) for seed in range(2)):
+        for step in (_steps(x, 2000, torch.Generator().manual_seed(seed)) for seed in range(2)):
             other = other + step
             ratio.append(step.norm(dim=1) / unit)
         assert ratio[0].min() < 0.01
@@ -222,9 +222,19 @@ def test_surroundings_are_near_and_far_in_units_of_the_data() -> None:
         slope = (step[:, 1] / step[:, 0]).abs()
         assert 0.4 < (slope < 0.1).double().mean() < 0.6
     for x in (torch.zeros(1, 2), torch.ones(5, 2)):  # without differences
-        step = _steps(x, torch.Generator().manual_seed(0))
+        step = _steps(x, 1, torch.Generator().manual_seed(0))
         assert step.all()
         assert step.isfinite().all()
+
+
+def test_steps_to_be_turned_are_no_longer_than_the_data_are_wide() -> None:
+    torch.manual_seed(0)
+    unit = 1e3
+    x = unit * (5 + torch.randn(2000, 50))
+    length = _steps(x, 1000, torch.Generator().manual_seed(0)).norm(dim=1) / (unit * 50**0.5)
+    assert length[:1000].max() > 3
+    assert length[1000:].min() < 0.02
+    assert 1 < length[1000:].max() < 2  # √2, of the difference of two events
 
 
 def test_second_steps_are_along_the_change_of_the_error() -> None:

@@ -22,8 +22,10 @@ __all__ = ["Reconstruction"]
 _NOISE = 2
 
 # Between which log t is uniform. The first is a scale on which f is almost linear; the second
-# reaches beyond the data on all sides.
-_SCALES = (0.01, 3.0)
+# reaches beyond the data on all sides. Steps of the power method are no longer than the data are
+# wide: they turn to where f is least linear, and end so far out otherwise that a larger λ does not
+# reduce c there (in 784 dimensions, λ rose without end).
+_LEAST_SCALE, _LARGEST_SCALE, _LARGEST_TURNED_SCALE = 0.01, 3.0, 1.0
 
 # What the default controller holds, 0.6 + 0.35/√D: below 1, and with a margin, for what is looked
 # at does not have the largest c of all. The margin is larger where there are more directions to
@@ -190,8 +192,8 @@ class Reconstruction(nn.Module):
 
         :param Tensor error: e(x).
         """
-        steps = _steps(x, self.probes.next_generator(x.device, stream=_NOISE))
         half = (len(x) + 1) // 2
+        steps = _steps(x, half, self.probes.next_generator(x.device, stream=_NOISE))
         # Of events next to each other, rounding is all that errors differ by.
         least = x[0].numel() * variance * (_least_scale(x) / 10) ** 2
 
@@ -259,24 +261,29 @@ def _along(direction: Tensor, steps: Tensor) -> Tensor:
     return torch.where(size > 0, turned, steps).to(steps.dtype)
 
 
-def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Differences of events, and noise, of random lengths; shape ``(B, *event)``."""
+def _steps(x: Tensor, num_first: int, generator: torch.Generator) -> Tensor:
+    """Differences of events, and noise, of random lengths; shape ``(B, *event)``.
+
+    :param int num_first: of them; the others are to be turned.
+    """
     count, device = len(x), x.device
     shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
-    difference = x[(torch.arange(count, device=device) + shift) % count] - x
+    rows = torch.arange(count, device=device)
+    difference = x[(rows + shift) % count] - x
     noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
     noise = (2 * variance_of(x)).sqrt().to(x.dtype) * noise
     random = torch.rand(2, count, *[1] * (x.dim() - 1), generator=generator, device=device)
     # A batch of one event, or of equal ones, has no differences.
     is_zero = (difference == 0).flatten(1).all(1).view_as(random[0])
-    least, largest = math.log(_least_scale(x)), math.log(_SCALES[1])
-    scale = (least + (largest - least) * random[1]).exp().to(x.dtype)
+    largest = torch.where(rows < num_first, _LARGEST_SCALE, _LARGEST_TURNED_SCALE)
+    least = math.log(_least_scale(x))
+    scale = (least + (largest.log().view_as(is_zero) - least) * random[1]).exp().to(x.dtype)
     return scale * torch.where(is_zero | (random[0] < 0.5), noise, difference)
 
 
 def _least_scale(x: Tensor) -> float:
     """The smallest t: with fewer digits, rounding would be all that a smaller one shows."""
-    return max(_SCALES[0], torch.finfo(x.dtype).eps ** 0.5)
+    return max(_LEAST_SCALE, torch.finfo(x.dtype).eps ** 0.5)
 
 
 def variance_of(x: Tensor) -> Tensor:
