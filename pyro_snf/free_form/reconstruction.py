@@ -21,20 +21,17 @@ __all__ = ["Reconstruction"]
 # The stream of random numbers. The first two are those of the probes.
 _NOISE = 2
 
-# Between which log t is uniform. The first is a scale on which f is almost linear; the second
-# reaches beyond the data on all sides. Steps of the power method are no longer than the data are
-# wide: they turn to where f is least linear, and end so far out otherwise that a larger λ does not
-# reduce c there (in 784 dimensions, λ rose without end).
-_LEAST_SCALE, _LARGEST_SCALE, _LARGEST_TURNED_SCALE = 0.01, 3.0, 1.0
+# The smallest t, a scale on which f is almost linear.
+_LEAST_SCALE = 0.01
 
 # What the default controller holds, 0.6 + 0.35/√D: below 1, and with a margin, for what is looked
 # at does not have the largest c of all. The margin is larger where there are more directions to
 # look in: held at 0.8, 256 modes in eight dimensions fold.
 _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 
-# The steps that are remembered. With none, some folds away from the data are not found for
-# hundreds of steps; 16 gain little over 8.
-_NUM_REMEMBERED = 8
+# The steps that are remembered, and how many of them are new. With none of the others, some folds
+# away from the data are not found for hundreds of steps; 16 gain little over 8.
+_NUM_REMEMBERED, _NUM_NEW = 32, 24
 
 # Its first λ, with which the steps that Adam makes first do not fold f, and its largest one: where
 # the penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ
@@ -63,15 +60,22 @@ class Reconstruction(nn.Module):
     **Where.** One half of the batch has
 
     .. math::
-        \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log 3),
+        \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log r),
+        \quad r = 1 + 2/\sqrt D,
 
-    with another event, or normal noise of the same size in the place of the difference: near and
-    far, between the data and beyond, and in all directions. For the other half, such an x̃ takes
-    the place of x, and the next one is in the direction of ``e(x̃) − e(x)``: a step of the power
-    method, which turns to where c is large. The eight of these with the largest c are remembered:
-    in the next step of training, they are looked at again, each after another step of the power
-    method. So a fold that a few events come to is not forgotten before it has gone. (Nothing is
-    remembered where the networks have a context, or the layer does not know the shape of events.)
+    with another event, or ``x_i + t ε`` with normal noise ε of variance s² and t up to
+    :math:`\sqrt{r^2 - 1}`: near and far, in all directions, between the data and beyond them. That
+    is as far as normal latents go, whose norm is :math:`\sqrt D`, give or take two. (Beyond, f
+    folds where it matters to no density, and where no λ undoes it.)
+
+    From x̃, another step is looked at, in the direction of ``e(x̃) − e(x)``: one of the power method,
+    which turns to where c is large. Its length is that of another event's step, up to the data's
+    width :math:`\sqrt D\,s`, and to the longest noise. It is remembered for the next step of
+    training, so that all errors are from one pass through f and g. Of the 32 steps that are
+    remembered, 24 are new; the others are those with the largest c, and are turned again each time.
+    So a fold that a few events come to is not forgotten before it has gone. (Where the networks
+    have a context, or the layer does not know the shape of events, nothing is remembered: every x̃
+    has another step, at once.)
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
     :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
@@ -188,56 +192,62 @@ class Reconstruction(nn.Module):
     def _contraction(
         self, pair: NetworkPair, x: Tensor, error: Tensor, variance: Tensor, context: Context
     ) -> Tensor:
-        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, shape ``(B + m,)``.
+        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, in one dimension.
 
         :param Tensor error: e(x).
         """
         half = (len(x) + 1) // 2
-        steps = _steps(x, half, self.probes.next_generator(x.device, stream=_NOISE))
+        context = tuple(one[:half] for one in context)
+        width = (x[0].numel() * variance).sqrt()
         # Of events next to each other, rounding is all that errors differ by.
-        least = x[0].numel() * variance * (_least_scale(x) / 10) ** 2
+        least = (width * _least_scale(x) / 10).square()
 
-        def error_at(points: Tensor, context: Context) -> Tensor:
+        def error_at(points: Tensor) -> Tensor:
             return self.reconstruct(pair, pair.forward(points, *context), context).output - points
 
-        # From the first half of the events; and the starts that are remembered, with new errors.
-        known_starts, known_steps = self._remembered(x, context)
-        count, context = len(known_starts), tuple(one[:half] for one in context)
-        starts = torch.cat([known_starts, x[:half] + steps[:half]])
-        errors = error_at(starts, context)
-        change = errors[count:] - error[:half]
-        first = _square(change) / (_square(starts[count:] - x[:half]) + least)
+        def contraction(change: Tensor, steps: Tensor) -> Tensor:
+            return _square(change) / (_square(steps) + least)
 
-        # From these starts, and from where the other steps have ended.
-        rest = len(x) - half
-        if count + rest == 0:
-            return first
-        starts, errors = starts[: count + rest], errors[: count + rest]
-        steps = torch.cat([known_steps, _along(change[:rest].detach(), steps[half:])])
-        ends = starts + steps
-        change = error_at(ends, tuple(one[:rest] for one in context)) - errors
-        second = _square(change) / (_square(ends - starts) + least)
-        if count:
-            self._remember(second, starts, _along(change.detach(), steps))
-        return torch.cat([first, second])
+        ends = x[:half] + _steps(x, half, self.probes.next_generator(x.device, stream=_NOISE))
+        steps = ends - x[:half]  # with the rounding of the ends
+        # Of the steps that are next: if they were these steps' own, short steps would be looked at
+        # close to the data alone.
+        lengths = _length(steps).roll(1).clamp(max=width * min(1.0, _largest_noise(x)))
 
-    def _remembered(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The starts and the steps that are remembered. Those of other contexts would not fit."""
-        if self.remembered is None or context:
-            return x[:0], x[:0]
+        if self.remembered is None or context:  # that of other contexts would not fit
+            errors = error_at(ends)
+            change = errors - error[:half]
+            turned = _along(change.detach(), steps, lengths)
+            change = torch.cat([change, error_at(ends + turned) - errors])
+            return contraction(change, torch.cat([steps, turned]))
+
+        starts, known = self._remembered(x)
+        errors = error_at(torch.cat([ends, starts, starts + known]))
+        at_ends, at_starts, at_next = errors.split([half, len(known), len(known)])
+        change = torch.cat([at_ends - error[:half], at_next - at_starts])
+        steps = torch.cat([steps, known])
+        found = contraction(change, steps)
+        turned = _along(change.detach(), steps, torch.cat([lengths, _length(known)]))
+        self._remember(found.detach(), torch.cat([ends, starts]), turned, min(half, _NUM_NEW))
+        return found
+
+    def _remembered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The starts and the steps that are remembered; x, and 0, in the place of none."""
+        assert self.remembered is not None
         starts, steps = self.remembered.to(x)
-        is_none = (steps == 0).flatten(1).all(1).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(is_none, x[:1], starts), steps
+        is_none = _square(steps) == 0
+        return torch.where(_like_events(is_none, x), x[:1], starts), steps
 
     @torch.no_grad()
-    def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor) -> None:
-        """Keep the steps with the largest c."""
+    def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor, num_new: int) -> None:
+        """Keep the first of some steps, which are new, and the others with the largest c."""
         assert self.remembered is not None
         is_finite = torch.isfinite(contraction)
-        largest = torch.where(is_finite, contraction, -1.0).topk(_NUM_REMEMBERED).indices
-        chosen = torch.stack([starts, steps])[:, largest]
-        place = (-1, *[1] * (starts.dim() - 1))
-        self.remembered.copy_(torch.where(is_finite[largest].view(place), chosen, 0))
+        rank = torch.where(is_finite, contraction, -1.0)
+        rank[:num_new].masked_fill_(is_finite[:num_new], math.inf)
+        kept = rank.topk(_NUM_REMEMBERED).indices
+        is_kept = _like_events(is_finite[kept], starts)
+        self.remembered.copy_(torch.where(is_kept, torch.stack([starts, steps])[:, kept], 0))
 
 
 def _controller(dim: float) -> GECO:
@@ -253,32 +263,39 @@ def _controller(dim: float) -> GECO:
     )
 
 
-def _along(direction: Tensor, steps: Tensor) -> Tensor:
-    """Steps of the same lengths in other directions, where these are not 0."""
-    place = (-1, *[1] * (steps.dim() - 1))
-    length, size = _square(steps).view(place).sqrt(), _square(direction).view(place).sqrt()
-    turned = direction / torch.where(size > 0, size, 1.0) * length
-    return torch.where(size > 0, turned, steps).to(steps.dtype)
+def _along(change: Tensor, steps: Tensor, lengths: Tensor) -> Tensor:
+    """Steps of these lengths in the directions of a change, or of the steps where that is 0."""
+    direction = torch.where(_like_events(_square(change) > 0, steps), change, steps)
+    length = _length(direction)
+    scale = lengths / torch.where(length > 0, length, 1.0)
+    return (_like_events(scale, steps) * direction).to(steps.dtype)
 
 
-def _steps(x: Tensor, num_first: int, generator: torch.Generator) -> Tensor:
-    """Differences of events, and noise, of random lengths; shape ``(B, *event)``.
-
-    :param int num_first: of them; the others are to be turned.
-    """
-    count, device = len(x), x.device
-    shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
-    rows = torch.arange(count, device=device)
-    difference = x[(rows + shift) % count] - x
-    noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
-    noise = (2 * variance_of(x)).sqrt().to(x.dtype) * noise
-    random = torch.rand(2, count, *[1] * (x.dim() - 1), generator=generator, device=device)
+def _steps(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """For the first events, differences to others, or noise, of random lengths."""
+    device = x.device
+    shift = torch.randint(1, max(len(x), 2), (count,), generator=generator, device=device)
+    other = (torch.arange(count, device=device) + shift) % len(x)
+    difference = x[other] - x[:count]
+    noise = draw_probes("gaussian", 1, difference.shape, generator, x.dtype)[0]
+    noise = variance_of(x).sqrt().to(x.dtype) * noise
+    random = torch.rand(2, count, generator=generator, device=device)
     # A batch of one event, or of equal ones, has no differences.
-    is_zero = (difference == 0).flatten(1).all(1).view_as(random[0])
-    largest = torch.where(rows < num_first, _LARGEST_SCALE, _LARGEST_TURNED_SCALE)
+    is_noise = (_square(difference) == 0) | (random[0] < 0.5)
+    largest = torch.where(is_noise, math.log(_largest_noise(x)), math.log(_reach(x)))
     least = math.log(_least_scale(x))
-    scale = (least + (largest.log().view_as(is_zero) - least) * random[1]).exp().to(x.dtype)
-    return scale * torch.where(is_zero | (random[0] < 0.5), noise, difference)
+    scale = (least + (largest - least) * random[1]).exp().to(x.dtype)
+    return _like_events(scale, x) * torch.where(_like_events(is_noise, x), noise, difference)
+
+
+def _reach(x: Tensor) -> float:
+    """r, how far out normal latents of D elements are, in units of their width √D."""
+    return 1 + 2 / math.sqrt(x[0].numel())
+
+
+def _largest_noise(x: Tensor) -> float:
+    """In standard deviations of x: with it, a normal x is as far out."""
+    return math.sqrt(_reach(x) ** 2 - 1)
 
 
 def _least_scale(x: Tensor) -> float:
@@ -301,3 +318,13 @@ def variance_of(x: Tensor) -> Tensor:
 def _square(difference: Tensor) -> Tensor:
     """``‖·‖²`` for every event, shape ``(B,)``."""
     return at_least_float32(difference).square().flatten(1).sum(1)
+
+
+def _length(difference: Tensor) -> Tensor:
+    """``‖·‖`` for every event, shape ``(B,)``."""
+    return _square(difference).sqrt()
+
+
+def _like_events(numbers: Tensor, events: Tensor) -> Tensor:
+    """Numbers of shape ``(B,)``, with a dimension for each of the events' own."""
+    return numbers.view(-1, *[1] * (events.dim() - 1))
