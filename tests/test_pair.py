@@ -36,12 +36,10 @@ from pyro_snf import (
     conditional_self_normalizing_pair,
     self_normalizing_pair,
 )
-from pyro_snf.free_form.reconstruction import _NUM_NEW as NUM_NEW
 from pyro_snf.free_form.reconstruction import _NUM_REMEMBERED as NUM_REMEMBERED
 from pyro_snf.free_form.reconstruction import _steps
 from tests.pairs import (
     EXACT,
-    SINGLE,
     Dense,
     Fixed,
     Perturbed,
@@ -157,22 +155,33 @@ def penalty_gradients(
     return {name: total[name] - without[name] for name in total}
 
 
-def steps_looked_at(f: Recorder, half: int) -> list[Tensor]:
-    """Where the errors were looked at last: the ends of steps from x, and what was remembered."""
-    return list(f.inputs[-1].detach().split([half, NUM_REMEMBERED, NUM_REMEMBERED]))
-
-
-def error_of(pair: SelfNormalizingPair, x: Tensor) -> Tensor:
-    return pair.inverse_net(pair.forward_net(x)) - x
+def surroundings_of(pair: SelfNormalizingPair, x: Tensor, **options: object) -> list[Tensor]:
+    """The two halves of the events around x that the penalty reconstructs, at its first step."""
+    f = Recorder(pair.forward_net)
+    layer = pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0, **options})
+    log_det_of(layer, x)
+    first, second = (one[NUM_REMEMBERED:].detach() for one in f.inputs[-2:])
+    assert len(first) == (len(x) + 1) // 2
+    assert len(first) + len(second) == len(x)
+    return [first, second]
 
 
 def contraction_by_hand(
-    pair: SelfNormalizingPair, x: Tensor, starts: Tensor, ends: Tensor
+    pair: SelfNormalizingPair, x: Tensor, first: Tensor, second: Tensor
 ) -> Tensor:
-    """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of steps from starts to ends, near a batch x."""
+    """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of every event; the second half starts at the first."""
+
+    def error(x: Tensor) -> Tensor:
+        return pair.inverse_net(pair.forward_net(x)) - x
+
+    steps = [(first, x[: len(first)]), (second, first[: len(second)])]
     least = x.shape[1] * x.var(0, unbiased=False).mean() * 1e-6
-    change = error_of(pair, ends) - error_of(pair, starts)
-    return change.square().sum(1) / ((ends - starts).square().sum(1) + least)
+    return torch.cat(
+        [
+            (error(end) - error(start)).square().sum(1) / ((end - start).square().sum(1) + least)
+            for end, start in steps
+        ]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the pair is trained on numbers")
@@ -183,14 +192,12 @@ def test_penalty_is_the_formula(log_det: str, trains: str, needs_gradient: bool)
     pair, x, cotangent = bad_pair(), 30 * events(41, 3) + 100, torch.linspace(-1, 2, 41)
     given = x.clone().requires_grad_(needs_gradient)
     actual = penalty_gradients(pair, given, cotangent, log_det=log_det, trains=trains)
-    f = Recorder(pair.forward_net)
-    log_det_of(pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0}), x)
-    ends = steps_looked_at(f, 21)[0]
-    error = error_of(pair, x).square().sum(1)
+    halves = surroundings_of(pair, x)
+    error = (pair.inverse_net(pair.forward_net(x)) - x).square().sum(1)
     pair.zero_grad()
-    # The steps that are remembered are 0 yet.
-    terms = contraction_by_hand(pair, x, x[:21], ends).log1p().sum() / (21 + NUM_REMEMBERED)
-    terms = 3 * terms + 3 * torch.log(1 + error / (3 * x.var(0, unbiased=False).mean()))
+    # The steps to be remembered are 0 yet.
+    terms = 3 * torch.log(1 + contraction_by_hand(pair, x, *halves)).sum() / (41 + NUM_REMEMBERED)
+    terms = terms + 3 * torch.log(1 + error / (3 * x.var(0, unbiased=False).mean()))
     # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
     (0.7 * cotangent.abs() * terms).sum().backward()
     expected = gradients(pair)
@@ -205,7 +212,7 @@ def test_surroundings_are_near_and_as_far_out_as_normal_latents(dim: int) -> Non
     torch.manual_seed(0)
     for unit in (1e-3, 1.0, 1e3):
         x = unit * (5 + torch.randn(2000, dim))
-        step = _steps(x, 2000, torch.Generator().manual_seed(0))
+        step = _steps(x, torch.Generator().manual_seed(0))
         assert (step / unit).square().mean(1).sqrt().quantile(0.01) < 0.015
         size = ((x + step) / unit - 5).square().mean(1).sqrt()
         assert 1 < size.quantile(0.99) / (1 + 2 / dim**0.5) < 1.6
@@ -214,38 +221,25 @@ def test_surroundings_are_near_and_as_far_out_as_normal_latents(dim: int) -> Non
 def test_surroundings_are_along_the_data_and_everywhere() -> None:
     torch.manual_seed(0)
     x = 5 + torch.tensor([1.0, 0.01]) * torch.randn(2000, 2)
-    step = _steps(x, 2000, torch.Generator().manual_seed(0))
+    step = _steps(x, torch.Generator().manual_seed(0))
     slope = (step[:, 1] / step[:, 0]).abs()
     assert 0.4 < (slope < 0.1).double().mean() < 0.6
     for x in (torch.zeros(1, 2), torch.ones(5, 2)):  # without differences
-        step = _steps(x, 1, torch.Generator().manual_seed(0))
+        step = _steps(x, torch.Generator().manual_seed(0))
         assert step.all()
         assert step.isfinite().all()
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 40])
-def test_where_nothing_is_remembered_other_steps_follow_at_once(count: int) -> None:
-    pair, x = bad_pair(), events(count, 3)
-    half = (count + 1) // 2
-    f, controller = Recorder(pair.forward_net), GECO(0.5, decay=0.0)
-    penalty = Reconstruction(controller, seed=0)
-    layer = SelfNormalizingPair(
-        f, pair.inverse_net, event_dim=1, log_det="exact", reconstruction=penalty
-    )
-    log_det_of(layer, x)
-    assert layer.reconstruction.remembered is None
-    first, second = (one.detach() for one in f.inputs[-2:])
-    change = error_of(pair, first) - error_of(pair, x[:half])
-    assert is_close(F.cosine_similarity(second - first, change), torch.ones(half), EXACT)
-    width = (3 * x.var(0, unbiased=False).mean()).sqrt()
-    lengths = (first - x[:half]).norm(dim=1).roll(1)
-    if count > 1:
-        assert is_close((second - first).norm(dim=1), lengths.clamp(max=width), EXACT)
-    if count > 1:
-        steps = [(x[:half], first), (first, second)]
-        largest = max(contraction_by_hand(pair, x, *one).max() for one in steps)
-        found = layer.reconstruction.weight.mean_square_error
-        assert is_close(found, largest.to(found), SINGLE)
+def test_second_steps_are_along_the_change_of_the_error() -> None:
+    pair, x = bad_pair(), events(40, 3)
+    first, second = surroundings_of(pair, x)
+    change = [pair.inverse_net(pair.forward_net(one)) - one for one in (first, x[:20])]
+    turned = F.cosine_similarity(second - first, change[0] - change[1], dim=1)
+    assert is_close(turned, torch.ones(20), EXACT)
+    length = (second - first).norm(dim=1)
+    width = (3 * x.var(0, unbiased=False).mean()).sqrt()  # no longer than the data are wide
+    assert width * (1 - EXACT) < length.max() < width * (1 + EXACT)
+    assert length.min() < 0.1 * width
 
 
 @EVERY_LOG_DET
@@ -264,45 +258,31 @@ def test_noise_is_a_function_of_the_seed_and_the_step(log_det: str) -> None:
     for _ in range(2):
         log_det_of(layer, x.clone())
     assert torch.equal(torch.get_rng_state(), state)
-    around = [one for one in f.inputs if one.shape == (3 + 2 * NUM_REMEMBERED, 3)]
-    assert len({one.sum().item() for one in around}) == 2
+    halves = [one for one in f.inputs if one.shape == (3 + NUM_REMEMBERED, 3)]
+    assert len({one.sum().item() for one in halves}) == 4
 
 
-@pytest.mark.parametrize("half", [4, 40])
-def test_steps_that_are_new_or_of_large_contraction_are_remembered_and_turned(half: int) -> None:
-    pair = bad_pair()
+def test_steps_with_the_largest_contraction_are_remembered_and_turned() -> None:
+    pair, x = bad_pair(), events(40, 3)
     f = Recorder(pair.forward_net)
     options = {"log_det": "exact", "reconstruction": {"weight": 1.0, "seed": 0}}
     layer = pair_of(f, pair.inverse_net, **options)
-    num_new = min(half, NUM_NEW)
-    known_starts, known_steps = torch.zeros(2, NUM_REMEMBERED, 3)
-    for number in range(12):
-        x = events(2 * half, 3, seed=number)
-        log_det_of(layer, x)
-        ends, starts, next_ends = steps_looked_at(f, half)
-        is_known = known_steps.any(1)
-        assert torch.equal(starts[is_known], known_starts[is_known])
-        assert torch.equal(next_ends, starts + known_steps)
-        froms, to = torch.cat([x[:half], starts]), torch.cat([ends, next_ends])
-        ratio = contraction_by_hand(pair, x, froms, to)
-        others = ratio[num_new:].topk(NUM_REMEMBERED - num_new).indices + num_new
-        kept = torch.cat([torch.arange(num_new), others])
-        kept = kept[ratio[kept] > 0]  # the others are steps of 0
 
+    def error(x: Tensor) -> Tensor:
+        return pair.inverse_net(pair.forward_net(x)) - x
+
+    known_starts, known_steps = x[:1].expand(NUM_REMEMBERED, -1), torch.zeros(NUM_REMEMBERED, 3)
+    for _ in range(3):
+        log_det_of(layer, x.clone())
+        starts, ends = f.inputs[-2][: NUM_REMEMBERED + 20], f.inputs[-1]
+        assert torch.equal(starts[:NUM_REMEMBERED], known_starts)
+        assert torch.equal(ends[:NUM_REMEMBERED], known_starts + known_steps)
+        change, length = error(ends) - error(starts), (ends - starts).norm(dim=1)
+        chosen = (change.norm(dim=1) / length.clamp_min(1e-9)).topk(NUM_REMEMBERED).indices
         known_starts, known_steps = layer.reconstruction.remembered.clone()
-        starts = torch.cat([ends, starts])
-        change = error_of(pair, to) - error_of(pair, froms)
-        place = known_starts[known_steps.any(1)].unsqueeze(1) - starts[kept]
-        row, column = (place == 0).all(2).nonzero().unbind(1)
-        assert sorted(row.tolist()) == sorted(column.tolist()) == list(range(len(kept)))
-        turned = change[kept][column]
-        cosine = F.cosine_similarity(known_steps[known_steps.any(1)][row], turned)
-        assert is_close(cosine, torch.ones_like(cosine), EXACT)
-        width = (3 * x.var(0, unbiased=False).mean()).sqrt()
-        is_new = kept[column] < num_new
-        length = known_steps[known_steps.any(1)][row].norm(dim=1)
-        assert length[is_new].max() <= width * (1 + EXACT)
-    assert len(kept) == NUM_REMEMBERED
+        assert torch.equal(known_starts, starts[chosen])
+        turned = F.normalize(change[chosen]) * length[chosen].unsqueeze(1)
+        assert is_close(known_steps, turned, EXACT)
     # Events that are not finite are not remembered.
     log_det_of(layer, torch.full((4, 3), math.nan))
     assert layer.reconstruction.remembered.isfinite().all()
@@ -324,7 +304,10 @@ def test_contraction_is_looked_at_where_it_was_large_before() -> None:
     assert min(largest[30:]) > 1
 
 
-def test_pairs_with_a_context_remember_nothing() -> None:
+def test_pairs_without_a_size_or_with_a_context_remember_nothing() -> None:
+    layer = SelfNormalizingPair(*(ResidualMLP(3, [4]) for _ in "fg"), event_dim=1)
+    density_loss(layer, events(6, 3))
+    assert layer.reconstruction.remembered is None
     conditional = conditional_self_normalizing_pair(3, 2, [4])
     density_loss(conditional.condition(events(6, 2)), events(6, 3))
     assert not conditional.transform.reconstruction.remembered.any()
@@ -351,22 +334,15 @@ def test_weight_moves_once_a_step_and_a_controlled_one_both_ways(log_det: str) -
     assert calls == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_controller_sees_the_largest_contraction_of_all_steps() -> None:
-    controller, pair, x = GECO(0.01, decay=0.0), bad_pair(), events(41, 3)
-    f = Recorder(pair.forward_net)
+def test_controller_sees_the_largest_contraction_of_the_batch() -> None:
+    controller, x = GECO(0.01, decay=0.0), events(6, 3)
+    pair = bad_pair()
     options = {"log_det": "exact", "reconstruction": {"weight": controller, "seed": 0}}
-    layer = pair_of(f, pair.inverse_net, **options)
-    found = []
-    for _ in range(4):
-        step(layer)
-        log_det_of(layer, x.clone())
-        ends, starts, next_ends = steps_looked_at(f, 21)
-        steps = [(x[:21], ends), (starts, next_ends)]
-        found.append([contraction_by_hand(pair, x, *one).max().item() for one in steps])
-        actual = layer.reconstruction.weight.mean_square_error.item()
-        assert actual == pytest.approx(max(found[-1]), rel=SINGLE)
-    assert found[0][1] == 0  # nothing is remembered yet
-    assert max(second / first for first, second in found) > 1
+    layer = pair_of(pair.forward_net, pair.inverse_net, **options)
+    log_det_of(layer, x)
+    expected = contraction_by_hand(pair, x, *surroundings_of(pair, x)).max().item()
+    actual = layer.reconstruction.weight.mean_square_error.item()
+    assert actual == pytest.approx(expected, rel=EXACT)
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
 
 
@@ -485,10 +461,10 @@ def test_one_pass_of_each_network_a_step_and_checks_of_few_events_once_in_each_m
         f.inputs.clear()
         g.inputs.clear()
         use(events(6, 3)).backward()
-        # x; and around it, and both ends of the steps that are remembered.
-        around = 3 + 2 * NUM_REMEMBERED
-        assert [len(one) for one in f.inputs] == [6, around]
-        assert [len(one) for one in g.inputs] == [6, around]
+        # x; and around it, two halves, and what is remembered.
+        around = 3 + NUM_REMEMBERED
+        assert [len(one) for one in f.inputs] == [6, around, around]
+        assert [len(one) for one in g.inputs] == [6, around, around]
     for mode in (True, False):
         layer.train(mode)
         layer(x.clone())

@@ -29,9 +29,9 @@ _LEAST_SCALE = 0.01
 # look in: held at 0.8, 256 modes in eight dimensions fold.
 _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 
-# The steps that are remembered, and how many of them are new. With none of the others, some folds
-# away from the data are not found for hundreds of steps; 16 gain little over 8.
-_NUM_REMEMBERED, _NUM_NEW = 32, 24
+# The steps that are remembered. With none, some folds away from the data are not found for
+# hundreds of steps; 16 gain little over 8.
+_NUM_REMEMBERED = 8
 
 # Its first λ, with which the steps that Adam makes first do not fold f, and its largest one: where
 # the penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ
@@ -65,17 +65,16 @@ class Reconstruction(nn.Module):
 
     with another event, or ``x_i + t ε`` with normal noise ε of variance s² and t up to
     :math:`\sqrt{r^2 - 1}`: near and far, in all directions, between the data and beyond them. That
-    is as far as normal latents go, whose norm is :math:`\sqrt D`, give or take two. (Beyond, f
-    folds where it matters to no density, and where no λ undoes it.)
+    is as far out as normal latents are, whose norm is :math:`\sqrt D`, give or take two. (Farther
+    out, some c are large whatever λ is: it would rise without end.)
 
-    From x̃, another step is looked at, in the direction of ``e(x̃) − e(x)``: one of the power method,
-    which turns to where c is large. Its length is that of another event's step, up to the data's
-    width :math:`\sqrt D\,s`, and to the longest noise. It is remembered for the next step of
-    training, so that all errors are from one pass through f and g. Of the 32 steps that are
-    remembered, 24 are new; the others are those with the largest c, and are turned again each time.
-    So a fold that a few events come to is not forgotten before it has gone. (Where the networks
-    have a context, or the layer does not know the shape of events, nothing is remembered: every x̃
-    has another step, at once.)
+    For the other half, such an x̃ takes the place of x, and the next one is in the direction of
+    ``e(x̃) − e(x)``: a step of the power method, which turns to where c is large, no longer than the
+    data are wide, :math:`\sqrt D\,s`, and than the longest noise. The eight of these with the
+    largest c are remembered: in the next step of training, they are looked at again, each after
+    another step of the power method. So a fold that a few events come to is not forgotten before it
+    has gone. (Nothing is remembered where the networks have a context, or the layer does not know
+    the shape of events.)
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
     :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
@@ -192,62 +191,59 @@ class Reconstruction(nn.Module):
     def _contraction(
         self, pair: NetworkPair, x: Tensor, error: Tensor, variance: Tensor, context: Context
     ) -> Tensor:
-        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, in one dimension.
+        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, shape ``(B + m,)``.
 
         :param Tensor error: e(x).
         """
         half = (len(x) + 1) // 2
-        context = tuple(one[:half] for one in context)
+        steps = _steps(x, self.probes.next_generator(x.device, stream=_NOISE))
         width = (x[0].numel() * variance).sqrt()
         # Of events next to each other, rounding is all that errors differ by.
         least = (width * _least_scale(x) / 10).square()
 
-        def error_at(points: Tensor) -> Tensor:
+        def error_at(points: Tensor, context: Context) -> Tensor:
             return self.reconstruct(pair, pair.forward(points, *context), context).output - points
 
-        def contraction(change: Tensor, steps: Tensor) -> Tensor:
-            return _square(change) / (_square(steps) + least)
+        # From the first half of the events; and the starts that are remembered, with new errors.
+        known_starts, known_steps = self._remembered(x, context)
+        count, context = len(known_starts), tuple(one[:half] for one in context)
+        starts = torch.cat([known_starts, x[:half] + steps[:half]])
+        errors = error_at(starts, context)
+        change = errors[count:] - error[:half]
+        first = _square(change) / (_square(starts[count:] - x[:half]) + least)
 
-        ends = x[:half] + _steps(x, half, self.probes.next_generator(x.device, stream=_NOISE))
-        steps = ends - x[:half]  # with the rounding of the ends
-        # Of the steps that are next: if they were these steps' own, short steps would be looked at
-        # close to the data alone.
-        lengths = _length(steps).roll(1).clamp(max=width * min(1.0, _largest_noise(x)))
+        # From these starts, and from where the other steps have ended.
+        rest = len(x) - half
+        if count + rest == 0:
+            return first
+        starts, errors = starts[: count + rest], errors[: count + rest]
+        lengths = _length(steps[half:]).clamp(max=width * min(1.0, _largest_noise(x)))
+        turned = _along(change[:rest].detach(), steps[half:], lengths)
+        steps = torch.cat([known_steps, turned])
+        ends = starts + steps
+        change = error_at(ends, tuple(one[:rest] for one in context)) - errors
+        second = _square(change) / (_square(ends - starts) + least)
+        if count:
+            self._remember(second, starts, _along(change.detach(), steps, _length(steps)))
+        return torch.cat([first, second])
 
-        if self.remembered is None or context:  # that of other contexts would not fit
-            errors = error_at(ends)
-            change = errors - error[:half]
-            turned = _along(change.detach(), steps, lengths)
-            change = torch.cat([change, error_at(ends + turned) - errors])
-            return contraction(change, torch.cat([steps, turned]))
-
-        starts, known = self._remembered(x)
-        errors = error_at(torch.cat([ends, starts, starts + known]))
-        at_ends, at_starts, at_next = errors.split([half, len(known), len(known)])
-        change = torch.cat([at_ends - error[:half], at_next - at_starts])
-        steps = torch.cat([steps, known])
-        found = contraction(change, steps)
-        turned = _along(change.detach(), steps, torch.cat([lengths, _length(known)]))
-        self._remember(found.detach(), torch.cat([ends, starts]), turned, min(half, _NUM_NEW))
-        return found
-
-    def _remembered(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The starts and the steps that are remembered; x, and 0, in the place of none."""
-        assert self.remembered is not None
+    def _remembered(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The starts and the steps that are remembered. Those of other contexts would not fit."""
+        if self.remembered is None or context:
+            return x[:0], x[:0]
         starts, steps = self.remembered.to(x)
-        is_none = _square(steps) == 0
-        return torch.where(_like_events(is_none, x), x[:1], starts), steps
+        is_none = _like_events(_square(steps) == 0, x)
+        return torch.where(is_none, x[:1], starts), steps
 
     @torch.no_grad()
-    def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor, num_new: int) -> None:
-        """Keep the first of some steps, which are new, and the others with the largest c."""
+    def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor) -> None:
+        """Keep the steps with the largest c."""
         assert self.remembered is not None
         is_finite = torch.isfinite(contraction)
-        rank = torch.where(is_finite, contraction, -1.0)
-        rank[:num_new].masked_fill_(is_finite[:num_new], math.inf)
-        kept = rank.topk(_NUM_REMEMBERED).indices
-        is_kept = _like_events(is_finite[kept], starts)
-        self.remembered.copy_(torch.where(is_kept, torch.stack([starts, steps])[:, kept], 0))
+        largest = torch.where(is_finite, contraction, -1.0).topk(_NUM_REMEMBERED).indices
+        chosen = torch.stack([starts, steps])[:, largest]
+        is_chosen = _like_events(is_finite[largest], starts)
+        self.remembered.copy_(torch.where(is_chosen, chosen, 0))
 
 
 def _controller(dim: float) -> GECO:
@@ -271,13 +267,12 @@ def _along(change: Tensor, steps: Tensor, lengths: Tensor) -> Tensor:
     return (_like_events(scale, steps) * direction).to(steps.dtype)
 
 
-def _steps(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """For the first events, differences to others, or noise, of random lengths."""
-    device = x.device
-    shift = torch.randint(1, max(len(x), 2), (count,), generator=generator, device=device)
-    other = (torch.arange(count, device=device) + shift) % len(x)
-    difference = x[other] - x[:count]
-    noise = draw_probes("gaussian", 1, difference.shape, generator, x.dtype)[0]
+def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Differences to other events, and noise, of random lengths; shape ``(B, *event)``."""
+    count, device = len(x), x.device
+    shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
+    difference = x[(torch.arange(count, device=device) + shift) % count] - x
+    noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
     noise = variance_of(x).sqrt().to(x.dtype) * noise
     random = torch.rand(2, count, generator=generator, device=device)
     # A batch of one event, or of equal ones, has no differences.
