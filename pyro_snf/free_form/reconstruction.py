@@ -61,12 +61,12 @@ class Reconstruction(nn.Module):
 
     .. math::
         \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log r),
-        \quad r = 1 + 2/\sqrt D,
+        \quad r = \min(3, 1 + 3/\sqrt D),
 
     with another event, or ``x_i + t ε`` with normal noise ε of variance s² and t up to
     :math:`\sqrt{r^2 - 1}`: near and far, in all directions, between the data and beyond them. That
-    is as far out as normal latents are, whose norm is :math:`\sqrt D`, give or take two. (Farther
-    out, some c are large whatever λ is: it would rise without end.)
+    is as far out as normal latents are, whose norm is :math:`\sqrt D` and hardly ever three more.
+    (Farther out, some c are large whatever λ is: it would rise without end.)
 
     For the other half, such an x̃ takes the place of x, and the next one is in the direction of
     ``e(x̃) − e(x)``: a step of the power method, which turns to where c is large, no longer than the
@@ -284,8 +284,8 @@ def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _reach(x: Tensor) -> float:
-    """r, how far out normal latents of D elements are, in units of their width √D."""
-    return 1 + 2 / math.sqrt(x[0].numel())
+    """r, how far out normal latents of D elements are, in units of their width √D; at most 3."""
+    return min(3.0, 1 + 3 / math.sqrt(x[0].numel()))
 
 
 def _largest_noise(x: Tensor) -> float:
