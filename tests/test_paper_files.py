@@ -77,11 +77,16 @@ def test_json_is_written(files: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_first_interrupt_waits(files: ModuleType) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with files.deferred_interrupt() as is_pressed:
-        assert not is_pressed()
-        signal.raise_signal(signal.SIGINT)
-        assert is_pressed()
-        with pytest.raises(KeyboardInterrupt):
+    # In a background job of a shell without job control, interrupts are ignored from the start.
+    before, handler = signal.getsignal(signal.SIGINT), signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+    try:
+        with files.deferred_interrupt() as is_pressed:
+            assert not is_pressed()
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert is_pressed()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
