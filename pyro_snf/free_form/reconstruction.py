@@ -66,7 +66,7 @@ class Reconstruction(nn.Module):
     with another event, or ``x_i + t ε`` with normal noise ε of variance s² and t up to
     :math:`\sqrt{r^2 - 1}`: near and far, in all directions, between the data and beyond them. That
     is as far out as normal latents are, whose norm is :math:`\sqrt D` and hardly ever three more.
-    (Farther out, some c are large whatever λ is: it would rise without end.)
+    (Farther out, some c are large whatever λ is: it would rise to its bound.)
 
     For the other half, such an x̃ takes the place of x, and the next one is in the direction of
     ``e(x̃) − e(x)``: a step of the power method, which turns to where c is large, no longer than the
@@ -195,8 +195,8 @@ class Reconstruction(nn.Module):
 
         :param Tensor error: e(x).
         """
-        half = (len(x) + 1) // 2
         steps = _steps(x, self.probes.next_generator(x.device, stream=_NOISE))
+        half = (len(x) + 1) // 2
         width = (x[0].numel() * variance).sqrt()
         # Of events next to each other, rounding is all that errors differ by.
         least = (width * _least_scale(x) / 10).square()
