@@ -182,6 +182,7 @@ def probe_gradient(
                 tolerance=tolerance,
                 max_steps=krylov_steps,
                 is_mean=True,
+                is_predicted=True,
                 expected_steps=expected_steps,
                 beside=beside,
             )
