@@ -215,8 +215,8 @@ def krylov(
     weights = send(torch.from_numpy(problem.solution()).mT, rows).unsqueeze(1)  # (B, 1, n)
     solution = (weights @ images_of_basis[:, : problem.num_steps]).squeeze(1) * size
     if is_corrected:
-        known = torch.stack(products[: problem.num_steps], dim=1)
-        rest = rows - (weights @ known).squeeze(1) * size
+        image = (weights @ torch.stack(products[: problem.num_steps], dim=1)).squeeze(1)
+        rest = rows - image * size
         solution = solution + preconditioner(rest.view_as(vectors)).flatten(1)
     return KrylovSpace(
         solution=solution.view_as(vectors),

@@ -40,6 +40,7 @@ class GECO(nn.Module):
 
     :param float tolerance: τ > 0, the root mean square error per element to hold.
     :param float weight: the first λ > 0.
+    :param float min_weight: the smallest λ, not above the first one; by default 0.
     :param float max_weight: the largest λ, not below the first one; by default there is none.
     :param float rate: η > 0.
     :param float fall: φ > 0, the rate at which λ falls, in units of η.
@@ -58,6 +59,7 @@ class GECO(nn.Module):
         tolerance: float,
         *,
         weight: float = 1.0,
+        min_weight: float = 0.0,
         max_weight: float = math.inf,
         rate: float = 1e-2,
         fall: float = 1.0,
@@ -71,9 +73,12 @@ class GECO(nn.Module):
         self.fall = as_positive("fall", fall)
         self.decay = as_number("decay in [0, 1)", decay, lambda number: 0 <= number < 1)
         weight = as_positive("weight", weight)
+        expected = f"min_weight in [0, {weight}], the first one"
+        self.min_weight = as_number(expected, min_weight, lambda number: 0 <= number <= weight)
         expected = f"max_weight >= {weight}, the first one"
         self.max_weight = as_number(expected, max_weight, lambda number: number >= weight)
         self._first_log_weight = math.log(weight)
+        self._min_log_weight = math.log(self.min_weight) if self.min_weight > 0 else -math.inf
         self.register_buffer("log_weight", torch.empty(()))
         self.register_buffer("mean_square_error", torch.empty(()))
         self.reset_parameters()
@@ -90,9 +95,10 @@ class GECO(nn.Module):
         return super()._apply(keep_float32(fn), recurse)
 
     def extra_repr(self) -> str:
-        bound = "" if self.max_weight == math.inf else f"max_weight={self.max_weight}, "
+        bounds = "" if self.min_weight == 0 else f"min_weight={self.min_weight}, "
+        bounds += "" if self.max_weight == math.inf else f"max_weight={self.max_weight}, "
         return (
-            f"tolerance={self.tolerance}, {bound}rate={self.rate}, fall={self.fall}, "
+            f"tolerance={self.tolerance}, {bounds}rate={self.rate}, fall={self.fall}, "
             f"decay={self.decay}"
         )
 
@@ -118,7 +124,7 @@ class GECO(nn.Module):
         excess = (error.log() / 2 - math.log(self.tolerance)).clamp(-1, 1)
         excess = torch.where(excess < 0, self.fall * excess, excess)
         self.log_weight.add_(torch.where(is_finite, excess, 0), alpha=self.rate)
-        self.log_weight.clamp_(max=math.log(self.max_weight))
+        self.log_weight.clamp_(self._min_log_weight, math.log(self.max_weight))
 
 
 #: λ: a number, a function of the number of optimizer steps taken, or a controller.

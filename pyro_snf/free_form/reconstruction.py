@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,16 @@ _LEAST_SCALE = 0.01
 # look in: held at 0.8, 256 modes in eight dimensions fold.
 _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 
-# The steps that are remembered. With none, some folds away from the data are not found for
-# hundreds of steps; 16 gain little over 8.
-_NUM_REMEMBERED = 8
+# The x̃ of a step of training, and the steps that are looked at again. What counts is their number,
+# and not their share of the batch: with 16 and 8, folds away from the data are not found for long.
+_NUM_NEW, _NUM_OLD = 32, 16
+_REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
-# Its first λ, with which the steps that Adam makes first do not fold f, and its largest one: where
-# the penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ
-# rises fast, and falls five times as slowly: so most batches are below what is held.
-_FIRST_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 20.0, 0.1, 0.2
+# λ at first, with which the steps that Adam makes then do not fold f; the smallest one, for while f
+# is almost linear, λ would fall so far that it is too small for long when that ends; and the
+# largest: where the penalty is all that counts, a larger λ reduces no c, and would take the longer
+# to fall. λ rises fast, and falls five times as slowly: so most batches are below what is held.
+_FIRST_WEIGHT, _MIN_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 0.2, 20.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
@@ -57,7 +60,7 @@ class Reconstruction(nn.Module):
     :math:`\|(I - J_g J_f)\,v\|^2` with a unit vector v, and :math:`J_f` is not singular where that
     is below 1 for all of them.
 
-    **Where.** One half of the batch has
+    **Where.** For 32 events of the batch,
 
     .. math::
         \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log r),
@@ -68,13 +71,12 @@ class Reconstruction(nn.Module):
     is as far out as normal latents are, whose norm is :math:`\sqrt D` and hardly ever three more.
     (Farther out, some c are large whatever λ is: it would rise to its bound.)
 
-    For the other half, such an x̃ takes the place of x, and the next one is in the direction of
-    ``e(x̃) − e(x)``: a step of the power method, which turns to where c is large, no longer than the
-    data are wide, :math:`\sqrt D\,s`, and than the longest noise. The eight of these with the
-    largest c are remembered: in the next step of training, they are looked at again, each after
-    another step of the power method. So a fold that a few events come to is not forgotten before it
-    has gone. (Nothing is remembered where the networks have a context, or the layer does not know
-    the shape of events.)
+    From x̃, another step is in the direction of ``e(x̃) − e(x)``: one of the power method, which
+    turns to where c is large. It is as long as that to another x̃, but no longer than the data are
+    wide, :math:`\sqrt D\,s`, and than the longest noise. It is remembered, with the context, and
+    looked at in the next step of training: so all errors are from one pass through f and g. The 16
+    steps with the largest c are looked at again, each after another step of the power method. So a
+    fold that a few events come to is not forgotten before it has gone.
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
     :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
@@ -88,8 +90,8 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, max_weight=20.0, rate=0.1, fall=0.2,
-        decay=0.0)``, with 0.6 for events of any size.
+        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, min_weight=0.2, max_weight=20.0, rate=0.1,
+        fall=0.2, decay=0.0)``, with 0.6 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -99,7 +101,9 @@ class Reconstruction(nn.Module):
 
     TRAINS = ("both", "inverse")
 
-    remembered: Tensor | None
+    remembered_starts: Tensor | None
+    remembered_steps: Tensor | None
+    remembered_context: Tensor | None
 
     def __init__(
         self,
@@ -125,11 +129,9 @@ class Reconstruction(nn.Module):
         :param event_shape: of events; None for any.
         :param Tensor like: of the networks' device and dtype.
         """
-        remembered = None
-        if event_shape is not None:
-            remembered = like.new_zeros(2, _NUM_REMEMBERED, *event_shape)
-        # Starts and steps; a step of 0 stands for none.
-        self.register_buffer("remembered", remembered)
+        # A step of 0 stands for none.
+        for name in _REMEMBERED:
+            self.register_buffer(name, None)
         if self._is_default and event_shape is not None:
             self.weight = _controller(event_shape.numel())
         if isinstance(self.weight, GECO):
@@ -139,8 +141,17 @@ class Reconstruction(nn.Module):
 
     def reset_parameters(self) -> None:
         """Forget the steps that are remembered."""
-        if self.remembered is not None:
-            self.remembered.zero_()
+        for name in _REMEMBERED:
+            setattr(self, name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # As many steps, of events of any shape, as have been saved.
+        for name in _REMEMBERED:
+            saved = state_dict.get(prefix + name)
+            setattr(self, name, torch.empty_like(saved) if isinstance(saved, Tensor) else None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def is_off(self) -> bool:
@@ -191,59 +202,70 @@ class Reconstruction(nn.Module):
     def _contraction(
         self, pair: NetworkPair, x: Tensor, error: Tensor, variance: Tensor, context: Context
     ) -> Tensor:
-        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, shape ``(B + m,)``.
+        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, in one dimension.
 
         :param Tensor error: e(x).
         """
-        steps = _steps(x, self.probes.next_generator(x.device, stream=_NOISE))
-        half = (len(x) + 1) // 2
+        generator = self.probes.next_generator(x.device, stream=_NOISE)
+        # At random, for a batch may be all data in their order.
+        chosen = torch.randperm(len(x), generator=generator, device=x.device)[:_NUM_NEW]
+        ends = x[chosen] + _steps(x, chosen, variance, generator)
+        steps = ends - x[chosen]  # with the rounding of the ends
+        count, here = len(chosen), tuple(one[chosen] for one in context)
+        starts, known, *known_context = self._remembered(x, context)
+
+        points = torch.cat([ends, starts, starts + known])
+        contexts = tuple(
+            torch.cat([*both, both[1]]) for both in zip(here, known_context, strict=True)
+        )
+        latent = pair.forward(points, *contexts)
+        errors = self.reconstruct(pair, latent, contexts).output - points
+        at_ends, at_starts, at_next = errors.split([count, len(known), len(known)])
+        change = torch.cat([at_ends - error[chosen], at_next - at_starts])
         width = (x[0].numel() * variance).sqrt()
         # Of events next to each other, rounding is all that errors differ by.
         least = (width * _least_scale(x) / 10).square()
+        square = _square(torch.cat([steps, known]))
+        contraction = _square(change) / (square + least)
 
-        def error_at(points: Tensor, context: Context) -> Tensor:
-            return self.reconstruct(pair, pair.forward(points, *context), context).output - points
+        # The next steps. If the first ones were as long as those before, short ones would be looked
+        # at close to the data alone.
+        lengths = _length(steps).roll(1).clamp(max=width * min(1.0, _largest_noise(x)))
+        lengths = torch.cat([lengths, square[count:].sqrt()])
+        turned = _along(change.detach(), torch.cat([steps, known]), lengths)
+        context = tuple(one[: len(turned)] for one in contexts)
+        self._remember(contraction, count, points[: len(turned)], turned, context)
+        return contraction
 
-        # From the first half of the events; and the starts that are remembered, with new errors.
-        known_starts, known_steps = self._remembered(x, context)
-        count, context = len(known_starts), tuple(one[:half] for one in context)
-        starts = torch.cat([known_starts, x[:half] + steps[:half]])
-        errors = error_at(starts, context)
-        change = errors[count:] - error[:half]
-        first = _square(change) / (_square(starts[count:] - x[:half]) + least)
+    def _remembered(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """The starts, the steps and the context that are remembered, those of another shape not.
 
-        # From these starts, and from where the other steps have ended.
-        rest = len(x) - half
-        if count + rest == 0:
-            return first
-        starts, errors = starts[: count + rest], errors[: count + rest]
-        lengths = _length(steps[half:]).clamp(max=width * min(1.0, _largest_noise(x)))
-        turned = _along(change[:rest].detach(), steps[half:], lengths)
-        steps = torch.cat([known_steps, turned])
-        ends = starts + steps
-        change = error_at(ends, tuple(one[:rest] for one in context)) - errors
-        second = _square(change) / (_square(ends - starts) + least)
-        if count:
-            self._remember(second, starts, _along(change.detach(), steps, _length(steps)))
-        return torch.cat([first, second])
-
-    def _remembered(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The starts and the steps that are remembered. Those of other contexts would not fit."""
-        if self.remembered is None or context:
-            return x[:0], x[:0]
-        starts, steps = self.remembered.to(x)
-        is_none = _like_events(_square(steps) == 0, x)
-        return torch.where(is_none, x[:1], starts), steps
+        An event and its context, and a step of 0, take the place of none.
+        """
+        like = (x, x, *context)
+        known = [getattr(self, name) for name in _REMEMBERED[: len(like)]]
+        pairs = list(zip(known, like, strict=True))
+        if any(one is None or one.shape[1:] != other.shape[1:] for one, other in pairs):
+            return tuple(other[:0] for other in like)
+        starts, steps, *rest = (one.to(other) for one, other in pairs)
+        is_none = _square(steps) == 0
+        starts, *rest = (
+            torch.where(_like_events(is_none, one), other[:1], one)
+            for one, other in zip([starts, *rest], (x, *context), strict=True)
+        )
+        return starts, steps, *rest
 
     @torch.no_grad()
-    def _remember(self, contraction: Tensor, starts: Tensor, steps: Tensor) -> None:
-        """Keep the steps with the largest c."""
-        assert self.remembered is not None
+    def _remember(
+        self, contraction: Tensor, num_new: int, starts: Tensor, steps: Tensor, context: Context
+    ) -> None:
+        """Keep the first steps, which are new, and the others with the largest c."""
         is_finite = torch.isfinite(contraction)
-        largest = torch.where(is_finite, contraction, -1.0).topk(_NUM_REMEMBERED).indices
-        chosen = torch.stack([starts, steps])[:, largest]
-        is_chosen = _like_events(is_finite[largest], starts)
-        self.remembered.copy_(torch.where(is_chosen, chosen, 0))
+        old = torch.where(is_finite, contraction, -1.0)[num_new:]
+        kept = num_new + old.topk(min(len(old), _NUM_OLD)).indices
+        for name, one in zip(_REMEMBERED, (starts, steps, *context), strict=False):
+            one = torch.where(_like_events(is_finite, one), one, 0)
+            setattr(self, name, torch.cat([one[:num_new], one[kept]]))
 
 
 def _controller(dim: float) -> GECO:
@@ -252,6 +274,7 @@ def _controller(dim: float) -> GECO:
     return GECO(
         contraction,
         weight=_FIRST_WEIGHT,
+        min_weight=_MIN_WEIGHT,
         max_weight=_MAX_WEIGHT,
         rate=_RATE,
         fall=_FALL,
@@ -267,13 +290,17 @@ def _along(change: Tensor, steps: Tensor, lengths: Tensor) -> Tensor:
     return (_like_events(scale, steps) * direction).to(steps.dtype)
 
 
-def _steps(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Differences to other events, and noise, of random lengths; shape ``(B, *event)``."""
-    count, device = len(x), x.device
-    shift = torch.randint(1, max(count, 2), (count,), generator=generator, device=device)
-    difference = x[(torch.arange(count, device=device) + shift) % count] - x
-    noise = draw_probes("gaussian", 1, x.shape, generator, x.dtype)[0]
-    noise = variance_of(x).sqrt().to(x.dtype) * noise
+def _steps(x: Tensor, rows: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
+    """From some events, differences to others, and noise, of random lengths.
+
+    :param Tensor rows: the numbers of these events.
+    :param Tensor variance: from :func:`variance_of`.
+    """
+    count, device = len(rows), x.device
+    shift = torch.randint(1, max(len(x), 2), (count,), generator=generator, device=device)
+    difference = x[(rows + shift) % len(x)] - x[rows]
+    noise = draw_probes("gaussian", 1, difference.shape, generator, x.dtype)[0]
+    noise = variance.sqrt().to(x.dtype) * noise
     random = torch.rand(2, count, generator=generator, device=device)
     # A batch of one event, or of equal ones, has no differences.
     is_noise = (_square(difference) == 0) | (random[0] < 0.5)
