@@ -117,9 +117,11 @@ class Recorder(nn.Module):
         super().__init__()
         self.network = network
         self.inputs: list[Tensor] = []
+        self.contexts: list[tuple[Tensor, ...]] = []
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         self.inputs.append(x)
+        self.contexts.append(context)
         return self.network(x, *context)
 
 

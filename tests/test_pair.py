@@ -36,8 +36,10 @@ from pyro_snf import (
     conditional_self_normalizing_pair,
     self_normalizing_pair,
 )
-from pyro_snf.free_form.reconstruction import _NUM_REMEMBERED as NUM_REMEMBERED
-from pyro_snf.free_form.reconstruction import _steps
+from pyro_snf.free_form import reconstruction
+from pyro_snf.free_form.reconstruction import _NUM_NEW as NUM_NEW
+from pyro_snf.free_form.reconstruction import _NUM_OLD as NUM_OLD
+from pyro_snf.free_form.reconstruction import _steps, variance_of
 from tests.pairs import (
     EXACT,
     Dense,
@@ -155,48 +157,49 @@ def penalty_gradients(
     return {name: total[name] - without[name] for name in total}
 
 
-def surroundings_of(pair: SelfNormalizingPair, x: Tensor, **options: object) -> list[Tensor]:
-    """The two halves of the events around x that the penalty reconstructs, at its first step."""
-    f = Recorder(pair.forward_net)
-    layer = pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0, **options})
-    log_det_of(layer, x)
-    first, second = (one[NUM_REMEMBERED:].detach() for one in f.inputs[-2:])
-    assert len(first) == (len(x) + 1) // 2
-    assert len(first) + len(second) == len(x)
-    return [first, second]
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Of which events of the batch the surroundings were looked at, at every evaluation."""
+    found = []
+
+    def recorded(x: Tensor, rows: Tensor, *rest: object) -> Tensor:
+        found.append(rows)
+        return _steps(x, rows, *rest)
+
+    monkeypatch.setattr(reconstruction, "_steps", recorded)
+    return found
+
+
+def error_of(pair: SelfNormalizingPair, x: Tensor) -> Tensor:
+    return pair.inverse_net(pair.forward_net(x)) - x
 
 
 def contraction_by_hand(
-    pair: SelfNormalizingPair, x: Tensor, first: Tensor, second: Tensor
+    pair: SelfNormalizingPair, x: Tensor, starts: Tensor, ends: Tensor
 ) -> Tensor:
-    """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of every event; the second half starts at the first."""
-
-    def error(x: Tensor) -> Tensor:
-        return pair.inverse_net(pair.forward_net(x)) - x
-
-    steps = [(first, x[: len(first)]), (second, first[: len(second)])]
+    """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of steps from starts to ends, near a batch x."""
     least = x.shape[1] * x.var(0, unbiased=False).mean() * 1e-6
-    return torch.cat(
-        [
-            (error(end) - error(start)).square().sum(1) / ((end - start).square().sum(1) + least)
-            for end, start in steps
-        ]
-    )
+    change = error_of(pair, ends) - error_of(pair, starts)
+    return change.square().sum(1) / ((ends - starts).square().sum(1) + least)
 
 
 @pytest.mark.filterwarnings("ignore:the pair is trained on numbers")
 @pytest.mark.parametrize("needs_gradient", [False, True])
 @pytest.mark.parametrize("trains", ["both", "inverse"])
 @EVERY_LOG_DET
-def test_penalty_is_the_formula(log_det: str, trains: str, needs_gradient: bool) -> None:
+def test_penalty_is_the_formula(
+    log_det: str, trains: str, needs_gradient: bool, rows: list[Tensor]
+) -> None:
     pair, x, cotangent = bad_pair(), 30 * events(41, 3) + 100, torch.linspace(-1, 2, 41)
     given = x.clone().requires_grad_(needs_gradient)
     actual = penalty_gradients(pair, given, cotangent, log_det=log_det, trains=trains)
-    halves = surroundings_of(pair, x)
-    error = (pair.inverse_net(pair.forward_net(x)) - x).square().sum(1)
+    f = Recorder(pair.forward_net)
+    log_det_of(pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0}), x)
+    ends = f.inputs[-1].detach()  # and nothing is remembered yet
+    assert len(rows[-1].unique()) == len(ends) == NUM_NEW
+    error = error_of(pair, x).square().sum(1)
     pair.zero_grad()
-    # The steps to be remembered are 0 yet.
-    terms = 3 * torch.log(1 + contraction_by_hand(pair, x, *halves)).sum() / (41 + NUM_REMEMBERED)
+    terms = 3 * contraction_by_hand(pair, x, x[rows[-1]], ends).log1p().mean()
     terms = terms + 3 * torch.log(1 + error / (3 * x.var(0, unbiased=False).mean()))
     # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
     (0.7 * cotangent.abs() * terms).sum().backward()
@@ -207,12 +210,18 @@ def test_penalty_is_the_formula(log_det: str, trains: str, needs_gradient: bool)
     assert_same(actual, expected)
 
 
+def steps_of(x: Tensor, seed: int = 0) -> Tensor:
+    """Those from all events."""
+    generator = torch.Generator().manual_seed(seed)
+    return _steps(x, torch.arange(len(x)), variance_of(x), generator)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 8, 50, 784])
 def test_surroundings_are_as_far_out_as_normal_latents(dim: int) -> None:
     torch.manual_seed(0)
     for unit in (1e-3, 1.0, 1e3):
         x = unit * (5 + torch.randn(2000, dim))
-        step = _steps(x, torch.Generator().manual_seed(0))
+        step = steps_of(x)
         assert (step / unit).square().mean(1).sqrt().quantile(0.01) < 0.015
         size = ((x + step) / unit - 5).square().mean(1).sqrt()
         assert 0.9 < size.quantile(0.99) / min(3, 1 + 3 / dim**0.5) < 1.6
@@ -224,7 +233,7 @@ def test_surroundings_are_near_and_far_in_units_of_the_data() -> None:
     for unit in (1e-3, 1.0, 1e3):
         x = unit * (5 + scale * torch.randn(2000, 2))
         other, ratio = x, []
-        for step in (_steps(x, torch.Generator().manual_seed(seed)) for seed in range(2)):
+        for step in (steps_of(x, seed) for seed in range(2)):
             other = other + step
             ratio.append(step.norm(dim=1) / unit)
         assert ratio[0].min() < 0.01
@@ -233,21 +242,30 @@ def test_surroundings_are_near_and_far_in_units_of_the_data() -> None:
         slope = (step[:, 1] / step[:, 0]).abs()
         assert 0.4 < (slope < 0.1).double().mean() < 0.6
     for x in (torch.zeros(1, 2), torch.ones(5, 2)):  # without differences
-        step = _steps(x, torch.Generator().manual_seed(0))
+        step = steps_of(x)
         assert step.all()
         assert step.isfinite().all()
 
 
-def test_second_steps_are_along_the_change_of_the_error() -> None:
-    pair, x = bad_pair(), events(40, 3)
-    first, second = surroundings_of(pair, x)
-    change = [pair.inverse_net(pair.forward_net(one)) - one for one in (first, x[:20])]
-    turned = F.cosine_similarity(second - first, change[0] - change[1], dim=1)
-    assert is_close(turned, torch.ones(20), EXACT)
-    length = (second - first).norm(dim=1)
-    width = (3 * x.var(0, unbiased=False).mean()).sqrt()  # no longer than the data are wide
-    assert width * (1 - EXACT) < length.max() < width * (1 + EXACT)
-    shorter = length[length < width * (1 - EXACT)]
+@pytest.mark.parametrize("dim", [3, 9, 100])
+def test_next_steps_are_along_the_change_of_the_error(dim: int, rows: list[Tensor]) -> None:
+    pair, x = bad_pair(dim), events(40, dim)
+    f = Recorder(pair.forward_net)
+    layer = pair_of(f, pair.inverse_net, dim, log_det="exact", reconstruction={"seed": 0})
+    log_det_of(layer, x)
+    penalty, ends = layer.reconstruction, f.inputs[-1].detach()
+    assert torch.equal(penalty.remembered_starts, ends)
+    step = penalty.remembered_steps
+    turned = F.cosine_similarity(step, error_of(pair, ends) - error_of(pair, x[rows[-1]]), dim=1)
+    assert is_close(turned, torch.ones(NUM_NEW), EXACT)
+    # Each is as long as another one from x; no longer than the data are wide, or than normal events
+    # differ from their mean in one direction.
+    deviation = x.var(0, unbiased=False).mean().sqrt()
+    largest = deviation * min(dim**0.5, 3)
+    before, length = (ends - x[rows[-1]]).norm(dim=1), step.norm(dim=1)
+    assert is_close(length, before.roll(1).clamp(max=largest), EXACT)
+    assert is_close(length.max(), largest, EXACT)
+    shorter = length[length < largest * (1 - EXACT)]
     assert len(shorter.unique()) == len(shorter) > 10
 
 
@@ -267,36 +285,44 @@ def test_noise_is_a_function_of_the_seed_and_the_step(log_det: str) -> None:
     for _ in range(2):
         log_det_of(layer, x.clone())
     assert torch.equal(torch.get_rng_state(), state)
-    halves = [one for one in f.inputs if one.shape == (3 + NUM_REMEMBERED, 3)]
-    assert len({one.sum().item() for one in halves}) == 4
+    assert len({one[:6].sum().item() for one in f.inputs if len(one) >= 6}) == 3  # and x
 
 
-def test_steps_with_the_largest_contraction_are_remembered_and_turned() -> None:
-    pair, x = bad_pair(), events(40, 3)
+@pytest.mark.parametrize("count", [1, 10, 40])
+def test_steps_that_are_new_or_of_large_contraction_are_remembered_and_turned(
+    count: int, rows: list[Tensor]
+) -> None:
+    pair, num_new = bad_pair(), min(count, NUM_NEW)
     f = Recorder(pair.forward_net)
     options = {"log_det": "exact", "reconstruction": {"weight": 1.0, "seed": 0}}
     layer = pair_of(f, pair.inverse_net, **options)
-
-    def error(x: Tensor) -> Tensor:
-        return pair.inverse_net(pair.forward_net(x)) - x
-
-    known_starts, known_steps = x[:1].expand(NUM_REMEMBERED, -1), torch.zeros(NUM_REMEMBERED, 3)
-    for _ in range(3):
-        log_det_of(layer, x.clone())
-        starts, ends = f.inputs[-2][: NUM_REMEMBERED + 20], f.inputs[-1]
-        assert torch.equal(starts[:NUM_REMEMBERED], known_starts)
-        assert torch.equal(ends[:NUM_REMEMBERED], known_starts + known_steps)
-        change, length = error(ends) - error(starts), (ends - starts).norm(dim=1)
-        least = 3 * x.var(0, unbiased=False).mean() * 1e-6
-        contraction = change.square().sum(1) / (length.square() + least)
-        chosen = contraction.topk(NUM_REMEMBERED).indices
-        known_starts, known_steps = layer.reconstruction.remembered.clone()
-        assert torch.equal(known_starts, starts[chosen])
-        turned = F.normalize(change[chosen]) * length[chosen].unsqueeze(1)
-        assert is_close(known_steps, turned, EXACT)
+    penalty = layer.reconstruction
+    known_starts, known_steps = torch.zeros(2, 0, 3)
+    for number in range(4):
+        x = events(count, 3, seed=number)
+        log_det_of(layer, x)
+        sizes = [num_new, len(known_starts), len(known_starts)]
+        ends, starts, next_ends = f.inputs[-1].detach().split(sizes)
+        assert torch.equal(starts, known_starts)
+        assert torch.equal(next_ends, known_starts + known_steps)
+        contraction = contraction_by_hand(pair, x, starts, next_ends)
+        kept = contraction.topk(min(NUM_OLD, len(starts))).indices
+        known_starts, known_steps = penalty.remembered_starts, penalty.remembered_steps
+        assert torch.equal(known_starts, torch.cat([ends, starts[kept]]))
+        assert len(known_starts) <= num_new + NUM_OLD
+        change = error_of(pair, ends) - error_of(pair, x[rows[-1]])
+        old_change = (error_of(pair, next_ends) - error_of(pair, starts))[kept]
+        turned = F.cosine_similarity(known_steps, torch.cat([change, old_change]))
+        assert is_close(turned, torch.ones_like(turned), EXACT)
+        lengths = (next_ends - starts)[kept].norm(dim=1)  # those of the old ones stay
+        assert is_close(known_steps[num_new:].norm(dim=1), lengths, EXACT)
+    assert len(known_starts) == num_new + NUM_OLD
     # Events that are not finite are not remembered.
     log_det_of(layer, torch.full((4, 3), math.nan))
-    assert layer.reconstruction.remembered.isfinite().all()
+    assert penalty.remembered_starts.isfinite().all()
+    assert penalty.remembered_steps.isfinite().all()
+    log_det_of(layer, events(4, 3))
+    assert f.inputs[-1].isfinite().all()
 
 
 def test_contraction_is_looked_at_where_it_was_large_before() -> None:
@@ -315,13 +341,49 @@ def test_contraction_is_looked_at_where_it_was_large_before() -> None:
     assert min(largest[30:]) > 1
 
 
-def test_pairs_without_a_size_or_with_a_context_remember_nothing() -> None:
-    layer = SelfNormalizingPair(*(ResidualMLP(3, [4]) for _ in "fg"), event_dim=1)
-    density_loss(layer, events(6, 3))
-    assert layer.reconstruction.remembered is None
-    conditional = conditional_self_normalizing_pair(3, 2, [4])
-    density_loss(conditional.condition(events(6, 2)), events(6, 3))
-    assert not conditional.transform.reconstruction.remembered.any()
+def test_steps_are_remembered_with_their_context(rows: list[Tensor]) -> None:
+    layer = conditional_self_normalizing_pair(3, 2, [4], log_det="exact")
+    layer.transform.forward_net = f = Recorder(layer.transform.forward_net)
+    penalty = layer.transform.reconstruction
+    for number in range(3):
+        known = penalty.remembered_context
+        x, context = events(40, 3, seed=number).float(), events(40, 2, seed=10 + number).float()
+        log_det_of(layer.condition(context), x)
+        points, (contexts,) = f.inputs[-1], f.contexts[-1]
+        here = context[rows[-1]]
+        expected = here if known is None else torch.cat([here, known, known])
+        assert torch.equal(contexts, expected)
+        starts = penalty.remembered_starts
+        place = (points.unsqueeze(0) == starts.unsqueeze(1)).all(2).double().argmax(1)
+        assert torch.equal(penalty.remembered_context, contexts[place])
+    assert len(starts) == NUM_NEW + NUM_OLD
+
+
+def test_steps_of_events_of_another_shape_are_forgotten() -> None:
+    f, g = (Recorder(nn.Tanh()) for _ in "fg")
+    layer = SelfNormalizingPair(f, g, event_dim=1, log_det="learned")
+    for dim, num_known in [(3, 0), (3, 6), (4, 0), (4, 6), (4, 12), (3, 0)]:
+        log_det_of(layer, events(6, dim).requires_grad_())
+        assert len(f.inputs[-1]) == 6 + 2 * num_known, dim
+
+
+def test_what_is_remembered_is_saved_and_loaded() -> None:
+    layer = bad_pair(reconstruction={"seed": 0})
+    empty = copy.deepcopy(layer.state_dict())
+    for number in range(3):
+        log_det_of(layer, events(40, 3, seed=number))
+    saved = copy.deepcopy(layer.state_dict())
+    names = {"remembered_starts", "remembered_steps"}
+    assert {name.split(".")[-1] for name in saved.keys() - empty.keys()} == names
+    other = bad_pair(reconstruction={"seed": 0})
+    other.load_state_dict(saved)
+    x = events(40, 3, seed=3)
+    for one in (layer, other):
+        one.zero_grad()
+        log_det_of(one, x).sum().backward()
+    assert_same(gradients(other), gradients(layer))
+    other.load_state_dict(empty)
+    assert other.reconstruction.remembered_starts is None
 
 
 # --- The weight λ: controlled, or on a schedule -------------------------------------------------
@@ -345,15 +407,23 @@ def test_weight_moves_once_a_step_and_a_controlled_one_both_ways(log_det: str) -
     assert calls == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_controller_sees_the_largest_contraction_of_the_batch() -> None:
-    controller, x = GECO(0.01, decay=0.0), events(6, 3)
-    pair = bad_pair()
+def test_controller_sees_the_largest_contraction(rows: list[Tensor]) -> None:
+    controller, pair, x = GECO(0.01, decay=0.0), bad_pair(), events(40, 3)
+    f = Recorder(pair.forward_net)
     options = {"log_det": "exact", "reconstruction": {"weight": controller, "seed": 0}}
-    layer = pair_of(pair.forward_net, pair.inverse_net, **options)
-    log_det_of(layer, x)
-    expected = contraction_by_hand(pair, x, *surroundings_of(pair, x)).max().item()
-    actual = layer.reconstruction.weight.mean_square_error.item()
-    assert actual == pytest.approx(expected, rel=EXACT)
+    layer = pair_of(f, pair.inverse_net, **options)
+    num_known = 0
+    for size in (0.99, 1.01, 0.98):
+        with torch.no_grad():
+            next(pair.forward_net.parameters()).mul_(size)
+        log_det_of(layer, x)
+        sizes = [NUM_NEW, num_known, num_known]
+        ends, starts, next_ends = f.inputs[-1].detach().split(sizes)
+        starts, ends = torch.cat([x[rows[-1]], starts]), torch.cat([ends, next_ends])
+        expected = contraction_by_hand(pair, x, starts, ends).max().item()
+        actual = layer.reconstruction.weight.mean_square_error.item()
+        assert actual == pytest.approx(expected, rel=EXACT)
+        num_known = len(layer.reconstruction.remembered_starts)
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
 
 
@@ -469,13 +539,13 @@ def test_one_pass_of_each_network_a_step_and_checks_of_few_events_once_in_each_m
     assert all(len(one) <= 16 for one in f.inputs[:-1])
     for use in (lambda x: density_loss(layer, x), lambda x: log_det_of(layer, x).sum()):
         use(events(6, 3))
+        before = len(layer.reconstruction.remembered_starts)
         f.inputs.clear()
         g.inputs.clear()
         use(events(6, 3)).backward()
-        # x; and around it, two halves, and what is remembered.
-        around = 3 + NUM_REMEMBERED
-        assert [len(one) for one in f.inputs] == [6, around, around]
-        assert [len(one) for one in g.inputs] == [6, around, around]
+        # x; and around it, and what is remembered.
+        assert [len(one) for one in f.inputs] == [6, 6 + 2 * before]
+        assert [len(one) for one in g.inputs] == [6, 6 + 2 * before]
     for mode in (True, False):
         layer.train(mode)
         layer(x.clone())
@@ -547,6 +617,8 @@ def test_graphs_do_not_accumulate(log_det: str) -> None:
         gc.enable()
     assert [one() for one in references[0] + references[1]] == [None] * 6
     layer = free_form(8, width=64, log_det=log_det)  # nor does a copy hold any
+    for number in range(2):
+        log_det_of(layer, events(40, 8, seed=number))
     small, x = len(pickle.dumps(layer)), events(5000, 8)
     log_det_of(layer, x)
     layer.inv(x)

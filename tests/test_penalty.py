@@ -43,6 +43,7 @@ def test_weight_starts_where_it_is_told() -> None:
     assert GECO(0.1, weight=250.0).weight.item() == pytest.approx(250.0)
     assert repr(GECO(0.1)) == "GECO(tolerance=0.1, rate=0.01, fall=1.0, decay=0.9)"
     assert "max_weight=3.0, " in repr(GECO(0.1, max_weight=3))
+    assert "min_weight=0.5, max_weight=3.0, " in repr(GECO(0.1, min_weight=0.5, max_weight=3))
 
 
 def test_weight_is_bounded_and_falls_from_there() -> None:
@@ -55,6 +56,18 @@ def test_weight_is_bounded_and_falls_from_there() -> None:
     for bad in (1.9, math.nan, "3"):
         with pytest.raises(ValueError, match=r"max_weight >= 2.0, the first one"):
             GECO(0.1, weight=2.0, max_weight=bad)
+
+
+def test_weight_has_a_smallest_value_and_rises_from_there() -> None:
+    controller = GECO(0.1, weight=2.0, min_weight=1.5, rate=0.1, decay=0.0)
+    for _ in range(20):
+        controller.update(torch.tensor(0.0))
+    assert controller.weight.item() == pytest.approx(1.5)
+    controller.update(torch.tensor(1.0))
+    assert controller.weight.item() == pytest.approx(1.5 * math.exp(0.1))
+    for bad in (2.1, -0.1, math.nan, "3"):
+        with pytest.raises(ValueError, match=r"min_weight in \[0, 2.0\], the first one"):
+            GECO(0.1, weight=2.0, min_weight=bad)
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-12, 0.01, 0.0999, 0.1, 0.1001, 0.3, 1e12, 1e150])

@@ -25,6 +25,10 @@ _NOISE = 2
 # The smallest t, a scale on which f is almost linear.
 _LEAST_SCALE = 0.01
 
+# In standard deviations: in a given direction, hardly any normal latents are farther from their
+# mean; nor, for large D, are their norms from √D.
+_FARTHEST = 3.0
+
 # What the default controller holds, 0.6 + 0.35/√D: below 1, and with a margin, for what is looked
 # at does not have the largest c of all. The margin is larger where there are more directions to
 # look in: held at 0.8, 256 modes in eight dimensions fold.
@@ -35,11 +39,11 @@ _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 _NUM_NEW, _NUM_OLD = 32, 16
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
-# λ at first, with which the steps that Adam makes then do not fold f; the smallest one, for while f
-# is almost linear, λ would fall so far that it is too small for long when that ends; and the
+# λ at first, with which the steps that Adam makes then do not fold f; the smallest one, times √D:
+# as long as f is almost linear, λ falls, and would be too small for long when that ends; and the
 # largest: where the penalty is all that counts, a larger λ reduces no c, and would take the longer
 # to fall. λ rises fast, and falls five times as slowly: so most batches are below what is held.
-_FIRST_WEIGHT, _MIN_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 0.2, 20.0, 0.1, 0.2
+_FIRST_WEIGHT, _MIN_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 0.3, 20.0, 0.1, 0.2
 
 
 class Reconstruction(nn.Module):
@@ -73,10 +77,11 @@ class Reconstruction(nn.Module):
 
     From x̃, another step is in the direction of ``e(x̃) − e(x)``: one of the power method, which
     turns to where c is large. It is as long as that to another x̃, but no longer than the data are
-    wide, :math:`\sqrt D\,s`, and than the longest noise. It is remembered, with the context, and
-    looked at in the next step of training: so all errors are from one pass through f and g. The 16
-    steps with the largest c are looked at again, each after another step of the power method. So a
-    fold that a few events come to is not forgotten before it has gone.
+    wide, :math:`\sqrt D\,s`, and than 3 s, as far as normal latents are in a given direction. It is
+    remembered, with the context, and looked at in the next step of training: so all errors are from
+    one pass through f and g. The 16 steps with the largest c are looked at again, each after
+    another step of the power method. So a fold that a few events come to is not forgotten before it
+    has gone.
 
     **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
     :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
@@ -90,8 +95,8 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, min_weight=0.2, max_weight=20.0, rate=0.1,
-        fall=0.2, decay=0.0)``, with 0.6 for events of any size.
+        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, min_weight=0.3 / D**0.5, max_weight=20.0,
+        rate=0.1, fall=0.2, decay=0.0)``, with 0.6 and 0 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -230,7 +235,8 @@ class Reconstruction(nn.Module):
 
         # The next steps. If the first ones were as long as those before, short ones would be looked
         # at close to the data alone.
-        lengths = _length(steps).roll(1).clamp(max=width * min(1.0, _largest_noise(x)))
+        largest = variance.sqrt() * min(_FARTHEST, math.sqrt(x[0].numel()))
+        lengths = _length(steps).roll(1).clamp(max=largest)
         lengths = torch.cat([lengths, square[count:].sqrt()])
         turned = _along(change.detach(), torch.cat([steps, known]), lengths)
         context = tuple(one[: len(turned)] for one in contexts)
@@ -274,7 +280,7 @@ def _controller(dim: float) -> GECO:
     return GECO(
         contraction,
         weight=_FIRST_WEIGHT,
-        min_weight=_MIN_WEIGHT,
+        min_weight=_MIN_WEIGHT / math.sqrt(dim),
         max_weight=_MAX_WEIGHT,
         rate=_RATE,
         fall=_FALL,
@@ -312,7 +318,7 @@ def _steps(x: Tensor, rows: Tensor, variance: Tensor, generator: torch.Generator
 
 def _reach(x: Tensor) -> float:
     """r, how far out normal latents of D elements are, in units of their width √D; at most 3."""
-    return min(3.0, 1 + 3 / math.sqrt(x[0].numel()))
+    return min(3.0, 1 + _FARTHEST / math.sqrt(x[0].numel()))
 
 
 def _largest_noise(x: Tensor) -> float:
