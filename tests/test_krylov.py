@@ -127,6 +127,87 @@ def test_stops_when_the_mean_of_the_residuals_is_small() -> None:
     assert mean.residual.max() > 0.1 >= mean.residual.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 1e-2, 1e-4])
+@pytest.mark.parametrize("size", [0.1, 0.3, 0.8])
+def test_last_step_is_predicted(size: float, tolerance: float) -> None:
+    # J P⁻¹ is near the identity, J alone is not.
+    scale, images = torch.linspace(0.5, 2, DIM), right_sides(100)
+    matrix, inverse = near_identity(size) * scale, torch.diag(1 / scale)
+    counts = {"matrix": 0, "inverse": 0}
+
+    def counted(name: str, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+        def multiply(vectors: Tensor) -> Tensor:
+            counts[name] += 1
+            return product(matrix, vectors)
+
+        return multiply
+
+    result = krylov(
+        counted("matrix", matrix),
+        counted("inverse", inverse),
+        images,
+        tolerance=tolerance,
+        max_steps=DIM,
+        is_mean=True,
+        is_predicted=True,
+    )
+    steps = result.num_steps
+    before, plain = (
+        space(matrix, images, inverse=inverse, max_steps=max(number, 1))
+        for number in (steps - 1, steps)
+    )
+    last = torch.ones(100) if steps == 1 else before.residual
+    rest = images - product(matrix, plain.solution)
+    rest[plain.residual >= last / 2] = 0
+    is_corrected = counts["inverse"] > steps
+    assert is_corrected == (plain.residual.square().mean().sqrt() > tolerance)
+    expected = plain.solution + is_corrected * product(inverse, rest)
+    assert relative_error(result.solution, expected) < EXACT
+    assert counts == {"matrix": steps, "inverse": steps + is_corrected}
+    found = residuals(matrix, images, result.solution)
+    assert found.square().mean().sqrt() <= tolerance
+    assert relative_error(result.residual, plain.residual) < EXACT
+
+
+def test_no_last_step_is_predicted_where_steps_gain_little() -> None:
+    turn = torch.roll(torch.eye(DIM), 1, 0)  # of which powers are orthogonal to each other
+    images = torch.eye(DIM)[:4].view(4, *SHAPE)
+    result = krylov(
+        partial(product, turn),
+        lambda vectors: vectors,
+        images,
+        tolerance=0.5,
+        max_steps=3,
+        is_predicted=True,
+    )
+    assert torch.equal(result.solution, torch.zeros_like(images))
+
+
+def test_last_step_is_not_made_where_the_step_before_has_gained_little() -> None:
+    # In the first of two blocks each step gains a digit, and in the second one nothing; one of 100
+    # right-hand sides is of the second.
+    turn = torch.roll(torch.eye(6), 1, 0)
+    matrix = torch.block_diag(torch.eye(6) + 0.1 * turn, turn)
+    rows = torch.eye(DIM)[torch.arange(100) % 6]
+    rows[0] = torch.eye(DIM)[7]
+    images = rows.view(100, *SHAPE)
+    for tolerance, steps in [(0.13, 1), (0.12, 2)]:
+        result = krylov(
+            partial(product, matrix),
+            lambda vectors: vectors,
+            images,
+            tolerance=tolerance,
+            max_steps=3,
+            is_mean=True,
+            is_predicted=True,
+        )
+        assert result.num_steps == steps
+        found = residuals(matrix, images, result.solution)
+        assert found[0] == 1
+        assert found[1:].max() < 0.02
+        assert found.square().mean().sqrt() <= tolerance
+
+
 def test_rows_do_not_depend_on_each_other() -> None:
     matrix, images = near_identity(0.5), right_sides()
     images[1] *= 1e8

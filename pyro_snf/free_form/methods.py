@@ -92,7 +92,7 @@ class PairExact(PairMethod):
     """Exact values and gradients, with D backward passes and O(D³) operations for every event:
     ``log_det="exact"``.
 
-    For D up to 3, it is as cheap as the other methods; at D = 10 it takes 1.7 times as long as
+    For D up to 3, it is as cheap as the other methods; at D = 10 it takes twice as long as
     :class:`PairRefined` (batches of 256). Its gradient has no noise, and the signs of the
     determinants are known at every step.
 
@@ -233,9 +233,11 @@ class PairRefined(PairLearned):
     ``log_det="refined"``, the default.
 
     The gradient :math:`\mathbb E[w^\top \partial J_f\, v]` is unbiased where
-    :math:`J_f^\top w = v`. The system is solved by GMRES, preconditioned by :math:`J_g^\top`. The
-    value is 0, or, with ``lanczos_steps``, an estimate by Lanczos quadrature, an upper one on
-    average. Eight of them are accurate, and take longer than all the rest.
+    :math:`J_f^\top w = v`. The system is solved by GMRES, preconditioned by :math:`J_g^\top`, and
+    last a step ``w + J_gᵀ (v − J_fᵀ w)`` where that is predicted to suffice. Its residual is
+    computed all the same: see :attr:`error_estimate`. The value is 0, or, with ``lanczos_steps``,
+    an estimate by Lanczos quadrature, an upper one on average. Eight of them are accurate, and take
+    longer than all the rest.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairRefined(krylov_steps=8))
 
@@ -243,7 +245,7 @@ class PairRefined(PairLearned):
     :param str probe: as for :class:`PairLearned`.
     :param float tolerance: in (0, 1), of the root mean square of the residuals
         :math:`\|v - J_f^\top w\|/\|v\|` over the batch.
-    :param int krylov_steps: the most for each probe. The first one alone gains almost nothing.
+    :param int krylov_steps: the most for each probe.
     :param int lanczos_steps: for the estimate of the value; 0 for none, and the value 0.
     :param seed: as for :class:`PairLearned`.
     :raises ValueError: for options that are not of these.

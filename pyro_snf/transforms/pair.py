@@ -136,7 +136,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
     :param log_det: ``"refined"``, ``"learned"``, ``"exact"``, or an object with options of its own,
         of which the layer takes a copy: :class:`~pyro_snf.PairRefined`,
         :class:`~pyro_snf.PairLearned`, :class:`~pyro_snf.PairExact`. For D up to 3,
-        ``"exact"`` is as cheap as the others; at D = 10 it takes 1.7 times as long as
+        ``"exact"`` is as cheap as the others; at D = 10 it takes twice as long as
         ``"refined"``, without the noise of probes.
     :param reconstruction: the penalty, of which the layer takes a copy; by default
         ``Reconstruction()``.
