@@ -201,6 +201,8 @@ MODELS = {
     "pair": Model(pair, 6e-3),
     "zuko-nsf": Model(zuko("NSF"), 6e-3),
     "zuko-maf": Model(zuko("MAF"), 6e-3),
+    "zuko-nice": Model(zuko("NICE"), 6e-3),
+    "zuko-cnf": Model(zuko("CNF"), 6e-3),
     "nflows-rq-nsf-ar": Model(nflows_spline, 6e-3),
     "normflows-rq-nsf-c": Model(normflows_coupling, 6e-3),
     "pyro-spline-ar": Model(pyro_spline, 6e-3),
