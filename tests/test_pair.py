@@ -37,7 +37,8 @@ from pyro_snf import (
     self_normalizing_pair,
 )
 from pyro_snf.free_form import reconstruction
-from pyro_snf.free_form.reconstruction import _NUM_NEW as NUM_NEW
+from pyro_snf.free_form.reconstruction import _MAX_NEW as MAX_NEW
+from pyro_snf.free_form.reconstruction import _MIN_NEW as MIN_NEW
 from pyro_snf.free_form.reconstruction import _NUM_OLD as NUM_OLD
 from pyro_snf.free_form.reconstruction import _steps, variance_of
 from tests.pairs import (
@@ -196,7 +197,7 @@ def test_penalty_is_the_formula(
     f = Recorder(pair.forward_net)
     log_det_of(pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0}), x)
     ends = f.inputs[-1].detach()  # and nothing is remembered yet
-    assert len(rows[-1].unique()) == len(ends) == NUM_NEW
+    assert len(rows[-1].unique()) == len(ends) == MIN_NEW
     error = error_of(pair, x).square().sum(1)
     pair.zero_grad()
     terms = 3 * contraction_by_hand(pair, x, x[rows[-1]], ends).log1p().mean()
@@ -257,7 +258,7 @@ def test_next_steps_are_along_the_change_of_the_error(dim: int, rows: list[Tenso
     assert torch.equal(penalty.remembered_starts, ends)
     step = penalty.remembered_steps
     turned = F.cosine_similarity(step, error_of(pair, ends) - error_of(pair, x[rows[-1]]), dim=1)
-    assert is_close(turned, torch.ones(NUM_NEW), EXACT)
+    assert is_close(turned, torch.ones(MIN_NEW), EXACT)
     # Each is as long as another one from x; no longer than the data are wide, or than normal events
     # differ from their mean in one direction.
     deviation = x.var(0, unbiased=False).mean().sqrt()
@@ -288,11 +289,11 @@ def test_noise_is_a_function_of_the_seed_and_the_step(log_det: str) -> None:
     assert len({one[:6].sum().item() for one in f.inputs if len(one) >= 6}) == 3  # and x
 
 
-@pytest.mark.parametrize("count", [1, 10, 40])
+@pytest.mark.parametrize("count", [1, 10, 40, 200, 1000])
 def test_steps_that_are_new_or_of_large_contraction_are_remembered_and_turned(
     count: int, rows: list[Tensor]
 ) -> None:
-    pair, num_new = bad_pair(), min(count, NUM_NEW)
+    pair, num_new = bad_pair(), min(count, max(MIN_NEW, count // 4), MAX_NEW)
     f = Recorder(pair.forward_net)
     options = {"log_det": "exact", "reconstruction": {"weight": 1.0, "seed": 0}}
     layer = pair_of(f, pair.inverse_net, **options)
@@ -356,7 +357,7 @@ def test_steps_are_remembered_with_their_context(rows: list[Tensor]) -> None:
         starts = penalty.remembered_starts
         place = (points.unsqueeze(0) == starts.unsqueeze(1)).all(2).double().argmax(1)
         assert torch.equal(penalty.remembered_context, contexts[place])
-    assert len(starts) == NUM_NEW + NUM_OLD
+    assert len(starts) == MIN_NEW + NUM_OLD
 
 
 def test_steps_of_events_of_another_shape_are_forgotten() -> None:
@@ -417,7 +418,7 @@ def test_controller_sees_the_largest_contraction(rows: list[Tensor]) -> None:
         with torch.no_grad():
             next(pair.forward_net.parameters()).mul_(size)
         log_det_of(layer, x)
-        sizes = [NUM_NEW, num_known, num_known]
+        sizes = [MIN_NEW, num_known, num_known]
         ends, starts, next_ends = f.inputs[-1].detach().split(sizes)
         starts, ends = torch.cat([x[rows[-1]], starts]), torch.cat([ends, next_ends])
         expected = contraction_by_hand(pair, x, starts, ends).max().item()
@@ -618,7 +619,7 @@ def test_graphs_do_not_accumulate(log_det: str) -> None:
     assert [one() for one in references[0] + references[1]] == [None] * 6
     layer = free_form(8, width=64, log_det=log_det)  # nor does a copy hold any
     for number in range(2):
-        log_det_of(layer, events(40, 8, seed=number))
+        log_det_of(layer, events(300, 8, seed=number))
     small, x = len(pickle.dumps(layer)), events(5000, 8)
     log_det_of(layer, x)
     layer.inv(x)

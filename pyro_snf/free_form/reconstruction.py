@@ -34,9 +34,10 @@ _FARTHEST = 3.0
 # look in: held at 0.8, 256 modes in eight dimensions fold.
 _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 
-# The x̃ of a step of training, and the steps that are looked at again. What counts is their number,
-# and not their share of the batch: with 16 and 8, folds away from the data are not found for long.
-_NUM_NEW, _NUM_OLD = 32, 16
+# The x̃ of a step of training are a quarter of the batch, but no fewer than 32: with 16, folds away
+# from the data are not found for long; and no more than 64, for they are remembered. And the steps
+# that are looked at again and again: with none, λ is too small; 16 gain little over 8.
+_MIN_NEW, _MAX_NEW, _NUM_OLD = 32, 64, 8
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
 # λ at first, with which the steps that Adam makes then do not fold f; the smallest one, times √D:
@@ -64,7 +65,7 @@ class Reconstruction(nn.Module):
     :math:`\|(I - J_g J_f)\,v\|^2` with a unit vector v, and :math:`J_f` is not singular where that
     is below 1 for all of them.
 
-    **Where.** For 32 events of the batch,
+    **Where.** For a quarter of the batch, but 32 to 64 events,
 
     .. math::
         \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log r),
@@ -79,7 +80,7 @@ class Reconstruction(nn.Module):
     turns to where c is large. It is as long as that to another x̃, but no longer than the data are
     wide, :math:`\sqrt D\,s`, and than 3 s, as far as normal latents are in a given direction. It is
     remembered, with the context, and looked at in the next step of training: so all errors are from
-    one pass through f and g. The 16 steps with the largest c are looked at again, each after
+    one pass through f and g. The eight steps with the largest c are looked at again, each after
     another step of the power method. So a fold that a few events come to is not forgotten before it
     has gone.
 
@@ -213,7 +214,8 @@ class Reconstruction(nn.Module):
         """
         generator = self.probes.next_generator(x.device, stream=_NOISE)
         # At random, for a batch may be all data in their order.
-        chosen = torch.randperm(len(x), generator=generator, device=x.device)[:_NUM_NEW]
+        chosen = torch.randperm(len(x), generator=generator, device=x.device)
+        chosen = chosen[: min(max(_MIN_NEW, len(x) // 4), _MAX_NEW)]
         ends = x[chosen] + _steps(x, chosen, variance, generator)
         steps = ends - x[chosen]  # with the rounding of the ends
         count, here = len(chosen), tuple(one[chosen] for one in context)
