@@ -440,6 +440,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         {
             "tolerance": number(lambda x: 0 < x < 1e18),
             "weight": positive,
+            "min_weight": number(lambda x: 0 <= x <= 1),
             "max_weight": number(lambda x: x >= 1),
             "rate": positive,
             "fall": positive,

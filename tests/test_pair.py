@@ -56,6 +56,7 @@ from tests.pairs import (
 from tests.registry import (
     LOG_DETS,
     assert_gradients_equal,
+    conditional_pair,
     density_by_inverse,
     density_loss,
     exact_pair,
@@ -196,11 +197,13 @@ def test_penalty_is_the_formula(
     actual = penalty_gradients(pair, given, cotangent, log_det=log_det, trains=trains)
     f = Recorder(pair.forward_net)
     log_det_of(pair_of(f, pair.inverse_net, **seeded("exact"), reconstruction={"seed": 0}), x)
-    ends = f.inputs[-1].detach()  # and nothing is remembered yet
-    assert len(rows[-1].unique()) == len(ends) == MIN_NEW
+    ends = f.inputs[-1][:MIN_NEW].detach()
+    assert len(rows[-1].unique()) == MIN_NEW
     error = error_of(pair, x).square().sum(1)
     pair.zero_grad()
-    terms = 3 * contraction_by_hand(pair, x, x[rows[-1]], ends).log1p().mean()
+    # The steps to be remembered are 0 yet.
+    terms = 3 * contraction_by_hand(pair, x, x[rows[-1]], ends).log1p().sum()
+    terms = terms / (2 * MIN_NEW + NUM_OLD)
     terms = terms + 3 * torch.log(1 + error / (3 * x.var(0, unbiased=False).mean()))
     # Scaled with the log-determinant, and minimized whatever the sign of its cotangent.
     (0.7 * cotangent.abs() * terms).sum().backward()
@@ -254,9 +257,10 @@ def test_next_steps_are_along_the_change_of_the_error(dim: int, rows: list[Tenso
     f = Recorder(pair.forward_net)
     layer = pair_of(f, pair.inverse_net, dim, log_det="exact", reconstruction={"seed": 0})
     log_det_of(layer, x)
-    penalty, ends = layer.reconstruction, f.inputs[-1].detach()
-    assert torch.equal(penalty.remembered_starts, ends)
-    step = penalty.remembered_steps
+    penalty, ends = layer.reconstruction, f.inputs[-1][:MIN_NEW].detach()
+    new = slice(NUM_OLD, NUM_OLD + MIN_NEW)
+    assert torch.equal(penalty.remembered_starts[new], ends)
+    step = penalty.remembered_steps[new]
     turned = F.cosine_similarity(step, error_of(pair, ends) - error_of(pair, x[rows[-1]]), dim=1)
     assert is_close(turned, torch.ones(MIN_NEW), EXACT)
     # Each is as long as another one from x; no longer than the data are wide, or than normal events
@@ -298,26 +302,28 @@ def test_steps_that_are_new_or_of_large_contraction_are_remembered_and_turned(
     options = {"log_det": "exact", "reconstruction": {"weight": 1.0, "seed": 0}}
     layer = pair_of(f, pair.inverse_net, **options)
     penalty = layer.reconstruction
-    known_starts, known_steps = torch.zeros(2, 0, 3)
+    known_starts, known_steps = torch.zeros(2, num_new + NUM_OLD, 3)
     for number in range(4):
         x = events(count, 3, seed=number)
         log_det_of(layer, x)
         sizes = [num_new, len(known_starts), len(known_starts)]
         ends, starts, next_ends = f.inputs[-1].detach().split(sizes)
-        assert torch.equal(starts, known_starts)
-        assert torch.equal(next_ends, known_starts + known_steps)
+        is_none = (known_steps == 0).all(1)
+        assert torch.equal(starts, torch.where(is_none.unsqueeze(1), x[:1], known_starts))
+        assert torch.equal(next_ends, starts + known_steps)
         contraction = contraction_by_hand(pair, x, starts, next_ends)
-        kept = contraction.topk(min(NUM_OLD, len(starts))).indices
-        known_starts, known_steps = penalty.remembered_starts, penalty.remembered_steps
-        assert torch.equal(known_starts, torch.cat([ends, starts[kept]]))
-        assert len(known_starts) <= num_new + NUM_OLD
+        kept = contraction.where(~is_none, 0.0).topk(NUM_OLD).indices
+        known_starts = penalty.remembered_starts[: num_new + NUM_OLD].clone()
+        known_steps = penalty.remembered_steps[: num_new + NUM_OLD].clone()
+        assert torch.equal(known_starts, torch.cat([starts[kept], ends]))
         change = error_of(pair, ends) - error_of(pair, x[rows[-1]])
         old_change = (error_of(pair, next_ends) - error_of(pair, starts))[kept]
-        turned = F.cosine_similarity(known_steps, torch.cat([change, old_change]))
+        is_none = (known_steps == 0).all(1)
+        assert is_none.sum() == max(0, NUM_OLD - number * num_new)
+        turned = F.cosine_similarity(known_steps, torch.cat([old_change, change]))[~is_none]
         assert is_close(turned, torch.ones_like(turned), EXACT)
         lengths = (next_ends - starts)[kept].norm(dim=1)  # those of the old ones stay
-        assert is_close(known_steps[num_new:].norm(dim=1), lengths, EXACT)
-    assert len(known_starts) == num_new + min(NUM_OLD, 3 * num_new)
+        assert is_close(known_steps[:NUM_OLD].norm(dim=1), lengths, EXACT)
     # Events that are not finite are not remembered.
     log_det_of(layer, torch.full((4, 3), math.nan))
     assert penalty.remembered_starts.isfinite().all()
@@ -345,19 +351,18 @@ def test_contraction_is_looked_at_where_it_was_large_before() -> None:
 def test_steps_are_remembered_with_their_context(rows: list[Tensor]) -> None:
     layer = conditional_self_normalizing_pair(3, 2, [4], log_det="exact")
     layer.transform.forward_net = f = Recorder(layer.transform.forward_net)
-    penalty = layer.transform.reconstruction
+    penalty, size = layer.transform.reconstruction, NUM_OLD + MIN_NEW
     for number in range(3):
         known = penalty.remembered_context
         x, context = events(40, 3, seed=number), events(40, 2, seed=10 + number)
+        is_none = (penalty.remembered_steps[:size] == 0).all(1, keepdim=True)
+        known = context[:1].where(is_none, 0.0 if known is None else known[:size].clone())
         log_det_of(layer.condition(context), x)
         points, (contexts,) = f.inputs[-1], f.contexts[-1]
-        here = context[rows[-1]]
-        expected = here if known is None else torch.cat([here, known, known])
-        assert torch.equal(contexts, expected)
-        starts = penalty.remembered_starts
+        assert torch.equal(contexts, torch.cat([context[rows[-1]], known, known]))
+        starts = penalty.remembered_starts[:size]
         place = (points.unsqueeze(0) == starts.unsqueeze(1)).all(2).double().argmax(1)
-        assert torch.equal(penalty.remembered_context, contexts[place])
-    assert len(starts) == MIN_NEW + NUM_OLD
+        assert torch.equal(penalty.remembered_context[:size], contexts[place])
 
 
 def test_steps_of_events_of_another_shape_are_forgotten() -> None:
@@ -365,26 +370,32 @@ def test_steps_of_events_of_another_shape_are_forgotten() -> None:
     layer = SelfNormalizingPair(f, g, event_dim=1, log_det="learned")
     for dim, num_known in [(3, 0), (3, 6), (4, 0), (4, 6), (4, 12), (3, 0)]:
         log_det_of(layer, events(6, dim))
-        assert len(f.inputs[-1]) == 6 + 2 * num_known, dim
+        _, starts, ends = f.inputs[-1].split([6, 6 + NUM_OLD, 6 + NUM_OLD])
+        assert (starts != ends).any(1).sum() == num_known, dim
 
 
-def test_what_is_remembered_is_saved_and_loaded() -> None:
-    layer = bad_pair(log_det="exact", reconstruction={"weight": 1.0, "seed": 0})
+@pytest.mark.parametrize("log_det", ["exact", "refined"])
+def test_what_is_remembered_is_saved_and_loaded(log_det: str) -> None:
+    options = {**seeded(log_det), "reconstruction": {"weight": 1.0, "seed": 0}}
+
+    def log_prob(layer: SelfNormalizingPair, seed: int) -> None:
+        context = events(40, 2, seed=seed)
+        log_det_of(layer.condition(context), events(40, 3, seed=seed)).sum().backward()
+
+    layer, other = (conditional_pair(**options) for _ in range(2))
     empty = copy.deepcopy(layer.state_dict())
-    for number in range(3):
-        log_det_of(layer, events(40, 3, seed=number))
+    for seed in range(3):
+        log_prob(layer, seed)
     saved = copy.deepcopy(layer.state_dict())
-    names = {"remembered_starts", "remembered_steps"}
-    assert {name.split(".")[-1] for name in saved.keys() - empty.keys()} == names
-    other = bad_pair(log_det="exact", reconstruction={"weight": 1.0, "seed": 0})
+    assert {name.split(".")[-1] for name in saved.keys() - empty.keys()} == {"remembered_context"}
     other.load_state_dict(saved)
-    x = events(40, 3, seed=3)
     for one in (layer, other):
         one.zero_grad()
-        log_det_of(one, x).sum().backward()
+        log_prob(one, 3)
     assert_same(gradients(other), gradients(layer))
     other.load_state_dict(empty)
-    assert other.reconstruction.remembered_starts is None
+    assert other.transform.reconstruction.remembered_context is None
+    assert not other.transform.reconstruction.remembered_steps.any()
 
 
 # --- The weight λ: controlled, or on a schedule -------------------------------------------------
@@ -413,7 +424,7 @@ def test_controller_sees_the_largest_contraction(rows: list[Tensor]) -> None:
     f = Recorder(pair.forward_net)
     options = {"log_det": "exact", "reconstruction": {"weight": controller, "seed": 0}}
     layer = pair_of(f, pair.inverse_net, **options)
-    num_known = 0
+    num_known = NUM_OLD + MIN_NEW
     for size in (0.99, 1.01, 0.98):
         with torch.no_grad():
             next(pair.forward_net.parameters()).mul_(size)
@@ -424,7 +435,6 @@ def test_controller_sees_the_largest_contraction(rows: list[Tensor]) -> None:
         expected = contraction_by_hand(pair, x, starts, ends).max().item()
         actual = layer.reconstruction.weight.mean_square_error.item()
         assert actual == pytest.approx(expected, rel=EXACT)
-        num_known = len(layer.reconstruction.remembered_starts)
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
 
 
@@ -540,13 +550,13 @@ def test_one_pass_of_each_network_a_step_and_checks_of_few_events_once_in_each_m
     assert all(len(one) <= 16 for one in f.inputs[:-1])
     for use in (lambda x: density_loss(layer, x), lambda x: log_det_of(layer, x).sum()):
         use(events(6, 3))
-        before = len(layer.reconstruction.remembered_starts)
         f.inputs.clear()
         g.inputs.clear()
         use(events(6, 3)).backward()
         # x; and around it, and what is remembered.
-        assert [len(one) for one in f.inputs] == [6, 6 + 2 * before]
-        assert [len(one) for one in g.inputs] == [6, 6 + 2 * before]
+        around = 6 + 2 * (NUM_OLD + 6)
+        assert [len(one) for one in f.inputs] == [6, around]
+        assert [len(one) for one in g.inputs] == [6, around]
     for mode in (True, False):
         layer.train(mode)
         layer(x.clone())
@@ -618,8 +628,6 @@ def test_graphs_do_not_accumulate(log_det: str) -> None:
         gc.enable()
     assert [one() for one in references[0] + references[1]] == [None] * 6
     layer = free_form(8, width=64, log_det=log_det)  # nor does a copy hold any
-    for number in range(2):
-        log_det_of(layer, events(300, 8, seed=number))
     small, x = len(pickle.dumps(layer)), events(5000, 8)
     log_det_of(layer, x)
     layer.inv(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_snf.caching import ParameterState
 from pyro_snf.free_form.linearization import Context, Linearization
 from pyro_snf.free_form.network_pair import NetworkPair
-from pyro_snf.options import as_seed, check_choice
+from pyro_snf.options import as_seed, check_choice, is_dense
 from pyro_snf.penalty import GECO, PenaltyWeight, StepCounter, as_penalty_weight, penalty_factor
 from pyro_snf.precision import at_least_float32
 from pyro_snf.probes import ProbeStream, draw_probes
@@ -38,6 +38,7 @@ _CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
 # from the data are not found for long; and no more than 64, for they are remembered. And the steps
 # that are looked at again and again: with none, λ is too small; 16 gain little over 8.
 _MIN_NEW, _MAX_NEW, _NUM_OLD = 32, 64, 8
+_NUM_REMEMBERED = _NUM_OLD + _MAX_NEW
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
 # λ at first, with which the steps that Adam makes then do not fold f; the smallest one, times √D:
@@ -135,9 +136,13 @@ class Reconstruction(nn.Module):
         :param event_shape: of events; None for any.
         :param Tensor like: of the networks' device and dtype.
         """
-        # A step of 0 stands for none.
+        # The old steps first; 0 stands for none. Without a shape yet, a buffer is made at its use.
         for name in _REMEMBERED:
             self.register_buffer(name, None)
+        if event_shape is not None:
+            self.remembered_starts = like.new_zeros(_NUM_REMEMBERED, *event_shape)
+            self.remembered_steps = torch.zeros_like(self.remembered_starts)
+        self._made_at_use = _REMEMBERED if event_shape is None else _REMEMBERED[2:]
         if self._is_default and event_shape is not None:
             self.weight = _controller(event_shape.numel())
         if isinstance(self.weight, GECO):
@@ -148,15 +153,19 @@ class Reconstruction(nn.Module):
     def reset_parameters(self) -> None:
         """Forget the steps that are remembered."""
         for name in _REMEMBERED:
-            setattr(self, name, None)
+            known = getattr(self, name)
+            if known is not None:
+                known.zero_()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # As many steps, of events of any shape, as have been saved.
-        for name in _REMEMBERED:
+        for name in self._made_at_use:
             saved = state_dict.get(prefix + name)
-            setattr(self, name, torch.empty_like(saved) if isinstance(saved, Tensor) else None)
+            if is_dense(saved) and saved.shape[:1] == (_NUM_REMEMBERED,):
+                setattr(self, name, torch.empty_like(saved))
+            else:
+                setattr(self, name, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
@@ -219,7 +228,7 @@ class Reconstruction(nn.Module):
         ends = x[chosen] + _steps(x, chosen, variance, generator)
         steps = ends - x[chosen]  # with the rounding of the ends
         count, here = len(chosen), tuple(one[chosen] for one in context)
-        starts, known, *known_context = self._remembered(x, context)
+        starts, known, *known_context = self._remembered(x, context, count)
 
         points = torch.cat([ends, starts, starts + known])
         contexts = tuple(
@@ -245,23 +254,32 @@ class Reconstruction(nn.Module):
         self._remember(contraction, count, points[: len(turned)], turned, context)
         return contraction
 
-    def _remembered(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
-        """The starts, the steps and the context that are remembered, those of another shape not.
+    def _remembered(self, x: Tensor, context: Context, num_new: int) -> tuple[Tensor, ...]:
+        """The starts, the steps and the context that are remembered, the old ones first.
 
         An event and its context, and a step of 0, take the place of none.
         """
         like = (x, x, *context)
-        known = [getattr(self, name) for name in _REMEMBERED[: len(like)]]
-        pairs = list(zip(known, like, strict=True))
-        if any(one is None or one.shape[1:] != other.shape[1:] for one, other in pairs):
-            return tuple(other[:0] for other in like)
-        starts, steps, *rest = (one.to(other) for one, other in pairs)
+        known = self._memory(like)
+        starts, steps, *rest = (
+            one[: _NUM_OLD + num_new].to(other) for one, other in zip(known, like, strict=True)
+        )
         is_none = _square(steps) == 0
         starts, *rest = (
             torch.where(_like_events(is_none, one), other[:1], one)
             for one, other in zip([starts, *rest], (x, *context), strict=True)
         )
         return starts, steps, *rest
+
+    def _memory(self, like: tuple[Tensor, ...]) -> list[Tensor]:
+        """The buffers for steps of such events; new ones if they are of another shape."""
+        names = _REMEMBERED[: len(like)]
+        known = [getattr(self, name) for name in names]
+        if any(a is None or a.shape[1:] != b.shape[1:] for a, b in zip(known, like, strict=True)):
+            known = [one.new_zeros(_NUM_REMEMBERED, *one.shape[1:]) for one in like]
+            for name, one in zip(names, known, strict=True):
+                setattr(self, name, one)
+        return known
 
     @torch.no_grad()
     def _remember(
@@ -270,10 +288,11 @@ class Reconstruction(nn.Module):
         """Keep the first steps, which are new, and the others with the largest c."""
         is_finite = torch.isfinite(contraction)
         old = torch.where(is_finite, contraction, -1.0)[num_new:]
-        kept = num_new + old.topk(min(len(old), _NUM_OLD)).indices
-        for name, one in zip(_REMEMBERED, (starts, steps, *context), strict=False):
+        kept = num_new + old.topk(_NUM_OLD).indices
+        found = (starts, steps, *context)
+        for known, one in zip(self._memory(found), found, strict=True):
             one = torch.where(_like_events(is_finite, one), one, 0)
-            setattr(self, name, torch.cat([one[:num_new], one[kept]]))
+            known[: _NUM_OLD + num_new] = torch.cat([one[kept], one[:num_new]])
 
 
 def _controller(dim: float) -> GECO:
