@@ -108,9 +108,9 @@ class Reconstruction(nn.Module):
 
     TRAINS = ("both", "inverse")
 
-    remembered_starts: Tensor | None
-    remembered_steps: Tensor | None
-    remembered_context: Tensor | None
+    remembered_starts: Tensor
+    remembered_steps: Tensor
+    remembered_context: Tensor
 
     def __init__(
         self,
@@ -136,13 +136,13 @@ class Reconstruction(nn.Module):
         :param event_shape: of events; None for any.
         :param Tensor like: of the networks' device and dtype.
         """
-        # The old steps first; 0 stands for none. Without a shape yet, a buffer is made at its use.
-        for name in _REMEMBERED:
-            self.register_buffer(name, None)
-        if event_shape is not None:
-            self.remembered_starts = like.new_zeros(_NUM_REMEMBERED, *event_shape)
-            self.remembered_steps = torch.zeros_like(self.remembered_starts)
-        self._made_at_use = _REMEMBERED if event_shape is None else _REMEMBERED[2:]
+        # The old steps first; 0 stands for none.
+        shape = () if event_shape is None else (_NUM_REMEMBERED, *event_shape)
+        self.register_buffer("remembered_starts", like.new_zeros(shape or 0))
+        self.register_buffer("remembered_steps", like.new_zeros(shape or 0))
+        # Of contexts, and of events of any shape, there are none before the first use.
+        self.register_buffer("remembered_context", like.new_zeros(0))
+        self._made_at_use = _REMEMBERED[2 if shape else 0 :]
         if self._is_default and event_shape is not None:
             self.weight = _controller(event_shape.numel())
         if isinstance(self.weight, GECO):
@@ -154,18 +154,15 @@ class Reconstruction(nn.Module):
         """Forget the steps that are remembered."""
         for name in _REMEMBERED:
             known = getattr(self, name)
-            if known is not None:
-                known.zero_()
+            setattr(self, name, known.new_zeros(0 if name in self._made_at_use else known.shape))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         for name in self._made_at_use:
             saved = state_dict.get(prefix + name)
-            if is_dense(saved) and saved.shape[:1] == (_NUM_REMEMBERED,):
-                setattr(self, name, torch.empty_like(saved))
-            else:
-                setattr(self, name, None)
+            if is_dense(saved) and saved.shape[:1] in ((0,), (_NUM_REMEMBERED,)):
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
@@ -272,14 +269,12 @@ class Reconstruction(nn.Module):
         return starts, steps, *rest
 
     def _memory(self, like: tuple[Tensor, ...]) -> list[Tensor]:
-        """The buffers for steps of such events; new ones if they are of another shape."""
-        names = _REMEMBERED[: len(like)]
-        known = [getattr(self, name) for name in names]
-        if any(a is None or a.shape[1:] != b.shape[1:] for a, b in zip(known, like, strict=True)):
-            known = [one.new_zeros(_NUM_REMEMBERED, *one.shape[1:]) for one in like]
-            for name, one in zip(names, known, strict=True):
-                setattr(self, name, one)
-        return known
+        """The buffers for such events and contexts; new ones if they are of another shape."""
+        names, shapes = _REMEMBERED[: len(like)], [(_NUM_REMEMBERED, *x.shape[1:]) for x in like]
+        if [getattr(self, name).shape for name in names] != shapes:
+            for name, one, shape in zip(names, like, shapes, strict=True):
+                setattr(self, name, one.new_zeros(shape))
+        return [getattr(self, name) for name in names]
 
     @torch.no_grad()
     def _remember(
