@@ -41,11 +41,14 @@ _MIN_NEW, _MAX_NEW, _NUM_OLD = 32, 64, 8
 _NUM_REMEMBERED = _NUM_OLD + _MAX_NEW
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
-# λ at first, with which the steps that Adam makes then do not fold f; the smallest one, times √D:
-# as long as f is almost linear, λ falls, and would be too small for long when that ends; and the
-# largest: where the penalty is all that counts, a larger λ reduces no c, and would take the longer
-# to fall. λ rises fast, and falls five times as slowly: so most batches are below what is held.
+# λ√D at first, with which the steps that Adam makes then do not fold f; at least, for λ falls as
+# long as f is almost linear, and would be too small for long when that ends; and at most: where the
+# penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ rises
+# fast, and falls five times as slowly: so most batches are below what is held.
 _FIRST_WEIGHT, _MIN_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 0.3, 20.0, 0.1, 0.2
+
+# D, where events may be of any size: that of small images.
+_ANY_SIZE = 1000
 
 
 class Reconstruction(nn.Module):
@@ -97,8 +100,8 @@ class Reconstruction(nn.Module):
 
     :param weight: λ: a number, a function of the number of steps taken, or a
         :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        it is ``GECO(0.6 + 0.35 / D**0.5, weight=10.0, min_weight=0.3 / D**0.5, max_weight=20.0,
-        rate=0.1, fall=0.2, decay=0.0)``, with 0.6 and 0 for events of any size.
+        it is ``GECO(0.6 + 0.35 / r, weight=10 / r, min_weight=0.3 / r, max_weight=20 / r, rate=0.1,
+        fall=0.2, decay=0.0)`` with r = √D, and D = 1000 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -121,7 +124,7 @@ class Reconstruction(nn.Module):
     ) -> None:
         super().__init__()
         self._is_default = weight is None
-        given = _controller(math.inf) if weight is None else weight
+        given = _controller(_ANY_SIZE) if weight is None else weight
         self.weight = as_penalty_weight("weight", given)
         check_choice("trains", trains, self.TRAINS)
         self.trains = trains
@@ -290,14 +293,14 @@ class Reconstruction(nn.Module):
             known[: _NUM_OLD + num_new] = torch.cat([one[kept], one[:num_new]])
 
 
-def _controller(dim: float) -> GECO:
-    """The default weight for events of D elements, infinite if that is not known."""
-    contraction = _CONTRACTION + _ADDED_CONTRACTION / math.sqrt(dim)
+def _controller(dim: int) -> GECO:
+    """The default weight for events of D elements."""
+    root = math.sqrt(dim)
     return GECO(
-        contraction,
-        weight=_FIRST_WEIGHT,
-        min_weight=_MIN_WEIGHT / math.sqrt(dim),
-        max_weight=_MAX_WEIGHT,
+        _CONTRACTION + _ADDED_CONTRACTION / root,
+        weight=_FIRST_WEIGHT / root,
+        min_weight=_MIN_WEIGHT / root,
+        max_weight=_MAX_WEIGHT / root,
         rate=_RATE,
         fall=_FALL,
         decay=0.0,
