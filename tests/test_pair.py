@@ -410,6 +410,19 @@ def test_weight_moves_once_a_step_and_a_controlled_one_both_ways(log_det: str) -
     assert calls == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("dim", [1, 9, 784, None])
+def test_default_controller_has_bounds_for_the_size_of_events(dim: int | None) -> None:
+    shape = {"event_dim": 1} if dim is None else {"event_shape": dim}
+    layer = SelfNormalizingPair(nn.PReLU(), nn.PReLU(), **shape)
+    controller, root = layer.reconstruction.weight, (dim or 1000) ** 0.5
+    assert controller.tolerance == pytest.approx(0.6 + 0.35 / root)
+    assert controller.weight.item() == pytest.approx(10 / root)
+    for error, bound in [(0.0, 0.3 / root), (100.0, 20 / root)]:
+        for _ in range(300):
+            controller.update(torch.tensor(error))
+        assert controller.weight.item() == pytest.approx(bound)
+
+
 def test_controller_sees_the_largest_contraction(rows: list[Tensor]) -> None:
     controller, pair, x = GECO(0.01, decay=0.0), bad_pair(), events(40, 3)
     f = Recorder(pair.forward_net)
