@@ -108,11 +108,14 @@ class Trial:
         base = dist.Normal(torch.zeros(self.dim), 1.0).to_event(1)
         return dist.TransformedDistribution(base, [transform.inv]).log_prob(points)
 
+    def events(self, count: int) -> Tensor:
+        return self.draw(count, self.generator)
+
     def angles(self, count: int) -> Tensor:
         return 2 * math.pi * torch.rand(count, generator=self.generator)
 
     def nll(self, count: int) -> Tensor:
-        return -self.log_prob(self.draw(count, self.generator), self.angles(count)).mean()
+        return -self.log_prob(self.events(count), self.angles(count)).mean()
 
     def step(self, batch: int) -> None:
         self.optimizer.zero_grad()
@@ -120,13 +123,12 @@ class Trial:
         self.optimizer.step()
 
     @torch.no_grad()
-    def share_of_other_signs(self, count: int) -> float:
-        events = self.draw(count, self.generator)
+    def share_of_other_signs(self, events: Tensor) -> float:
         difference = events.roll(1, 0) - events
         points = torch.cat([events, events + difference / 2, events + 1.5 * difference])
         context: tuple[Tensor, ...] = ()
         if self.is_conditional:
-            points, *context = turned(points, self.angles(count).repeat(3))
+            points, *context = turned(points, self.angles(len(events)).repeat(3))
         layer = self.pair.transform if self.is_conditional else self.pair
         sign, _ = exact_slogdet(layer.forward_net, points, tuple(context), ())
         share = (sign > 0).double().mean().item()
@@ -154,11 +156,12 @@ def run(name: str, rate: float, log_det: str, args: argparse.Namespace) -> list[
     for index in range(args.num_steps):
         trial.step(args.batch)
         if (index + 1) % max(1, args.num_steps // 10) == 0:
-            worst = max(worst, trial.share_of_other_signs(NUM_TRIED))
+            worst = max(worst, trial.share_of_other_signs(trial.events(NUM_TRIED)))
     trial.pair.eval()
     with torch.no_grad():
         loss = trial.nll(NUM_TRIED_LAST).item()
-    shares = [f"{100 * x:.2f} %" for x in (worst, trial.share_of_other_signs(NUM_TRIED_LAST))]
+    last = trial.share_of_other_signs(trial.events(NUM_TRIED_LAST))
+    shares = [f"{100 * share:.2f} %" for share in (worst, last)]
     layer = trial.pair.transform if args.conditional else trial.pair
     weight = layer.reconstruction.weight.weight.item()
     found = [f"{loss:.3f}", *shares, f"{trial.integral():.4f}", f"{weight:.2g}"]

@@ -196,11 +196,35 @@ def test_folds_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[4:6] for row in rows] == [["0.00 %", "0.00 %"]] * 4
     assert [row[6] for row in rows[2:]] == ["nan", "nan"]
     # Of x², at 1, −2, 3, halfway 2, −½, ½, and beyond 4, 2½, −4½.
-    pair = folds.self_normalizing_pair(1)
-    pair.forward_net = torch.nn.Identity()
-    pair.forward_net.forward = torch.square
-    share = folds.share_of_other_signs(pair, torch.tensor([[1.0], [-2.0], [3.0]]))
+    trial = folds.Trial("line", 1e-3, "exact", is_conditional=False, seed=0)
+    trial.pair.forward_net = torch.nn.Identity()
+    trial.pair.forward_net.forward = torch.square
+    share = trial.share_of_other_signs(torch.tensor([[1.0], [-2.0], [3.0]]))
     assert share == pytest.approx(3 / 9)
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_folds_with_a_context_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    folds = importlib.import_module("folds")
+    folds.main(["--conditional", "--rates", "1e-3", "--num-steps", "2", "--batch", "4"])
+    ((_, *rows),) = tables(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["moons", "moons", "rings", "rings", "corners", "corners"]
+    assert [row[4:6] for row in rows] == [["0.00 %", "0.00 %"]] * 6
+    assert all(abs(float(row[6]) - 1) < 0.005 for row in rows)
+    # f squares the first coordinate along the context, so that points of both signs fold.
+    trial = folds.Trial("moons", 1e-3, "exact", is_conditional=True, seed=0)
+
+    def along(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        first = (x * context).sum(1)
+        second = x[:, 1] * context[:, 0] - x[:, 0] * context[:, 1]
+        return torch.stack([first.square(), second], dim=1)
+
+    trial.pair.transform.forward_net = torch.nn.Identity()
+    trial.pair.transform.forward_net.forward = along
+    points = torch.tensor([[1.0, 0.3], [-2.0, 0.1], [3.0, 0.2]])
+    assert trial.share_of_other_signs(points) == pytest.approx(3 / 9)
+    with pytest.raises(SystemExit):
+        folds.main(["--conditional", "--data", "line"])
 
 
 @pytest.mark.parametrize(
