@@ -186,7 +186,7 @@ def krylov(
     basis = rows.new_empty(count, max_steps, dim)
     basis[:, 0] = (rows / divisor).nan_to_num(0.0)
     images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which spans the solutions
-    products: list[Tensor] = []  # J P⁻¹ Q
+    products: list[Tensor] = []  # J P⁻¹ Q, for a last step that is predicted
     unread = [size]  # and then the columns of H, shape (B, step + 2)
     columns: list[NDArray[np.float64]] = []  # with the batch last
     problem = _LeastSquares(count)
@@ -199,7 +199,8 @@ def krylov(
             image = preconditioner(basis[:, step].view_as(vectors)).flatten(1)
         images_of_basis[:, step] = image
         vector = operator(image.view_as(vectors)).flatten(1)
-        products.append(vector)
+        if is_predicted:
+            products.append(vector)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
         unread.append(torch.cat([column, rest], dim=1))
         if step + 1 >= first_look:
