@@ -98,6 +98,7 @@ class Trial:
             )
         else:
             self.pair = self_normalizing_pair(self.dim, log_det=log_det)
+        self.layer = self.pair.transform if is_conditional else self.pair
         self.optimizer = torch.optim.Adam(self.pair.parameters(), rate)
 
     def log_prob(self, points: Tensor, angles: Tensor) -> Tensor:
@@ -129,8 +130,7 @@ class Trial:
         context: tuple[Tensor, ...] = ()
         if self.is_conditional:
             points, *context = turned(points, self.angles(len(events)).repeat(3))
-        layer = self.pair.transform if self.is_conditional else self.pair
-        sign, _ = exact_slogdet(layer.forward_net, points, tuple(context), ())
+        sign, _ = exact_slogdet(self.layer.forward_net, points, tuple(context), ())
         share = (sign > 0).double().mean().item()
         return min(share, 1 - share)
 
@@ -162,8 +162,7 @@ def run(name: str, rate: float, log_det: str, args: argparse.Namespace) -> list[
         loss = trial.nll(NUM_TRIED_LAST).item()
     last = trial.share_of_other_signs(trial.events(NUM_TRIED_LAST))
     shares = [f"{100 * share:.2f} %" for share in (worst, last)]
-    layer = trial.pair.transform if args.conditional else trial.pair
-    weight = layer.reconstruction.weight.weight.item()
+    weight = trial.layer.reconstruction.weight.weight.item()
     found = [f"{loss:.3f}", *shares, f"{trial.integral():.4f}", f"{weight:.2g}"]
     return [name, f"{rate:g}", log_det, *found]
 

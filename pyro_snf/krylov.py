@@ -210,14 +210,15 @@ def krylov(
             while problem.num_steps <= step:
                 before, latest = columns[problem.num_steps : problem.num_steps + 2]
                 last, residual = residual, problem.add(latest, before[-1])
-                is_solved = measure(residual) <= tolerance
-                if is_predicted and not is_solved:
+                is_done = measure(residual) <= tolerance
+                if is_predicted and not is_done:
                     is_halved = residual < last / 2
                     ratio = np.divide(residual, last, out=np.ones(count), where=is_halved)
                     is_corrected = _PREDICTION_ERROR * measure(residual * ratio) <= tolerance
-                if is_solved or is_corrected:
+                    is_done = is_corrected
+                if is_done:
                     break
-            if is_solved or is_corrected or step + 1 == max_steps:
+            if is_done or step + 1 == max_steps:
                 break
         basis[:, step + 1] = direction
     weights = send(torch.from_numpy(problem.solution()).mT, rows).unsqueeze(1)  # (B, 1, n)

@@ -46,28 +46,25 @@ def test_weight_starts_where_it_is_told() -> None:
     assert "min_weight=0.5, max_weight=3.0, " in repr(GECO(0.1, min_weight=0.5, max_weight=3))
 
 
-def test_weight_is_bounded_and_falls_from_there() -> None:
-    controller = GECO(0.1, weight=2.0, max_weight=3.0, rate=0.1, decay=0.0)
+@pytest.mark.parametrize(
+    ("name", "bound", "error", "expected", "bad"),
+    [
+        ("min_weight", 1.5, 0.0, r"min_weight in \[0, 2.0\], the first one", (2.1, -0.1)),
+        ("max_weight", 3.0, 1.0, "max_weight >= 2.0, the first one", (1.9,)),
+    ],
+)
+def test_weight_is_bounded_and_leaves_the_bound(
+    name: str, bound: float, error: float, expected: str, bad: tuple[float, ...]
+) -> None:
+    controller = GECO(0.1, weight=2.0, rate=0.1, decay=0.0, **{name: bound})
     for _ in range(20):
-        controller.update(torch.tensor(1.0))
-    assert controller.weight.item() == pytest.approx(3.0)
-    controller.update(torch.tensor(0.0))
-    assert controller.weight.item() == pytest.approx(3.0 * math.exp(-0.1))
-    for bad in (1.9, math.nan, "3"):
-        with pytest.raises(ValueError, match=r"max_weight >= 2.0, the first one"):
-            GECO(0.1, weight=2.0, max_weight=bad)
-
-
-def test_weight_has_a_smallest_value_and_rises_from_there() -> None:
-    controller = GECO(0.1, weight=2.0, min_weight=1.5, rate=0.1, decay=0.0)
-    for _ in range(20):
-        controller.update(torch.tensor(0.0))
-    assert controller.weight.item() == pytest.approx(1.5)
-    controller.update(torch.tensor(1.0))
-    assert controller.weight.item() == pytest.approx(1.5 * math.exp(0.1))
-    for bad in (2.1, -0.1, math.nan, "3"):
-        with pytest.raises(ValueError, match=r"min_weight in \[0, 2.0\], the first one"):
-            GECO(0.1, weight=2.0, min_weight=bad)
+        controller.update(torch.tensor(error))
+    assert controller.weight.item() == pytest.approx(bound)
+    controller.update(torch.tensor(1.0 - error))
+    assert controller.weight.item() == pytest.approx(bound * math.exp(0.1 - 0.2 * error))
+    for value in (*bad, math.nan, "3"):
+        with pytest.raises(ValueError, match=expected):
+            GECO(0.1, weight=2.0, **{name: value})
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-12, 0.01, 0.0999, 0.1, 0.1001, 0.3, 1e12, 1e150])

@@ -226,9 +226,9 @@ class Reconstruction(nn.Module):
         chosen = torch.randperm(len(x), generator=generator, device=x.device)
         chosen = chosen[: min(max(_MIN_NEW, len(x) // 4), _MAX_NEW)]
         ends = x[chosen] + _steps(x, chosen, variance, generator)
-        steps = ends - x[chosen]  # with the rounding of the ends
         count, here = len(chosen), tuple(one[chosen] for one in context)
         starts, known, *known_context = self._remembered(x, context, count)
+        steps = torch.cat([ends - x[chosen], known])  # with the rounding of the ends
 
         points = torch.cat([ends, starts, starts + known])
         contexts = tuple(
@@ -241,15 +241,15 @@ class Reconstruction(nn.Module):
         width = (x[0].numel() * variance).sqrt()
         # Of events next to each other, rounding is all that errors differ by.
         least = (width * _least_scale(x) / 10).square()
-        square = _square(torch.cat([steps, known]))
+        square = _square(steps)
         contraction = _square(change) / (square + least)
 
         # The next steps. If the first ones were as long as those before, short ones would be looked
         # at close to the data alone.
         largest = variance.sqrt() * min(_FARTHEST, math.sqrt(x[0].numel()))
-        lengths = _length(steps).roll(1).clamp(max=largest)
-        lengths = torch.cat([lengths, square[count:].sqrt()])
-        turned = _along(change.detach(), torch.cat([steps, known]), lengths)
+        new, old = square.sqrt().split([count, len(known)])
+        lengths = torch.cat([new.roll(1).clamp(max=largest), old])
+        turned = _along(change.detach(), steps, lengths)
         context = tuple(one[: len(turned)] for one in contexts)
         self._remember(contraction, count, points[: len(turned)], turned, context)
         return contraction
@@ -310,7 +310,7 @@ def _controller(dim: int) -> GECO:
 def _along(change: Tensor, steps: Tensor, lengths: Tensor) -> Tensor:
     """Steps of these lengths in the directions of a change, or of the steps where that is 0."""
     direction = torch.where(_like_events(_square(change) > 0, steps), change, steps)
-    length = _length(direction)
+    length = _square(direction).sqrt()
     scale = lengths / torch.where(length > 0, length, 1.0)
     return (_like_events(scale, steps) * direction).to(steps.dtype)
 
@@ -365,11 +365,6 @@ def variance_of(x: Tensor) -> Tensor:
 def _square(difference: Tensor) -> Tensor:
     """``‖·‖²`` for every event, shape ``(B,)``."""
     return at_least_float32(difference).square().flatten(1).sum(1)
-
-
-def _length(difference: Tensor) -> Tensor:
-    """``‖·‖`` for every event, shape ``(B,)``."""
-    return _square(difference).sqrt()
 
 
 def _like_events(numbers: Tensor, events: Tensor) -> Tensor:
