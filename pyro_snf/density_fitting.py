@@ -369,6 +369,7 @@ class _Run:
             self.losses.append(total / num_rows if num_rows else math.nan)
             text = f"−log p {self.losses[-1]:.4g}"
             if held_out is not None:
+                self._follow()
                 self._keep_best(self._mean_loss(held_out))
                 text += f", in validation {self.validation_losses[-1]:.4g}"
             bar.update(text)
@@ -390,6 +391,7 @@ class _Run:
 
     def finish(self, *, has_validation: bool) -> None:
         """Make the best averages the flow's parameters."""
+        self._follow()
         state = self.best if has_validation else self.averaged.state_dict()
         self.flow.load_state_dict(state)
         self.flow.eval()
@@ -447,6 +449,13 @@ class _Run:
         self.flow.load_state_dict(state)
         self.averaged.load_state_dict(state)
         self._new_optimizer()
+
+    def _follow(self) -> None:
+        """Give the averages what is not averaged: the latest buffers and extra state."""
+        names = {name for name, _ in self.flow.named_parameters(remove_duplicate=False)}
+        state = self.flow.state_dict()
+        rest = {name: value for name, value in state.items() if name not in names}
+        self.averaged.load_state_dict(rest, strict=False)
 
     @torch.no_grad()
     def _mean_loss(self, rows: _Rows) -> float:

@@ -163,7 +163,7 @@ class Run:
     def _follow(self) -> None:
         """Give the averages what is not averaged: what layers keep of the latest weights, such as
         their inverses, as approximate inverses of the averages."""
-        names = {name for name, _ in self.flow.named_parameters()}
+        names = {name for name, _ in self.flow.named_parameters(remove_duplicate=False)}
         state = self.flow.state_dict()
         rest = {name: value for name, value in state.items() if name not in names}
         self.evaluated.load_state_dict(rest, strict=False)
