@@ -227,6 +227,13 @@ def fit_density(
     )
 
 
+def copy_unaveraged(flow: nn.Module, averaged: nn.Module) -> None:
+    """Give a flow's averages what is not averaged: its latest buffers and extra state."""
+    names = {name for name, _ in flow.named_parameters(remove_duplicate=False)}
+    rest = {name: value for name, value in flow.state_dict().items() if name not in names}
+    averaged.load_state_dict(rest, strict=False)
+
+
 def _checked(name: str, data: Any, context: Any) -> _Rows:
     for kind, tensor in ((name, data), (f"the context of {name}", context)):
         if kind != name and tensor is None:
@@ -368,8 +375,8 @@ class _Run:
                     return "diverged"
             self.losses.append(total / num_rows if num_rows else math.nan)
             text = f"−log p {self.losses[-1]:.4g}"
+            copy_unaveraged(self.flow, self.averaged)
             if held_out is not None:
-                self._follow()
                 self._keep_best(self._mean_loss(held_out))
                 text += f", in validation {self.validation_losses[-1]:.4g}"
             bar.update(text)
@@ -391,9 +398,9 @@ class _Run:
 
     def finish(self, *, has_validation: bool) -> None:
         """Make the best averages the flow's parameters."""
-        self._follow()
-        state = self.best if has_validation else self.averaged.state_dict()
-        self.flow.load_state_dict(state)
+        if not has_validation:
+            copy_unaveraged(self.flow, self.averaged)
+        self.flow.load_state_dict(self.best if has_validation else self.averaged.state_dict())
         self.flow.eval()
 
     def _step(self, batch: _Rows, share: float) -> float:
@@ -449,13 +456,6 @@ class _Run:
         self.flow.load_state_dict(state)
         self.averaged.load_state_dict(state)
         self._new_optimizer()
-
-    def _follow(self) -> None:
-        """Give the averages what is not averaged: the latest buffers and extra state."""
-        names = {name for name, _ in self.flow.named_parameters(remove_duplicate=False)}
-        state = self.flow.state_dict()
-        rest = {name: value for name, value in state.items() if name not in names}
-        self.averaged.load_state_dict(rest, strict=False)
 
     @torch.no_grad()
     def _mean_loss(self, rows: _Rows) -> float:

@@ -320,6 +320,31 @@ def test_fit_keeps_the_latest_buffers(validation: float) -> None:
     assert result.loss == pytest.approx(2 * (1.419 + math.log(100)), abs=0.2)
 
 
+def test_fit_goes_back_to_the_buffers_of_the_latest_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Normal):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.tensor(0))
+
+        def log_prob(self, x: Tensor) -> Tensor:
+            self.count += self.training
+            return super().log_prob(x) + (math.nan if fails and self.training else 0)
+
+    fails, calls, original = False, iter(range(100)), density_fitting._Run._step
+
+    def fail_once(self: object, batch: object, share: float) -> float:
+        nonlocal fails
+        fails = next(calls) == 10
+        return original(self, batch, share)
+
+    monkeypatch.setattr(density_fitting._Run, "_step", fail_once)
+    module = Counting()
+    options = {"validation": 0, "batch_size": 25, "num_epochs": 4, "progress": False}
+    fit_density(module, rows(100, 2), **options)
+    # The eleventh of 16 steps goes back to the eighth.
+    assert module.count == 8 + 5
+
+
 def test_fit_keeps_what_a_controller_has_found() -> None:
     flow = self_normalizing_pair(2, [16], log_det="exact")
     fit_density(flow, rows(500, 2), validation=0, num_epochs=20, seed=0, progress=False)

@@ -19,6 +19,7 @@ from settings import BUDGETS, Settings
 from torch import Tensor
 
 from pyro_snf import images
+from pyro_snf.density_fitting import copy_unaveraged
 from pyro_snf.progress import Progress
 
 # Evaluations have the same noise whatever the seed of the training.
@@ -160,18 +161,11 @@ class Run:
         averages, latest = (list(flow.parameters()) for flow in (self.evaluated, self.flow))
         torch._foreach_lerp_(averages, latest, 1 / max(window, 1.0))
 
-    def _follow(self) -> None:
-        """Give the averages what is not averaged: what layers keep of the latest weights, such as
-        their inverses, as approximate inverses of the averages."""
-        names = {name for name, _ in self.flow.named_parameters(remove_duplicate=False)}
-        state = self.flow.state_dict()
-        rest = {name: value for name, value in state.items() if name not in names}
-        self.evaluated.load_state_dict(rest, strict=False)
-
     def evaluate(self) -> None:
         """Add to the history."""
         if self.settings.averaging:
-            self._follow()
+            # Such as inverses of the latest weights: approximate ones of the averages.
+            copy_unaveraged(self.flow, self.evaluated)
         loss = self.negative_log_likelihood(self.data.validation)
         bits = images.bits_per_dim(torch.tensor(-loss), self.data.event_shape).item()
         training = sum(self.losses) / len(self.losses) if self.losses else math.nan
