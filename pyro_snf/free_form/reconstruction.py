@@ -29,23 +29,23 @@ _LEAST_SCALE = 0.01
 # mean; nor, for large D, are their norms from √D.
 _FARTHEST = 3.0
 
-# What the default controller holds, 0.6 + 0.35/√D: below 1, and with a margin, for what is looked
-# at does not have the largest c of all. The margin is larger where there are more directions to
-# look in: held at 0.8, 256 modes in eight dimensions fold.
-_CONTRACTION, _ADDED_CONTRACTION = 0.6, 0.35
+# The largest q that the default controller holds: below 1, and with a margin, for what is looked at
+# does not have the largest q of all.
+_LOST = 0.6
 
-# The x̃ of a step of training are a quarter of the batch, but no fewer than 32: with 16, folds away
-# from the data are not found for long; and no more than 64, for they are remembered. And the steps
+# The x̃ of a step of training are one for every four events; or for every two, for less noise, in so
+# few dimensions that steps are cheap. They are no fewer than 32: with 16, folds away from the data
+# are not found for long; and no more than for 256 events, for they are remembered. And the steps
 # that are looked at again and again: with none, λ is too small; 16 gain little over 8.
-_MIN_NEW, _MAX_NEW, _NUM_OLD = 32, 64, 8
-_NUM_REMEMBERED = _NUM_OLD + _MAX_NEW
+_EVENTS_OF_ONE, _EVENTS_OF_ONE_IN_FEW, _FEW_DIMENSIONS = 4, 2, 3
+_MIN_NEW, _MAX_EVENTS, _NUM_OLD = 32, 256, 8
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
-# λ√D at first, with which the steps that Adam makes then do not fold f; at least, for λ falls as
-# long as f is almost linear, and would be too small for long when that ends; and at most: where the
-# penalty is all that counts, a larger λ reduces no c, and would take the longer to fall. λ rises
-# fast, and falls five times as slowly: so most batches are below what is held.
-_FIRST_WEIGHT, _MIN_WEIGHT, _MAX_WEIGHT, _RATE, _FALL = 10.0, 0.3, 20.0, 0.1, 0.2
+# λ√D at first, with which the steps that Adam makes then do not fold f, and at most: where the
+# penalty is all that counts, a larger λ reduces no q, and would take the longer to fall. And at
+# least, for λ falls as long as f is almost linear, and would be too small for long when that ends.
+# λ rises fast, and falls five times as slowly: so most batches are below what is held.
+_MAX_WEIGHT, _MIN_WEIGHT, _RATE, _FALL = 10.0, 0.3, 0.1, 0.2
 
 # D, where events may be of any size: that of small images.
 _ANY_SIZE = 1000
@@ -64,12 +64,20 @@ class Reconstruction(nn.Module):
     where s² is the variance of the batch, the mean over elements. It has no units, and there is no
     width of a noise to choose. The logarithms bound the gradients of what is far off.
 
-    **Why.** ``f(x) = f(x̃)`` implies ``e(x) − e(x̃) = x̃ − x``, that is, c = 1. So f is one to one
-    where all c are below 1: where e contracts. For :math:`\tilde x \to x`, c is
-    :math:`\|(I - J_g J_f)\,v\|^2` with a unit vector v, and :math:`J_f` is not singular where that
-    is below 1 for all of them.
+    **Why.** With ``s = x̃ − x``, let
 
-    **Where.** For a quarter of the batch, but 32 to 64 events,
+    .. math::
+        q(x, \tilde x) = -\frac{\langle e(\tilde x) - e(x), s \rangle}{\|s\|^2}
+        = 1 - \frac{\langle g(f(\tilde x)) - g(f(x)), s \rangle}{\|s\|^2}
+        \le \sqrt{c(x, \tilde x)},
+
+    the share of the step s that is lost by ``g ∘ f``. ``f(x) = f(x̃)`` implies q = 1. So f is one
+    to one where all q are below 1: where ``g ∘ f`` is monotone. For :math:`\tilde x \to x`, q is
+    :math:`1 - v^\top J_g J_f\,v` with a unit vector v, and :math:`J_f` is not singular where that
+    is below 1 for all of them. Steps that become longer have a large c, but are no sign of a fold.
+
+    **Where.** For a quarter of the batch, but 32 to 64 events (in up to three dimensions, half of
+    it, but 32 to 128),
 
     .. math::
         \tilde x_i = x_i + t\,(x_j - x_i), \qquad \log t \sim U(\log 0.01, \log r),
@@ -84,13 +92,12 @@ class Reconstruction(nn.Module):
     turns to where c is large. It is as long as that to another x̃, but no longer than the data are
     wide, :math:`\sqrt D\,s`, and than 3 s, as far as normal latents are in a given direction. It is
     remembered, with the context, and looked at in the next step of training: so all errors are from
-    one pass through f and g. The eight steps with the largest c are looked at again, each after
+    one pass through f and g. The eight steps with the largest q are looked at again, each after
     another step of the power method. So a fold that a few events come to is not forgotten before it
     has gone.
 
-    **How much.** By default λ is controlled: it rises fast while the root of the largest c is above
-    :math:`0.6 + 0.35/\sqrt D`, and falls slowly while that is below. So f goes as far as g follows
-    it.
+    **How much.** By default λ is controlled: it rises fast while the largest q is above 0.6, and
+    falls slowly while that is below. So f goes as far as g follows it.
 
     The first term is the mean over all steps. The penalty is weighted by the absolute value of the
     log-determinant's cotangent. It changes no value, and sends no gradient to x.
@@ -99,9 +106,9 @@ class Reconstruction(nn.Module):
     >>> transform = self_normalizing_pair(3, [32], reconstruction=penalty)
 
     :param weight: λ: a number, a function of the number of steps taken, or a
-        :class:`~pyro_snf.GECO` that holds the root of the largest c at its tolerance. By default
-        it is ``GECO(0.6 + 0.35 / r, weight=10 / r, min_weight=0.3 / r, max_weight=20 / r, rate=0.1,
-        fall=0.2, decay=0.0)`` with r = √D, and D = 1000 for events of any size.
+        :class:`~pyro_snf.GECO` that holds the largest q at its tolerance. By default it is
+        ``GECO(0.6, weight=10 / r, min_weight=0.3 / r, max_weight=10 / r, rate=0.1, fall=0.2,
+        decay=0.0)`` with r = √D, and D = 1000 for events of any size.
     :param str trains: ``"both"`` networks, or the ``"inverse"`` alone, for an f that is invertible
         as it is: then the penalty does not keep it so.
     :param seed: of the x̃, an integer from 0; by default one is drawn from torch's global
@@ -139,8 +146,10 @@ class Reconstruction(nn.Module):
         :param event_shape: of events; None for any.
         :param Tensor like: of the networks' device and dtype.
         """
+        is_few = event_shape is not None and event_shape.numel() <= _FEW_DIMENSIONS
+        self._events_of_one = _EVENTS_OF_ONE_IN_FEW if is_few else _EVENTS_OF_ONE
         # The old steps first; 0 stands for none.
-        shape = () if event_shape is None else (_NUM_REMEMBERED, *event_shape)
+        shape = () if event_shape is None else (self._num_remembered, *event_shape)
         self.register_buffer("remembered_starts", like.new_zeros(shape or 0))
         self.register_buffer("remembered_steps", like.new_zeros(shape or 0))
         # Of contexts, and of events of any shape, there are none before the first use.
@@ -153,6 +162,13 @@ class Reconstruction(nn.Module):
         self.probes = ProbeStream(self.seed, device=like.device, differs_by_process=True)
         self.steps = StepCounter()
 
+    def _num_new(self, num_events: int) -> int:
+        return max(_MIN_NEW, min(num_events, _MAX_EVENTS) // self._events_of_one)
+
+    @property
+    def _num_remembered(self) -> int:
+        return _NUM_OLD + self._num_new(_MAX_EVENTS)
+
     def reset_parameters(self) -> None:
         """Forget the steps that are remembered."""
         for name in _REMEMBERED:
@@ -164,7 +180,7 @@ class Reconstruction(nn.Module):
     ) -> None:
         for name in self._made_at_use:
             saved = state_dict.get(prefix + name)
-            if is_dense(saved) and saved.shape[:1] in ((0,), (_NUM_REMEMBERED,)):
+            if is_dense(saved) and saved.shape[:1] in ((0,), (self._num_remembered,)):
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -202,9 +218,9 @@ class Reconstruction(nn.Module):
             makes its largest step upwards.
         """
         error, variance = back.output - x, variance_of(x)
-        contraction = self._contraction(pair, x, error, variance, context)
+        contraction, lost = self._measure(pair, x, error, variance, context)
         is_new = not isinstance(self.weight, float) and self.steps.count(state())
-        largest = contraction.detach().max()
+        largest = lost.clamp_min(0).max().square()
         if is_folded is not None:
             largest = torch.where(is_folded, torch.clamp_min(largest, 10.0), largest)
         factor = penalty_factor(
@@ -214,17 +230,17 @@ class Reconstruction(nn.Module):
         mean_square = _square(error) / (dim * variance)
         return dim * factor * (contraction.log1p().mean() + mean_square.log1p())
 
-    def _contraction(
+    def _measure(
         self, pair: NetworkPair, x: Tensor, error: Tensor, variance: Tensor, context: Context
-    ) -> Tensor:
-        """``‖e(x̃) − e(x)‖²/‖x̃ − x‖²`` of all steps, in one dimension.
+    ) -> tuple[Tensor, Tensor]:
+        """c and q of all steps, each in one dimension; q, infinite if not finite, has no graph.
 
         :param Tensor error: e(x).
         """
         generator = self.probes.next_generator(x.device, stream=_NOISE)
         # At random, for a batch may be all data in their order.
         chosen = torch.randperm(len(x), generator=generator, device=x.device)
-        chosen = chosen[: min(max(_MIN_NEW, len(x) // 4), _MAX_NEW)]
+        chosen = chosen[: self._num_new(len(x))]
         ends = x[chosen] + _steps(x, chosen, variance, generator)
         count, here = len(chosen), tuple(one[chosen] for one in context)
         starts, known, *known_context = self._remembered(x, context, count)
@@ -243,16 +259,19 @@ class Reconstruction(nn.Module):
         least = (width * _least_scale(x) / 10).square()
         square = _square(steps)
         contraction = _square(change) / (square + least)
+        change = change.detach()
+        lost = -_inner(change, steps) / (square + least)
+        lost = torch.where(lost.isfinite() & contraction.isfinite(), lost, math.inf)
 
         # The next steps. If the first ones were as long as those before, short ones would be looked
         # at close to the data alone.
         largest = variance.sqrt() * min(_FARTHEST, math.sqrt(x[0].numel()))
         new, old = square.sqrt().split([count, len(known)])
         lengths = torch.cat([new.roll(1).clamp(max=largest), old])
-        turned = _along(change.detach(), steps, lengths)
+        turned = _along(change, steps, lengths)
         context = tuple(one[: len(turned)] for one in contexts)
-        self._remember(contraction, count, points[: len(turned)], turned, context)
-        return contraction
+        self._remember(lost, count, points[: len(turned)], turned, context)
+        return contraction, lost
 
     def _remembered(self, x: Tensor, context: Context, num_new: int) -> tuple[Tensor, ...]:
         """The starts, the steps and the context that are remembered, the old ones first.
@@ -273,7 +292,8 @@ class Reconstruction(nn.Module):
 
     def _memory(self, like: tuple[Tensor, ...]) -> list[Tensor]:
         """The buffers for such events and contexts; new ones if they are of another shape."""
-        names, shapes = _REMEMBERED[: len(like)], [(_NUM_REMEMBERED, *x.shape[1:]) for x in like]
+        names = _REMEMBERED[: len(like)]
+        shapes = [(self._num_remembered, *one.shape[1:]) for one in like]
         if [getattr(self, name).shape for name in names] != shapes:
             for name, one, shape in zip(names, like, shapes, strict=True):
                 setattr(self, name, one.new_zeros(shape))
@@ -281,11 +301,11 @@ class Reconstruction(nn.Module):
 
     @torch.no_grad()
     def _remember(
-        self, contraction: Tensor, num_new: int, starts: Tensor, steps: Tensor, context: Context
+        self, lost: Tensor, num_new: int, starts: Tensor, steps: Tensor, context: Context
     ) -> None:
-        """Keep the first steps, which are new, and the others with the largest c."""
-        is_finite = torch.isfinite(contraction)
-        old = torch.where(is_finite, contraction, -1.0)[num_new:]
+        """Keep the first steps, which are new, and the others with the largest q."""
+        is_finite = lost.isfinite()
+        old = torch.where(is_finite, lost, -math.inf)[num_new:]
         kept = num_new + old.topk(_NUM_OLD).indices
         found = (starts, steps, *context)
         for known, one in zip(self._memory(found), found, strict=True):
@@ -297,8 +317,8 @@ def _controller(dim: int) -> GECO:
     """The default weight for events of D elements."""
     root = math.sqrt(dim)
     return GECO(
-        _CONTRACTION + _ADDED_CONTRACTION / root,
-        weight=_FIRST_WEIGHT / root,
+        _LOST,
+        weight=_MAX_WEIGHT / root,
         min_weight=_MIN_WEIGHT / root,
         max_weight=_MAX_WEIGHT / root,
         rate=_RATE,
@@ -365,6 +385,11 @@ def variance_of(x: Tensor) -> Tensor:
 def _square(difference: Tensor) -> Tensor:
     """``‖·‖²`` for every event, shape ``(B,)``."""
     return at_least_float32(difference).square().flatten(1).sum(1)
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """``⟨·, ·⟩`` for every event, shape ``(B,)``."""
+    return (at_least_float32(first) * at_least_float32(second)).flatten(1).sum(1)
 
 
 def _like_events(numbers: Tensor, events: Tensor) -> Tensor:
