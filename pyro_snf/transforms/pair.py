@@ -460,8 +460,8 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         if min(counts) > 0:
             self._status.is_warned = True
             advice = (
-                "the weight of its Reconstruction rises to its bound until that has ended; where it "
-                "does not end, a smaller learning rate prevents it"
+                "the weight of its Reconstruction rises, to its bound, until that has ended; "
+                "where it does not end, a smaller learning rate prevents it"
                 if is_training
                 else "train longer, or anew with a smaller learning rate; a fixed weight of its "
                 "Reconstruction, if it has one, is too small"
