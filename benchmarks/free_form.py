@@ -330,7 +330,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refined, conv": {"log_det": REFINED, "network": "conv"},
     "refined, conv + mlp": {"log_det": REFINED, "network": "conv + mlp"},
     "refined, coarse conv + mlp": {"log_det": REFINED, **COARSE},
-    "refined, copula": {"log_det": REFINED, **COARSE, "copula": True, "learning_rate": 3e-3},
+    "refined, copula": {"log_det": REFINED, **COARSE, "copula": True, "learning_rate": 6e-3},
     "learned": {"log_det": LEARNED},
     "learned, rate 5e-3": {"log_det": LEARNED, "learning_rate": 5e-3},
     "learned, conv": {"log_det": LEARNED, "network": "conv"},
