@@ -457,6 +457,24 @@ def test_controller_sees_the_largest_share_of_a_step_that_is_lost(rows: list[Ten
     assert controller.mean_square_error.item() == pytest.approx(0.01**2)  # the layer has a copy
 
 
+@pytest.mark.parametrize(
+    ("slope", "lost"), [(3.0, 0.0), (1.0, 0.0), (0.7, 0.3), (0.5, 0.5), (-1.0, 2.0)]
+)
+def test_steps_that_become_longer_do_not_raise_the_weight(slope: float, lost: float) -> None:
+    # Of a step, g∘f loses 1 − slope. c is the same for the slopes 3 and −1, and is reduced.
+    f, g = (nn.Linear(3, 3, bias=False) for _ in "fg")
+    with torch.no_grad():
+        f.weight.copy_(torch.eye(3))
+        g.weight.copy_(slope * torch.eye(3))
+    options = {"weight": GECO(0.4, decay=0.0), "seed": 0}
+    layer = pair_of(f, g, log_det="learned", reconstruction=options)
+    log_det_of(layer, events(40, 3)).sum().backward()
+    controller = layer.reconstruction.weight
+    assert controller.mean_square_error.sqrt().item() == pytest.approx(lost, rel=1e-2)
+    assert (controller.weight.item() > 1) == (lost > 0.4)
+    assert ((g.weight.grad.diagonal() * (slope - 1)) > 0).all() == (slope != 1)
+
+
 @pytest.mark.filterwarnings("ignore:the pair is trained on numbers")
 def test_contraction_has_no_units() -> None:
     pair, x, found = bad_pair(), events(40, 3), []
