@@ -282,7 +282,8 @@ def print_tables(args: argparse.Namespace) -> None:
             losses = {name: [row["test NLL"] for row in ones] for name, ones in found.items()}
             best = min((statistics.fmean(ones), name) for name, ones in losses.items() if ones)
             error = statistics.fmean(row["standard error"] for row in found[best[1]])
-            num_wins += statistics.fmean(losses["tabular"]) <= best[0] + error
+            if losses.get("tabular"):
+                num_wins += statistics.fmean(losses["tabular"]) <= best[0] + error
             size = results.select(here, table=table)[0]
             cells = [
                 f"**{results.spread(ones)}**" if name == best[1] else results.spread(ones)
@@ -292,7 +293,10 @@ def print_tables(args: argparse.Namespace) -> None:
             lines.append([label, *cells, results.number(error)])
         print(f"\nTest NLL (nats) after {seconds:g} s, mean ± standard deviation over the seeds")
         results.print_table(["table", *names, "standard error of the best"], lines)
-        print(f"\n`tabular` is best, or within that error of it, on {num_wins} of {len(tables)}.")
+        if "tabular" in names:
+            print(
+                f"\n`tabular` is best, or within that error of it, on {num_wins} of {len(tables)}."
+            )
     _plot(rows, args.output_dir / "densities.png")
 
 
