@@ -256,7 +256,7 @@ class PairRefined(PairLearned):
         *,
         num_probes: int = 1,
         probe: str = "orthogonal",
-        tolerance: float = 0.25,
+        tolerance: float = 0.15,
         krylov_steps: int = 4,
         lanczos_steps: int = 0,
         seed: int | None = None,
