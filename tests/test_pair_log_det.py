@@ -411,8 +411,8 @@ def test_error_estimate_of_learned_is_the_error_of_the_jacobian(kind: str) -> No
     layer = exact_pair(dim)
     f, g = layer.forward_net, Perturbed(layer.inverse_net, dim, 0.2)
     estimates = {}
-    for log_det, options in {"learned": {}, "refined": {"tolerance": 0.1}}.items():
-        layer = pair_of(f, g, dim, log_det=log_det, probe=kind, num_probes=dim, **options)
+    for log_det in SURROGATES:
+        layer = pair_of(f, g, dim, log_det=log_det, probe=kind, num_probes=dim)
         assert math.isnan(layer.error_estimate)
         log_det_of(layer, x)
         estimates[log_det] = layer.error_estimate
@@ -423,7 +423,4 @@ def test_error_estimate_of_learned_is_the_error_of_the_jacobian(kind: str) -> No
     tolerance = EXACT if kind == "orthogonal" else 0.05
     assert estimates["learned"] == pytest.approx(error.sqrt().item(), rel=tolerance)
     assert 0 < estimates["refined"] < 0.1
-    layer = pair_of(f, Perturbed(g, dim, 0.5), dim, log_det="refined", probe=kind)
-    log_det_of(layer, x)
-    assert 0 < layer.error_estimate < 0.15  # the default tolerance
     assert pair_of(f, g, dim, log_det="exact").error_estimate is None
