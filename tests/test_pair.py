@@ -510,8 +510,8 @@ def test_known_folds_raise_the_weight_and_are_warned_of_once() -> None:
     # Of x², which is 2:1, and of |det| alone: g is the inverse at each event on its own.
     f = Perturbed(Fixed(lambda x: x.square()), 1, 0.0)
     f.scale = nn.Parameter(torch.ones(()))
-    controller = GECO(0.6, decay=0.0, rate=0.1)
-    layer = pair_of(f, nn.Linear(1, 1), 1, log_det="exact", reconstruction={"weight": controller})
+    layer = pair_of(f, nn.Linear(1, 1), 1, log_det="exact", reconstruction={})
+    layer.reconstruction.weight.log_weight.fill_(0.0)  # at first, it is at its bound
     both, one = torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0], [2.0]])
     before = layer.reconstruction.weight.weight.item()
     with pytest.warns(RuntimeWarning, match="positive at 1 events and negative at 1, .* rises"):

@@ -31,13 +31,13 @@ _FARTHEST = 3.0
 
 # The largest q that the default controller holds: below 1, and with a margin, for what is looked at
 # does not have the largest q of all.
-_LOST = 0.6
+_TOLERANCE = 0.6
 
 # The x̃ of a step of training are one for every four events; or for every two, for less noise, in so
 # few dimensions that steps are cheap. They are no fewer than 32: with 16, folds away from the data
 # are not found for long; and no more than for 256 events, for they are remembered. And the steps
 # that are looked at again and again: with none, λ is too small; 16 gain little over 8.
-_EVENTS_OF_ONE, _EVENTS_OF_ONE_IN_FEW, _FEW_DIMENSIONS = 4, 2, 3
+_EVENTS_PER_NEW, _EVENTS_PER_NEW_IN_FEW, _FEW_DIMENSIONS = 4, 2, 3
 _MIN_NEW, _MAX_EVENTS, _NUM_OLD = 32, 256, 8
 _REMEMBERED = ("remembered_starts", "remembered_steps", "remembered_context")
 
@@ -147,7 +147,7 @@ class Reconstruction(nn.Module):
         :param Tensor like: of the networks' device and dtype.
         """
         is_few = event_shape is not None and event_shape.numel() <= _FEW_DIMENSIONS
-        self._events_of_one = _EVENTS_OF_ONE_IN_FEW if is_few else _EVENTS_OF_ONE
+        self._events_per_new = _EVENTS_PER_NEW_IN_FEW if is_few else _EVENTS_PER_NEW
         # The old steps first; 0 stands for none.
         shape = () if event_shape is None else (self._num_remembered, *event_shape)
         self.register_buffer("remembered_starts", like.new_zeros(shape or 0))
@@ -163,7 +163,8 @@ class Reconstruction(nn.Module):
         self.steps = StepCounter()
 
     def _num_new(self, num_events: int) -> int:
-        return max(_MIN_NEW, min(num_events, _MAX_EVENTS) // self._events_of_one)
+        """Of new steps, for a batch that has so many events."""
+        return max(_MIN_NEW, min(num_events, _MAX_EVENTS) // self._events_per_new)
 
     @property
     def _num_remembered(self) -> int:
@@ -220,7 +221,7 @@ class Reconstruction(nn.Module):
         error, variance = back.output - x, variance_of(x)
         contraction, lost = self._measure(pair, x, error, variance, context)
         is_new = not isinstance(self.weight, float) and self.steps.count(state())
-        largest = lost.clamp_min(0).max().square()
+        largest = lost.max().clamp_min(0).square()
         if is_folded is not None:
             largest = torch.where(is_folded, torch.clamp_min(largest, 10.0), largest)
         factor = penalty_factor(
@@ -258,9 +259,10 @@ class Reconstruction(nn.Module):
         # Of events next to each other, rounding is all that errors differ by.
         least = (width * _least_scale(x) / 10).square()
         square = _square(steps)
-        contraction = _square(change) / (square + least)
+        divisor = square + least
+        contraction = _square(change) / divisor
         change = change.detach()
-        lost = -_inner(change, steps) / (square + least)
+        lost = -_inner(change, steps) / divisor
         lost = torch.where(lost.isfinite() & contraction.isfinite(), lost, math.inf)
 
         # The next steps. If the first ones were as long as those before, short ones would be looked
@@ -317,7 +319,7 @@ def _controller(dim: int) -> GECO:
     """The default weight for events of D elements."""
     root = math.sqrt(dim)
     return GECO(
-        _LOST,
+        _TOLERANCE,
         weight=_MAX_WEIGHT / root,
         min_weight=_MIN_WEIGHT / root,
         max_weight=_MAX_WEIGHT / root,
