@@ -9,6 +9,9 @@ process builds an orthonormal basis Q of ``span(v, A v, A² v, …)`` and a smal
 in the same space, so that one computation gives the solution and the log-determinant
 ``tr log A = E[vᵀ log(A) v]``. (:func:`krylov`)
 
+Where a coarse solution is all that is needed, generalized conjugate residuals give that of GMRES
+without a basis that is orthonormal, in a sixth of the time besides products. (:func:`gcr`)
+
 Where there is no preconditioner whose determinant is known, log|det J| is computed from J itself.
 The process of Golub and Kahan (1965) builds orthonormal bases with ``J Q = P B``, B being
 bidiagonal, so that ``BᵀB`` is the matrix of Lanczos' process for ``JᵀJ``. With
@@ -30,6 +33,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +44,9 @@ from pyro_snf.transfer import read, send
 
 __all__ = [
     "KrylovSpace",
+    "Solution",
     "bidiagonalize",
+    "gcr",
     "krylov",
     "krylov_of_powers",
     "log_quadrature",
@@ -72,8 +78,7 @@ class KrylovSpace:
     solution: Tensor
     """u, of the shape of v."""
     residual: Tensor
-    """``‖v − J u‖/‖v‖``, shape ``(B,)``, in float64 on the CPU; without a last step whose residual
-    is predicted."""
+    """``‖v − J u‖/‖v‖``, shape ``(B,)``, in float64 on the CPU."""
     hessenberg: Tensor
     """H, shape ``(B, n, n)``, in float64 on the CPU."""
     size: Tensor
@@ -144,8 +149,6 @@ def krylov(
     preconditioned: Tensor | None = None,
     tolerance: float,
     max_steps: int,
-    is_mean: bool = False,
-    is_predicted: bool = False,
     expected_steps: int = 1,
     beside: Tensor | None = None,
 ) -> KrylovSpace:
@@ -159,12 +162,6 @@ def krylov(
     :param preconditioned: ``P⁻¹ v``, if it is known.
     :param float tolerance: of ``‖v − J u‖/‖v‖``.
     :param int max_steps: the largest dimension of the space, at least 1.
-    :param bool is_mean: whether the tolerance is that of the root mean square over all v, and not
-        of the largest residual.
-    :param bool is_predicted: whether the last step may be ``u + P⁻¹ (v − J u)``, without a product
-        with J: its residual is not computed, but predicted to be as much smaller than that of u as
-        the step before has made that, with a margin. Where that step has not halved the residual of
-        a v, its u is left as it is.
     :param int expected_steps: on a GPU, which is waited for after so many steps, and then after
         each. The result is that of the fewest steps that suffice, and does not depend on it.
     :param beside: numbers that are to be read when the GPU is waited for.
@@ -173,12 +170,6 @@ def krylov(
     rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, torch.nan)
     count, dim = rows.shape
     max_steps = min(max_steps, dim)
-
-    def measure(residual: NDArray[np.float64]) -> float:
-        if is_mean:
-            return float(np.linalg.norm(residual)) / max(count, 1) ** 0.5
-        return float(residual.max(initial=0.0))
-
     first_look = min(expected_steps, max_steps) if rows.is_cuda else 1
     size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     # The solution for a right-hand side of zeros is zero.
@@ -186,11 +177,10 @@ def krylov(
     basis = rows.new_empty(count, max_steps, dim)
     basis[:, 0] = (rows / divisor).nan_to_num(0.0)
     images_of_basis = torch.empty_like(basis)  # P⁻¹ Q, which spans the solutions
-    products: list[Tensor] = []  # J P⁻¹ Q, for a last step that is predicted
     unread = [size]  # and then the columns of H, shape (B, step + 2)
     columns: list[NDArray[np.float64]] = []  # with the batch last
     problem = _LeastSquares(count)
-    residual, is_corrected = np.ones(count), False
+    residual = np.ones(count)
     beside = rows.new_empty(0) if beside is None else beside
     for step in range(max_steps):
         if step == 0 and preconditioned is not None:
@@ -199,8 +189,6 @@ def krylov(
             image = preconditioner(basis[:, step].view_as(vectors)).flatten(1)
         images_of_basis[:, step] = image
         vector = operator(image.view_as(vectors)).flatten(1)
-        if is_predicted:
-            products.append(vector)
         direction, rest, column = _orthogonalize(vector, basis[:, : step + 1])
         unread.append(torch.cat([column, rest], dim=1))
         if step + 1 >= first_look:
@@ -209,13 +197,8 @@ def krylov(
             columns += [one.mT.numpy() for one in known]
             while problem.num_steps <= step:
                 before, latest = columns[problem.num_steps : problem.num_steps + 2]
-                last, residual = residual, problem.add(latest, before[-1])
-                is_done = measure(residual) <= tolerance
-                if is_predicted and not is_done:
-                    is_halved = residual < last / 2
-                    ratio = np.divide(residual, last, out=np.ones(count), where=is_halved)
-                    is_corrected = _PREDICTION_ERROR * measure(residual * ratio) <= tolerance
-                    is_done = is_corrected
+                residual = problem.add(latest, before[-1])
+                is_done = residual.max(initial=0.0) <= tolerance
                 if is_done:
                     break
             if is_done or step + 1 == max_steps:
@@ -223,10 +206,6 @@ def krylov(
         basis[:, step + 1] = direction
     weights = send(torch.from_numpy(problem.solution()).mT, rows).unsqueeze(1)  # (B, 1, n)
     solution = (weights @ images_of_basis[:, : problem.num_steps]).squeeze(1) * size
-    if is_corrected:
-        image = (weights @ torch.stack(products[: problem.num_steps], dim=1)).squeeze(1)
-        rest = send(torch.from_numpy(is_halved), rows).unsqueeze(1) * (rows - image * size)
-        solution = solution + preconditioner(rest.view_as(vectors)).flatten(1)
     return KrylovSpace(
         solution=solution.view_as(vectors),
         residual=torch.from_numpy(residual),
@@ -234,6 +213,106 @@ def krylov(
         size=torch.from_numpy(columns[0][0]),
         beside=known_beside,
     )
+
+
+class Solution(NamedTuple):
+    """The results of :func:`gcr`."""
+
+    solution: Tensor
+    """u, of the shape of v."""
+    num_steps: int
+    """Products with J."""
+    beside: Tensor
+    """A copy of the tensor that was to be read beside it, in float64 on the CPU."""
+
+
+@torch.no_grad()
+def gcr(
+    operator: Operator,
+    preconditioner: Operator,
+    vectors: Tensor,
+    *,
+    preconditioned: Tensor | None = None,
+    tolerance: float,
+    max_steps: int,
+    expected_steps: int = 1,
+    beside: Tensor | None = None,
+) -> Solution:
+    """Solve ``J u = v`` coarsely for every v, by generalized conjugate residuals.
+
+    The steps end when the root mean square of the residuals ``‖v − J u‖/‖v‖`` over all v is within
+    the tolerance, or is predicted to be so after a last step ``u + P⁻¹ (v − J u)``, without a
+    product with J. That is predicted to make a residual as much smaller as the step before has made
+    it, with a margin. Where the step before has not halved the residual of a v, its u is left as it
+    is.
+
+    Where v or a product is not finite, the solution is NaN.
+
+    :param operator: J, as for :func:`krylov`, like all arguments.
+    :param float tolerance: of the root mean square.
+
+    Reference: Eisenstat, Elman, Schultz. Variational Iterative Methods for Nonsymmetric Systems of
+    Linear Equations. SIAM J. Numer. Anal. 20 (1983).
+    """
+    rows = vectors.flatten(1)
+    max_steps = min(max_steps, rows.shape[1])
+    size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    # The solution for a right-hand side of zeros is zero.
+    size = size.clamp_min(torch.finfo(rows.dtype).tiny)
+    # The square of what is within rounding, relative: then the space is exhausted.
+    rounding = (10 * torch.finfo(rows.dtype).eps) ** 2
+    solution, rest, residual = torch.zeros_like(rows), rows, torch.ones_like(size)
+    searched: list[tuple[Tensor, Tensor, Tensor]] = []  # p, J p, and ‖J p‖², or 0 for none
+    found: list[tuple[Tensor, Tensor]] = []  # the solutions, and what a last step would solve for
+    unread = [rows.new_empty(0) if beside is None else beside]
+    known: list[Tensor] = []  # the tensor beside, and two root mean squares of each step
+    first_look = min(expected_steps, max_steps) if rows.is_cuda else 1
+    for step in range(max_steps):
+        if step == 0 and preconditioned is not None:
+            direction = preconditioned.flatten(1)
+        else:
+            direction = preconditioner(rest.view_as(vectors)).flatten(1)
+        image = operator(direction.view_as(vectors)).flatten(1)
+        square = before = _inner(image, image)
+        for other, other_image, other_square in searched:
+            share = _ratio(_inner(other_image, image), other_square)
+            direction = torch.addcmul(direction, share, other, value=-1)
+            image = torch.addcmul(image, share, other_image, value=-1)
+        if searched:
+            square = _inner(image, image)
+            square = square.masked_fill(square < rounding * before, 0)
+        searched.append((direction, image, square))
+        share = _ratio(_inner(image, rest), square)
+        solution = torch.addcmul(solution, share, direction)
+        rest = torch.addcmul(rest, share, image, value=-1)
+        last, residual = residual, torch.linalg.vector_norm(rest, dim=1, keepdim=True) / size
+        is_halved = residual < last / 2
+        predicted = torch.where(is_halved, residual * residual / last, residual)
+        found.append((solution, torch.where(is_halved, rest, 0)))
+        unread.append(torch.cat([residual, predicted], dim=1).square().mean(0).sqrt())
+        if step + 1 < first_look:
+            continue
+        known += read(*unread)
+        unread = []
+        errors = [(now, _PREDICTION_ERROR * after) for now, after in map(Tensor.tolist, known[1:])]
+        enough = [number for number, pair in enumerate(errors) if min(pair) <= tolerance]
+        if enough:
+            break
+    number = enough[0] if enough else step
+    solution, rest = found[number]
+    if enough and not errors[number][0] <= tolerance:
+        solution = solution + preconditioner(rest.view_as(vectors)).flatten(1)
+    return Solution(solution.view_as(vectors), number + 1, known[0])
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """``⟨·, ·⟩`` for every row, shape ``(B, 1)``."""
+    return torch.linalg.vecdot(first, second, dim=1).unsqueeze(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, or 0 where the denominator is 0."""
+    return torch.where(denominator == 0, 0, numerator / denominator)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.krylov import KrylovSpace, _LeastSquares, krylov, log_quadrature
+from pyro_snf.krylov import KrylovSpace, Solution, _LeastSquares, gcr, krylov, log_quadrature
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.
@@ -37,6 +36,24 @@ def space(
 ) -> KrylovSpace:
     """That of J = ``matrix`` and P⁻¹ = ``inverse``; the whole one, unless told otherwise."""
     return krylov(
+        lambda vectors: product(matrix, vectors),
+        lambda vectors: vectors if inverse is None else product(inverse, vectors),
+        images,
+        tolerance=tolerance,
+        max_steps=max_steps,
+    )
+
+
+def coarse(
+    matrix: Tensor,
+    images: Tensor,
+    *,
+    inverse: Tensor | None = None,
+    tolerance: float = 0.0,
+    max_steps: int = DIM,
+) -> Solution:
+    """That of :func:`gcr`, as :func:`space` that of :func:`krylov`."""
+    return gcr(
         lambda vectors: product(matrix, vectors),
         lambda vectors: vectors if inverse is None else product(inverse, vectors),
         images,
@@ -114,17 +131,55 @@ def test_stops_when_all_residuals_are_small() -> None:
     assert not (before.residual <= 1e-3).all()
 
 
-def test_stops_when_the_mean_of_the_residuals_is_small() -> None:
+def test_coarse_solution_stops_when_the_mean_of_the_residuals_is_small() -> None:
     # One of many rows takes more steps than all the others.
     matrix, images = torch.eye(DIM), right_sides(100)
     matrix[:, 0] = torch.linspace(1, 4, DIM)
     images[1:] *= torch.tensor([0.0] + [1.0] * (DIM - 1)).view(SHAPE)
-    mean, largest = (
-        krylov(partial(product, matrix), lambda vectors: vectors, images, tolerance=0.1, **options)
-        for options in ({"max_steps": DIM, "is_mean": True}, {"max_steps": DIM})
-    )
+    mean, largest = coarse(matrix, images, tolerance=0.1), space(matrix, images, tolerance=0.1)
     assert mean.num_steps == 1 < largest.num_steps
-    assert mean.residual.max() > 0.1 >= mean.residual.square().mean().sqrt()
+    found = residuals(matrix, images, mean.solution)
+    assert found.max() > 0.1 >= found.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, DIM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coarse_solution_is_the_best_in_the_space(steps: int, dtype: torch.dtype) -> None:
+    matrix, inverse, images = near_identity(0.8), near_identity(0.3, seed=1), right_sides()
+    expected = space(matrix, images, inverse=inverse, max_steps=steps).solution
+    narrow = (one.to(dtype) for one in (matrix, images, inverse))
+    matrix, images, inverse = narrow
+    result = coarse(matrix, images, inverse=inverse, max_steps=steps)
+    assert result.num_steps == steps
+    assert result.solution.dtype == dtype
+    assert relative_error(result.solution, expected) < (EXACT if dtype == torch.float64 else 1e-5)
+
+
+def test_coarse_solution_of_an_exhausted_space() -> None:
+    # Of one, two and three dimensions, and of none; the steps go on after that.
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0] * 4))
+    images = torch.zeros(4, *SHAPE)
+    for row in range(4):
+        images.flatten(1)[row, :row] = 1
+    for dtype in (torch.float32, torch.float64):
+        result = coarse(matrix.to(dtype), images.to(dtype))
+        expected = torch.linalg.solve(matrix, images.flatten(1).mT).mT.view_as(images)
+        tolerance = 100 * torch.finfo(dtype).eps
+        torch.testing.assert_close(result.solution.double(), expected, rtol=0, atol=tolerance)
+    # Where steps gain nothing, and where the matrix is singular.
+    for matrix in (torch.roll(torch.eye(DIM), 1, 0), torch.zeros(DIM, DIM)):
+        one = torch.eye(DIM)[:4].view(4, *SHAPE)
+        assert torch.equal(coarse(matrix, one, max_steps=5).solution, torch.zeros_like(one))
+
+
+def test_coarse_solutions_do_not_depend_on_each_other() -> None:
+    matrix, images = near_identity(0.5), right_sides()
+    images[1] *= 1e8
+    images[2] *= 1e-8
+    together = coarse(matrix, images, max_steps=4).solution
+    for index in range(4):
+        alone = coarse(matrix, images[index : index + 1], max_steps=4).solution
+        assert relative_error(together[index], alone[0]) < EXACT
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 0.1, 1e-2, 1e-4])
@@ -142,14 +197,12 @@ def test_last_step_is_predicted(size: float, tolerance: float) -> None:
 
         return multiply
 
-    result = krylov(
+    result = gcr(
         counted("matrix", matrix),
         counted("inverse", inverse),
         images,
         tolerance=tolerance,
         max_steps=DIM,
-        is_mean=True,
-        is_predicted=True,
     )
     steps = result.num_steps
     before, plain = (
@@ -166,20 +219,12 @@ def test_last_step_is_predicted(size: float, tolerance: float) -> None:
     assert counts == {"matrix": steps, "inverse": steps + is_corrected}
     found = residuals(matrix, images, result.solution)
     assert found.square().mean().sqrt() <= tolerance
-    assert relative_error(result.residual, plain.residual) < EXACT
 
 
 def test_no_last_step_is_predicted_where_steps_gain_little() -> None:
     turn = torch.roll(torch.eye(DIM), 1, 0)  # of which powers are orthogonal to each other
     images = torch.eye(DIM)[:4].view(4, *SHAPE)
-    result = krylov(
-        partial(product, turn),
-        lambda vectors: vectors,
-        images,
-        tolerance=0.5,
-        max_steps=3,
-        is_predicted=True,
-    )
+    result = coarse(turn, images, tolerance=0.5, max_steps=3)
     assert torch.equal(result.solution, torch.zeros_like(images))
 
 
@@ -192,15 +237,7 @@ def test_last_step_is_not_made_where_the_step_before_has_gained_little() -> None
     rows[0] = torch.eye(DIM)[7]
     images = rows.view(100, *SHAPE)
     for tolerance, steps in [(0.13, 1), (0.12, 2)]:
-        result = krylov(
-            partial(product, matrix),
-            lambda vectors: vectors,
-            images,
-            tolerance=tolerance,
-            max_steps=3,
-            is_mean=True,
-            is_predicted=True,
-        )
+        result = coarse(matrix, images, tolerance=tolerance, max_steps=3)
         assert result.num_steps == steps
         found = residuals(matrix, images, result.solution)
         assert found[0] == 1
@@ -418,6 +455,10 @@ def test_numbers_of_products() -> None:
     assert calls.count("P⁻¹") == 2
     assert relative_error(result.solution, expected.solution) < EXACT
     calls.clear()
+    found = gcr(operator, solve, images, preconditioned=known, tolerance=0.0, max_steps=3)
+    assert (calls.count("P⁻¹"), calls.count("J")) == (2, 3)
+    assert relative_error(found.solution, expected.solution) < EXACT
+    calls.clear()
     log_quadrature(operator, counted("Jᵀ", matrix.mT), images, max_steps=5)
     assert sorted(calls) == ["J"] * 5 + ["Jᵀ"] * 4
 
@@ -460,6 +501,9 @@ def test_bad_row_is_nan_and_stops_no_other(what: str, value: float) -> None:
         assert relative_error(result.solution[others], expected.solution[others]) < EXACT
         result = krylov(operator, precondition, bad, tolerance=0.9, max_steps=4)
         assert (result.residual[others] <= 0.9).all()
+        found = gcr(operator, precondition, bad, tolerance=0.0, max_steps=4)
+        assert torch.isnan(found.solution[1]).all()
+        assert relative_error(found.solution[others], expected.solution[others]) < EXACT
     if what != "P⁻¹":
         transposed = spoiled("Jᵀ", matrix.mT, product(matrix, images)[1])
         actual = log_quadrature(operator, transposed, bad, max_steps=4)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_snf.free_form.linearization import Context, Linearization, Network, linearize
-from pyro_snf.krylov import bidiagonalize, krylov, quadrature_of
+from pyro_snf.krylov import bidiagonalize, gcr, quadrature_of
 from pyro_snf.precision import at_least_float32
 from pyro_snf.transfer import read, send
 
@@ -168,26 +168,24 @@ def probe_gradient(
     :param float tolerance: the root mean square of ``‖v − Jᵀ w‖/‖v‖`` over the batch, at which the
         Krylov steps end: the gradient is a mean over the batch too.
     :param int krylov_steps: the most; 0 for none.
-    :param int expected_steps: see :func:`~pyro_snf.krylov.krylov`, like ``beside``.
+    :param int expected_steps: see :func:`~pyro_snf.krylov.gcr`, like ``beside``.
     """
     num_steps = 0
     with torch.no_grad():
         solution = inverse.vjp(probes)
         if krylov_steps > 0:
-            space = krylov(
+            found = gcr(
                 lambda vectors: _batched(near.vjp, vectors, probes),
                 lambda vectors: _batched(inverse.vjp, vectors, probes),
                 at_least_float32(probes).flatten(0, 1),
                 preconditioned=at_least_float32(solution).flatten(0, 1),
                 tolerance=tolerance,
                 max_steps=krylov_steps,
-                is_mean=True,
-                is_predicted=True,
                 expected_steps=expected_steps,
                 beside=beside,
             )
-            solution = space.solution.view_as(probes).to(probes)
-            num_steps, known = space.num_steps, space.beside
+            solution = found.solution.view_as(probes).to(probes)
+            num_steps, known = found.num_steps, found.beside
         else:
             known = probes.new_empty(0) if beside is None else read(beside)[0]
     product = near.vjp(solution, create_graph=True)

@@ -233,11 +233,11 @@ class PairRefined(PairLearned):
     ``log_det="refined"``, the default.
 
     The gradient :math:`\mathbb E[w^\top \partial J_f\, v]` is unbiased where
-    :math:`J_f^\top w = v`. The system is solved by GMRES, preconditioned by :math:`J_g^\top`, and
-    last a step ``w + J_gᵀ (v − J_fᵀ w)`` where that is predicted to suffice. Its residual is
-    computed all the same: see :attr:`error_estimate`. The value is 0, or, with ``lanczos_steps``,
-    an estimate by Lanczos quadrature, an upper one on average. Eight of them are accurate, and take
-    longer than all the rest.
+    :math:`J_f^\top w = v`. The system is solved by generalized conjugate residuals, preconditioned
+    by :math:`J_g^\top`, and last a step ``w + J_gᵀ (v − J_fᵀ w)`` where that is predicted to
+    suffice. Its residual is computed all the same: see :attr:`error_estimate`. The value is 0, or,
+    with ``lanczos_steps``, an estimate by Lanczos quadrature, an upper one on average. Eight of
+    them are accurate, and take longer than all the rest.
 
     >>> transform = self_normalizing_pair(3, [32], log_det=PairRefined(krylov_steps=8))
 

@@ -378,7 +378,8 @@ def variance_of(x: Tensor) -> Tensor:
     Where all events are equal, or there is one alone, the mean square takes its place.
     """
     rows = at_least_float32(x).flatten(1)
-    variance, square = rows.var(0, unbiased=False).mean(), rows.square().mean()
+    # Not by var(0), which takes ten times as long on a CPU.
+    variance, square = (rows - rows.mean(0)).square().mean(), rows.square().mean()
     tiny = torch.finfo(rows.dtype).eps ** 2
     scale = torch.where(variance > tiny * square, variance, square)
     return torch.where(scale == 0, 1.0, scale)
