@@ -48,7 +48,6 @@ __all__ = [
     "bidiagonalize",
     "gcr",
     "krylov",
-    "krylov_of_powers",
     "log_quadrature",
     "quadrature_of",
     "recent_steps",
@@ -60,9 +59,6 @@ Operator = Callable[[Tensor], Tensor]
 # changed only in the entries by which one of two channels depends on the other has E² = 0, and no
 # basis of eigenvectors.
 _MAX_CONDITION = 1e7
-
-# The part of a power, squared, that the ones before do not span: above rounding in float32.
-_MIN_INDEPENDENT = 1e-4
 
 # How much larger a mean residual may be than what is predicted: 1.1 times was seen at a tenth.
 _PREDICTION_ERROR = 1.2
@@ -313,54 +309,6 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, or 0 where the denominator is 0."""
     return torch.where(denominator == 0, 0, numerator / denominator)
-
-
-@torch.no_grad()
-def krylov_of_powers(powers: list[Tensor], images: list[Tensor]) -> KrylovSpace | None:
-    """:func:`krylov` after n steps, from products that are known: a space of few dimensions.
-
-    With ``E = J P⁻¹ − I``, a basis of the space is ``v, E v, …``. Of these vectors, written as
-    columns of ``V = Q R``, only the products with each other are needed, ``VᵀV = RᵀR``: there is
-    nothing to be orthogonalized. ``A V = V (I + shift)`` gives H. The residual is right to some
-    1e-3 of itself in float32.
-
-    :param powers: ``v, E v, …, Eⁿ v``, each of shape ``(B, *event)``, on the CPU.
-    :param images: ``P⁻¹ v, …, P⁻¹ Eⁿ⁻¹ v``.
-    :return: None where the vectors are linearly dependent or not finite, or nearly so.
-    """
-    count = len(images)
-    vectors = torch.stack([power.flatten(1) for power in powers], dim=1)
-    # By NumPy: for such small matrices it takes half of the time.
-    products = (vectors @ vectors.mT).double().numpy()
-    try:
-        factor = np.linalg.cholesky(products)  # Rᵀ
-    except np.linalg.LinAlgError:
-        return None
-    squares = np.diagonal(factor, axis1=1, axis2=2)[:, :count] ** 2
-    lengths = np.diagonal(products, axis1=1, axis2=2)[:, :count]
-    if not (squares > _MIN_INDEPENDENT * lengths).all():
-        return None
-    upper = factor.transpose(0, 2, 1)
-    inverse = np.linalg.inv(upper[:, :count, :count])
-    hessenberg = (upper[:, :, :count] + upper[:, :, 1:]) @ inverse
-    # H is near the identity, so that its normal equations serve.
-    transposed = hessenberg.transpose(0, 2, 1)
-    weights = np.linalg.solve(transposed @ hessenberg, transposed[:, :, :1])
-    rest = hessenberg @ weights
-    rest[:, 0] -= 1
-    residual = np.sqrt((rest * rest).sum((1, 2)))
-    size = factor[:, 0, 0]
-    coefficients = torch.from_numpy((inverse @ weights)[..., 0] * size[:, None])
-    solution = (coefficients.to(vectors).unsqueeze(1) @ torch.stack(images, 1).flatten(2)).squeeze(
-        1
-    )
-    return KrylovSpace(
-        solution=solution.view_as(images[0]),
-        residual=torch.from_numpy(residual),
-        hessenberg=torch.from_numpy(hessenberg[:, :count]),
-        size=torch.from_numpy(size),
-        beside=torch.empty(0),
-    )
 
 
 class _LeastSquares:

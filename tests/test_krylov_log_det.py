@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pyro_snf import Refined, SelfNormalizingConv2d
 from pyro_snf.caching import TensorState
-from pyro_snf.krylov import krylov
+from pyro_snf.krylov import KrylovSpace, krylov
+from pyro_snf.log_dets import krylov_log_det
 from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
 from pyro_snf.maps import Convolution, convolution, kernels
 from pyro_snf.probes import draw_probes, probe_generator
@@ -160,6 +162,46 @@ def test_slow_walk_needs_few_factorizations(padding_mode: str) -> None:
         assert relative_error(found[1], expected[1]) < 0.05
         theta = theta_near(theta, 0.08, seed=step)
     assert 1 < part.num_refactorizations < 10
+
+
+@PADDED
+def test_solutions_are_kept_as_long_as_they_solve(
+    padding_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solves = []
+
+    def counted(*arguments: Any, **options: Any) -> KrylovSpace:
+        solves.append(arguments)
+        return krylov(*arguments, **options)
+
+    monkeypatch.setattr(krylov_log_det, "krylov", counted)
+    part, start = estimator(padding_mode, tolerance=0.02), theta_near(None, 0.3)
+    direction, num_kept, num_solves = theta_near(None, 1.0, seed=1), 0, 0
+    value, gradient = update(part, start)
+    for step in range(1, 31):
+        theta, before = start + 0.01 * step * direction, (value, gradient)
+        count = (part.num_refactorizations, len(solves))
+        value, gradient = update(part, theta)
+        assert part.error_estimate <= 0.02
+        expected = exact(theta, padding_mode)
+        assert abs(value - expected[0]) < 0.05
+        assert relative_error(gradient, expected[1]) < 0.03
+        if count == (part.num_refactorizations, len(solves)):
+            num_kept += 1
+            assert torch.equal(gradient, before[1])
+            change = (gradient * (0.01 * direction)).sum()  # linear
+            assert (value - before[0]).item() == pytest.approx(change.item(), abs=EXACT)
+        num_solves += len(solves) - count[1]
+        # A run that is resumed here goes on in the same way.
+        resumed = estimator(padding_mode, tolerance=0.02, seed=1)
+        resumed.load_state_dict(copy.deepcopy(part.state_dict()))
+        again = update(resumed, theta)
+        assert torch.equal(again[0], value)
+        assert torch.equal(again[1], gradient)
+        assert resumed.num_refactorizations == part.num_refactorizations
+    assert num_kept > 15
+    assert num_solves > 2
+    assert part.num_refactorizations < 8
 
 
 def test_new_image_size_and_refactorize_make_the_estimate_exact() -> None:
@@ -309,6 +351,9 @@ EDITS: dict[str, Callable[[SelfNormalizingConv2d], object]] = {
     "nothing": lambda layer: None,
     "state zeroed": lambda layer: layer.log_det.estimator.theta.zero_(),
     "state NaN": lambda layer: layer.log_det.estimator.theta.fill_(math.nan),
+    "solves' state zeroed": lambda layer: layer.log_det.estimator.solved_theta.zero_(),
+    "solves' state NaN": lambda layer: layer.log_det.estimator.solved_theta.fill_(math.nan),
+    "solves' state far away": lambda layer: layer.log_det.estimator.solved_theta.add_(0.2),
     "parameter loaded": lambda layer: layer.load_state_dict({"theta": other().theta}, strict=False),
     "a checkpoint of another run": lambda layer: layer.load_state_dict(other().state_dict()),
     "another parameter": lambda layer: setattr(layer, "theta", other().theta),

@@ -29,7 +29,7 @@ class Refined(LogDetMethod):
       (:mod:`pyro_snf.log_dets.tracked_inverse`). The value is right to second order in
       :math:`E = I - RA`, the gradient :math:`R^\top` to first order. O(D²) a step.
     - For any other convolution: an earlier A is factorized, and random probes estimate what has
-      changed since (:mod:`pyro_snf.log_dets.krylov_log_det`). A step takes some convolutions of
+      changed since (:mod:`pyro_snf.log_dets.krylov_log_det`). Most steps take one convolution of
       the probes.
 
     Both measure their error, :attr:`error_estimate`, and factorize again where it grows,
