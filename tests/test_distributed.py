@@ -96,7 +96,7 @@ def geco() -> GECO:
 
 def pair(dim: int = 3, **options: Any) -> SelfNormalizingPair:
     networks = [ResidualMLP(dim, [8]) for _ in range(2)]
-    return SelfNormalizingPair(*networks, event_shape=dim, **options)
+    return SelfNormalizingPair(*networks, event_shape=dim, **{"log_det": "refined", **options})
 
 
 SMALL_GLOW = {"num_levels": 1, "num_steps": 2, "hidden_channels": 4}

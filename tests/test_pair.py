@@ -880,7 +880,7 @@ def test_networks_that_do_not_fit_are_refused(kind: str, which: str) -> None:
     make, message = REFUSED[kind]
     message = f"expected {which} " + message.replace("NAME", which)
     networks = {"forward_net": nn.Linear(3, 3), "inverse_net": nn.Linear(3, 3), which: make()}
-    layer = SelfNormalizingPair(**networks, event_shape=3)
+    layer = SelfNormalizingPair(**networks, event_shape=3, log_det="refined")
     before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
     # Whatever the batch, and not only the first time.
     for x in (events(6, 3), *(torch.zeros(count, 3) for count in (1, 2, 20))):
@@ -980,7 +980,7 @@ OPTIONS: list[tuple[Callable[..., object], str, str, list[object]]] = [
     ],
     (PairLearned, "num_probes", ", an integer >= 1", [0, 2.5, True]),
     (PairRefined, "probe", " to be one of ('gaussian', ", ["uniform", None]),
-    (make_pair, "log_det", " to be ", [None, PairExact]),
+    (make_pair, "log_det", " to be ", [False, PairExact]),
     (make_pair, "event_shape", ", integers >= 1", [0, (3, -1), (), 2.0, "3"]),
     (partial(make_pair, event_shape=None), "event_dim", ", an integer >= 1", [0, -1, 1.0, True]),
     (make_pair, "forward_net", ", a torch.nn.Module", [torch.tanh, None, nn.Linear]),
@@ -1046,7 +1046,12 @@ def test_input_of_too_few_dimensions_is_refused() -> None:
 
 def test_repr_names_the_shape_the_method_and_the_value_in_training() -> None:
     for options, expected in [
-        ({}, r"\(3,\), log_det=PairRefined\(num_probes=1, .*\), inverse='iterative'"),
+        ({}, r"\(3,\), log_det=PairExact\(\), inverse='iterative', training_value='exact'"),
+        ({"event_shape": 4}, r"\(4,\), log_det=PairRefined\(num_probes=1, .*\), inverse="),
+        ({"event_shape": (1, 1, 3)}, r"\(1, 1, 3\), log_det=PairExact"),
+        ({"event_shape": (2, 2)}, r"\(2, 2\), log_det=PairRefined"),
+        ({"event_shape": None, "event_dim": 1}, "event_dim=1, log_det=PairRefined"),
+        ({"log_det": "refined"}, r"\(3,\), log_det=PairRefined\(num_probes=1, .*\), inverse="),
         ({"event_shape": None, "event_dim": 2}, "event_dim=2, log_det="),
         ({"log_det": "learned"}, "training_value='0'"),
         ({"log_det": PairLearned(lanczos_steps=2)}, "training_value='estimate'"),

@@ -90,9 +90,9 @@ class PairMethod(SavesAttributes, ABC):
 
 class PairExact(PairMethod):
     """Exact values and gradients, with D backward passes and O(D³) operations for every event:
-    ``log_det="exact"``.
+    ``log_det="exact"``, the default for D up to 3.
 
-    For D up to 3, it is as cheap as the other methods; at D = 10 it takes twice as long as
+    There, it is as cheap as the other methods; at D = 10 it takes twice as long as
     :class:`PairRefined` (batches of 256). Its gradient has no noise, and the signs of the
     determinants are known at every step.
 
@@ -230,7 +230,7 @@ class PairLearned(PairMethod):
 
 class PairRefined(PairLearned):
     r"""Gradients by random probes, whose residual a few Krylov steps reduce:
-    ``log_det="refined"``, the default.
+    ``log_det="refined"``, the default for D above 3.
 
     The gradient :math:`\mathbb E[w^\top \partial J_f\, v]` is unbiased where
     :math:`J_f^\top w = v`. The system is solved by generalized conjugate residuals, preconditioned

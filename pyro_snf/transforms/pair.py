@@ -59,6 +59,9 @@ __all__ = [
 _MAX_SCALE = 10.0
 _MIN_ROWS = 16
 
+# The D up to which exact determinants are as cheap as their estimates.
+_MAX_EXACT = 3
+
 
 class _Evaluation(NamedTuple):
     """``y = f(x)``, with the graph for products with the Jacobian."""
@@ -135,9 +138,9 @@ class SelfNormalizingPair(SelfNormalizingTransform):
     :param event_dim: or their number of dimensions, for networks that take events of any size.
     :param log_det: ``"refined"``, ``"learned"``, ``"exact"``, or an object with options of its own,
         of which the layer takes a copy: :class:`~pyro_snf.PairRefined`,
-        :class:`~pyro_snf.PairLearned`, :class:`~pyro_snf.PairExact`. For D up to 3,
-        ``"exact"`` is as cheap as the others; at D = 10 it takes twice as long as
-        ``"refined"``, without the noise of probes.
+        :class:`~pyro_snf.PairLearned`, :class:`~pyro_snf.PairExact`. By default ``"exact"`` for an
+        ``event_shape`` of up to three dimensions, where it is as cheap as the others and sees
+        folds, and ``"refined"`` for others: at D = 10 ``"exact"`` takes twice as long.
     :param reconstruction: the penalty, of which the layer takes a copy; by default
         ``Reconstruction()``.
     :param str inverse: ``"iterative"`` or ``"one_pass"``.
@@ -170,7 +173,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         *,
         event_shape: int | Sequence[int] | None = None,
         event_dim: int | None = None,
-        log_det: str | PairMethod = "refined",
+        log_det: str | PairMethod | None = None,
         reconstruction: Reconstruction | None = None,
         inverse: str = "iterative",
         inverse_tolerance: float | None = None,
@@ -182,6 +185,10 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         given = (event_shape, event_dim)
         fits = (event_shape is None) != (event_dim is None)
         expect("exactly one of event_shape and event_dim", fits, given)
+        self.event_shape = None if event_shape is None else as_event_shape(event_shape)
+        if log_det is None:
+            is_small = self.event_shape is not None and self.event_shape.numel() <= _MAX_EXACT
+            log_det = "exact" if is_small else "refined"
         methods = {"refined": PairRefined, "learned": PairLearned, "exact": PairExact}
         method: PairMethod = as_method(log_det, methods, PairMethod)
         fits = reconstruction is None or isinstance(reconstruction, Reconstruction)
@@ -193,7 +200,6 @@ class SelfNormalizingPair(SelfNormalizingTransform):
                 inverse_tolerance,
                 lambda number: 0 < number < 1,
             )
-        self.event_shape = None if event_shape is None else as_event_shape(event_shape)
         if self.event_shape is not None:
             event_dim = len(self.event_shape)
         self._event_dim = as_count("event_dim", event_dim)
