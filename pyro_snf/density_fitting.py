@@ -84,9 +84,10 @@ class DensityFit:
     """The density: a distribution or, of a flow with a context, a conditional one. Of a module with
     a ``log_prob`` of its own, the module."""
     losses: NDArray[np.float64]
-    """The mean of −log p(x) of the training data in every epoch, in nats."""
+    """The mean loss of the training data in every epoch, in nats: −log p(x), without the
+    log-determinants for which layers add 0 in training (pairs by "refined", and "learned")."""
     validation_losses: NDArray[np.float64]
-    """That of the validation data after every epoch; empty without such data."""
+    """The mean of −log p(x) of the validation data after every epoch; empty without such data."""
     best_epoch: int
     """The epoch, from 1, whose parameters were kept; 0 for those from before training."""
     reason: str
@@ -96,14 +97,9 @@ class DensityFit:
     """Of the optimizer."""
     seconds: float
     """Of training and validation."""
-
-    @property
-    def loss(self) -> float:
-        """The validation loss of the parameters that were kept; without such data, the training
-        loss of the last epoch; NaN without any epoch."""
-        if len(self.validation_losses):
-            return float(np.nanmin(self.validation_losses))
-        return float(self.losses[-1]) if len(self.losses) else math.nan
+    loss: float
+    """The validation loss of the parameters that were kept; without such data, the training loss of
+    the last epoch; NaN where there is none."""
 
     def plot(self) -> Figure:
         """The losses in every epoch."""
@@ -111,10 +107,11 @@ class DensityFit:
         return plot_losses({name: ones for name, ones in losses.items() if len(ones)}, unit="epoch")
 
     def __str__(self) -> str:
-        kind = "validation" if len(self.validation_losses) else "training"
+        has_validation = len(self.validation_losses) > 0
+        name = "−log p(x) in validation" if has_validation else "training loss"
         return (
             f"{len(self.losses)} epochs, {self.num_steps} steps in {self.seconds:.1f} s, stopped: "
-            f"{self.reason}\n−log p(x): {self.loss:.4f} nats in {kind}, of epoch {self.best_epoch}"
+            f"{self.reason}\n{name}: {self.loss:.4f} nats, of epoch {self.best_epoch}"
         )
 
     __repr__ = __str__
@@ -155,16 +152,17 @@ def fit_density(
     torch.Size([3, 2])
 
     AdamW, with gradients that are clipped. The data initialize what data do initialize
-    (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`). After every epoch, the averages of
-    the parameters over the latest tenth of the steps are validated; those of the lowest loss are
-    kept. The learning rate falls to 0 in the second half of the budget, which is ``num_epochs``
-    and ``max_seconds``, whichever is used up first. Until then, when the validation loss has not
-    fallen for a while, training goes back to the best parameters. If the loss of training data has
-    fallen since then, they are being learned by heart, and training goes on with a larger decay of
-    the weights of ``nn.Linear`` layers; if not, at a lower rate; and where that has been tried,
-    with falling rates, so that it stops before the budget is used up. Where a loss is
-    not finite, training goes back to the averages and on at half the rate. Ctrl-C stops it, and
-    what there is is kept.
+    (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`), also in a flow that has been trained
+    before. After every epoch, the averages of the parameters over the latest tenth of the steps are
+    validated; those of the lowest loss are kept, or those from before training, if none are better.
+    The learning rate falls to 0 in the second half of the budget, which is ``num_epochs`` and
+    ``max_seconds``, whichever is used up first. Until then, when the validation loss has not fallen
+    for a while, training goes back to the best parameters. If the loss of training data has fallen
+    since then, they are being learned by heart, and training goes on with a larger decay of the
+    weights of ``nn.Linear`` layers; if not, at a lower rate; and where that has been tried, with
+    falling rates, so that it stops before the budget is used up. Where a loss is not finite,
+    training goes back to the averages and on at half the rate. Ctrl-C stops it, and what there is
+    is kept.
 
     :param flow: from data to latents: a transform that is a module, or a conditional one; or any
         module with a method ``log_prob(data)``, or ``log_prob(data, context)``. It is trained in
@@ -216,6 +214,7 @@ def fit_density(
             "the data for outliers",
             stacklevel=2,
         )
+    last_loss = run.losses[-1] if run.losses else math.nan
     return DensityFit(
         density=density,
         losses=np.array(run.losses),
@@ -224,6 +223,7 @@ def fit_density(
         reason=reason,
         num_steps=run.num_steps,
         seconds=_clock() - start,
+        loss=last_loss if held_out is None else run.best_loss,
     )
 
 
@@ -324,7 +324,8 @@ class _Run:
         self.decays = (1000 * decay / num_rows for decay in _WEIGHT_DECAYS)
         self.weight_decay = next(self.decays)
         self.num_reductions = 0
-        self.best: Any = None
+        self.best: Any = copy.deepcopy(self.averaged.state_dict())
+        self.best_loss = math.nan
         self.best_decay = self.weight_decay
         self._new_optimizer()
 
@@ -374,11 +375,11 @@ class _Run:
                 elif self.num_failures >= _MAX_FAILURES:
                     return "diverged"
             self.losses.append(total / num_rows if num_rows else math.nan)
-            text = f"−log p {self.losses[-1]:.4g}"
+            text = f"loss {self.losses[-1]:.4g}"
             copy_unaveraged(self.flow, self.averaged)
             if held_out is not None:
                 self._keep_best(self._mean_loss(held_out))
-                text += f", in validation {self.validation_losses[-1]:.4g}"
+                text += f", −log p in validation {self.validation_losses[-1]:.4g}"
             bar.update(text)
             if used >= decay_to:
                 return "converged" if decay_to < 1 else "max_seconds"
@@ -470,7 +471,8 @@ class _Run:
         return total / len(rows.data)
 
     def _keep_best(self, loss: float) -> None:
-        if self.best is None or loss < min(self.validation_losses, default=math.inf):
+        if loss < self.best_loss or (math.isnan(self.best_loss) and not math.isnan(loss)):
+            self.best_loss = loss
             self.best = copy.deepcopy(self.averaged.state_dict())
             self.best_decay = self.weight_decay
             self.best_epoch = len(self.losses)

@@ -275,11 +275,62 @@ def test_fit_comes_to_the_entropy() -> None:
         == result.validation_losses.min()
         == result.validation_losses[result.best_epoch - 1]
     )
-    assert "nats in validation" in str(result)
+    assert f"−log p(x) in validation: {result.loss:.4f} nats" in str(result)
     result.plot()
     # In eval() mode, the best parameters, whose samples are like the data.
     radius = result.density.sample((500,)).norm(dim=1)
     assert abs(radius.mean() - 1) < 0.15
+
+
+def test_fit_keeps_what_it_starts_from_where_nothing_is_better() -> None:
+    data, held_out = (rows(500, 1, seed) for seed in (0, 1))
+    data, held_out = (torch.cat([x, x + 1e-5 * rows(500, 1, 2)], 1) for x in (data, held_out))
+    copula = GaussianCopula(2)
+    copula.initialize(data)
+    before = -density_of(copula.eval(), 2).log_prob(held_out).mean().item()
+    result = quick(data, num_epochs=1, validation=held_out)
+    assert result.best_epoch == 0
+    assert result.loss == pytest.approx(before, abs=1e-6)
+    after = -result.density.log_prob(held_out).mean().item()
+    assert after == pytest.approx(before, abs=1e-6)
+
+
+def test_copula_of_many_rows_in_a_periodic_order() -> None:
+    period, count = 24, 24 * 2000
+    x = rows(count, 2)
+    x[:, 0] = torch.arange(count) % period + torch.rand(count)
+    copula = GaussianCopula(2)
+    state = torch.get_rng_state()
+    copula.initialize(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert copula.mean[0].item() == pytest.approx(period / 2, abs=0.3)
+
+
+class Untested(Normal):
+    """Has no finite loss outside training at first."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        found = super().log_prob(x)
+        is_early = not self.training and next(self.parameters()).norm() < 0.05
+        return found * math.nan if is_early else found
+
+
+def test_fit_keeps_the_first_that_can_be_validated_at_all() -> None:
+    module, data = Untested(), 3 + 0.1 * rows(2000, 2)
+    result = fit_density(module, data, num_epochs=60, learning_rate=0.05, seed=0, progress=False)
+    assert result.best_epoch > 0
+    assert torch.allclose(module.mean, torch.full((2,), 3.0), atol=0.1)
+    assert result.loss == pytest.approx(1.838 + 0.01, abs=0.02)
+
+
+def test_fit_that_is_interrupted_in_its_first_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(density_fitting._Run, "_mean_loss", interrupt)
+    result = quick(skewed(), num_epochs=2)
+    assert (result.reason, result.best_epoch, len(result.losses)) == ("interrupted", 0, 0)
+    assert math.isnan(result.loss)
 
 
 def test_fit_is_repeated_by_its_seed() -> None:

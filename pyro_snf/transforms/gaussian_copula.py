@@ -191,7 +191,11 @@ class GaussianCopula(FirstBatchTransform):
         self._check_not_sharded()
         check_input(self, x, (self.input_dim,), self.mean.dtype)
         rows = x.detach().reshape(-1, self.input_dim)
-        rows = rows[:: -(-len(rows) // _MAX_ROWS)].double()
+        if len(rows) > _MAX_ROWS:
+            # At random, for rows in the order of time may repeat a pattern.
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+            rows = rows[order[:_MAX_ROWS].to(rows.device)]
+        rows = rows.double()
         self._check_columns(rows, torch.finfo(x.dtype).eps ** 0.5)
         mean, deviation = rows.mean(0), rows.std(0)
         z = (rows - mean) / deviation
