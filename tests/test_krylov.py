@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.krylov import KrylovSpace, Solution, _LeastSquares, gcr, krylov, log_quadrature
+from pyro_snf.krylov import _LeastSquares, gcr, krylov, log_quadrature
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.
@@ -26,16 +28,17 @@ def product(matrix: Tensor, images: Tensor) -> Tensor:
     return (images.flatten(1) @ matrix.mT).view_as(images)
 
 
-def space(
+def solved(
+    solver: Callable[..., Any],
     matrix: Tensor,
     images: Tensor,
     *,
     inverse: Tensor | None = None,
     tolerance: float = 0.0,
     max_steps: int = DIM,
-) -> KrylovSpace:
-    """That of J = ``matrix`` and P⁻¹ = ``inverse``; the whole one, unless told otherwise."""
-    return krylov(
+) -> Any:
+    """For J = ``matrix`` and P⁻¹ = ``inverse``, in the whole space, unless told otherwise."""
+    return solver(
         lambda vectors: product(matrix, vectors),
         lambda vectors: vectors if inverse is None else product(inverse, vectors),
         images,
@@ -44,22 +47,8 @@ def space(
     )
 
 
-def coarse(
-    matrix: Tensor,
-    images: Tensor,
-    *,
-    inverse: Tensor | None = None,
-    tolerance: float = 0.0,
-    max_steps: int = DIM,
-) -> Solution:
-    """That of :func:`gcr`, as :func:`space` that of :func:`krylov`."""
-    return gcr(
-        lambda vectors: product(matrix, vectors),
-        lambda vectors: vectors if inverse is None else product(inverse, vectors),
-        images,
-        tolerance=tolerance,
-        max_steps=max_steps,
-    )
+space = partial(solved, krylov)
+coarse = partial(solved, gcr)
 
 
 def near_identity(size: float, seed: int = 0) -> Tensor:

@@ -493,12 +493,15 @@ def test_contraction_has_no_units() -> None:
             assert is_close(one, found[0][1][name], 1e-6), name
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(30.0, 0.0), (0.05, 0.0), (1.0, 30.0)])
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(30.0, 0.0), (0.05, 0.0), (1.0, 30.0), (1.0, 9.0), (0.13, 3.0)]
+)
 @pytest.mark.parametrize("log_det", ["refined", "exact"])
 def test_other_scales_than_one_are_warned_of_once(
     scale: float, offset: float, log_det: str
 ) -> None:
     x, layers = torch.randn(64, 2), [self_normalizing_pair(2, [8], log_det=log_det) for _ in "12"]
+    density_loss(self_normalizing_pair(2, [8], log_det=log_det), x + 4)
     density_loss(layers[0], x)
     with pytest.warns(RuntimeWarning, match=r"a mean of .* put ActNorm\(…, event_dim=1\) before"):
         density_loss(layers[1], scale * x + offset)

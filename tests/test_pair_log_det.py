@@ -423,4 +423,7 @@ def test_error_estimate_of_learned_is_the_error_of_the_jacobian(kind: str) -> No
     tolerance = EXACT if kind == "orthogonal" else 0.05
     assert estimates["learned"] == pytest.approx(error.sqrt().item(), rel=tolerance)
     assert 0 < estimates["refined"] < 0.1
+    layer = pair_of(f, Perturbed(g, dim, 0.5), dim, log_det="refined", probe=kind)
+    log_det_of(layer, x)
+    assert 0 < layer.error_estimate < 0.15  # the default tolerance
     assert pair_of(f, g, dim, log_det="exact").error_estimate is None

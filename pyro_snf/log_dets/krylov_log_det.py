@@ -94,7 +94,7 @@ class _Estimate:
     solution: Tensor
     """u, shape ``(k, *event)``."""
     rest: Tensor
-    """``v − J u``."""
+    """``v − J u``, where P is exact."""
 
 
 class KrylovLogDet(SavesAttributes):
@@ -248,14 +248,12 @@ class KrylovLogDet(SavesAttributes):
         second_order = space.second_order_log().mean().item()
         factor = len(probes) * linear_map.theta_scale(theta)
         correction = linear_map.gradient(theta, space.solution - start, probes) / factor
+        value, gradient = anchor.value + first_order + second_order, trace_gradient + correction
+        rest = probes
+        if anchor.control_variate.is_exact:  # else the next weights have solves of their own
+            rest = probes - linear_map.apply_weight(weight, space.solution)
         self.solved_theta.copy_(theta)
-        self._estimate = _Estimate(
-            weight,
-            anchor.value + first_order + second_order,
-            trace_gradient + correction,
-            space.solution,
-            probes - linear_map.apply_weight(weight, space.solution),
-        )
+        self._estimate = _Estimate(weight, value, gradient, space.solution, rest)
         return self._estimate
 
     def _probes_for(self, anchor: _Anchor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
