@@ -27,10 +27,12 @@ from pyro_snf.options import (
     check_flag,
     expect,
     has_values,
+    shown,
 )
 from pyro_snf.plotting import plot_losses
 from pyro_snf.processes import check_one_process
 from pyro_snf.progress import Progress
+from pyro_snf.transforms.compose import initialize_parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,18 +153,17 @@ def fit_density(
     >>> result.density.sample((3,)).shape
     torch.Size([3, 2])
 
-    AdamW, with gradients that are clipped. The data initialize what data do initialize
-    (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`), also in a flow that has been trained
-    before. After every epoch, the averages of the parameters over the latest tenth of the steps are
-    validated; those of the lowest loss are kept, or those from before training, if none are better.
-    The learning rate falls to 0 in the second half of the budget, which is ``num_epochs`` and
-    ``max_seconds``, whichever is used up first. Until then, when the validation loss has not fallen
-    for a while, training goes back to the best parameters. If the loss of training data has fallen
-    since then, they are being learned by heart, and training goes on with a larger decay of the
-    weights of ``nn.Linear`` layers; if not, at a lower rate; and where that has been tried, with
-    falling rates, so that it stops before the budget is used up. Where a loss is not finite,
-    training goes back to the averages and on at half the rate. Ctrl-C stops it, and what there is
-    is kept.
+    AdamW, with gradients that are clipped. The data initialize what data do initialize and nothing
+    has before (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`). After every epoch, the
+    averages of the parameters over the latest tenth of the steps are validated; those of the lowest
+    loss are kept, or those from before training, if none are better. The learning rate falls to 0
+    in the second half of the budget, which is ``num_epochs`` and ``max_seconds``, whichever is used
+    up first. Until then, when the validation loss has not fallen for a while, training goes back to
+    the best parameters. If the loss of training data has fallen since then, they are being learned
+    by heart, and training goes on with a larger decay of the weights of ``nn.Linear`` layers; if
+    not, at a lower rate; and where that has been tried, with falling rates, so that it stops before
+    the budget is used up. Where a loss is not finite, training goes back to the averages and on at
+    half the rate. Ctrl-C stops it, and what there is is kept.
 
     :param flow: from data to latents: a transform that is a module, or a conditional one; or any
         module with a method ``log_prob(data)``, or ``log_prob(data, context)``. It is trained in
@@ -180,8 +181,9 @@ def fit_density(
     :param bool progress: whether to show a progress bar or, where there is no terminal, a line
         every ten seconds, on the standard error stream.
     :raises ValueError: for options outside these ranges, and for data that are not finite.
-    :raises RuntimeError: in several processes.
-    :warns UserWarning: if the loss was not finite again and again.
+    :raises RuntimeError: in several processes, and where gradients are not recorded.
+    :warns UserWarning: if the loss was not finite again and again, or that of the validation data
+        never was.
     """
     check_one_process("fit_density")
     num_epochs = as_count("num_epochs", num_epochs)
@@ -197,8 +199,11 @@ def fit_density(
         pyro.set_rng_seed(seed)
     training, held_out = _split(rows, validation)
     density, log_prob = _density_of(flow, base, rows)
-    if hasattr(flow, "initialize"):
-        flow.initialize(*(one for one in training if one is not None))
+    if not torch.is_grad_enabled():
+        raise RuntimeError("expected gradients to be recorded; they are not, as under no_grad")
+    if not any(one.requires_grad for one in flow.parameters()):
+        raise ValueError("expected a flow with parameters to train; none requires a gradient")
+    _initialize(flow, training)
     run = _Run(flow, log_prob, learning_rate, batch_size, len(training.data))
     start = _clock()
     reason = "num_epochs"
@@ -212,6 +217,12 @@ def fit_density(
         warnings.warn(
             f"the loss was not finite {_MAX_FAILURES} times: lower the learning rate, and look at "
             "the data for outliers",
+            stacklevel=2,
+        )
+    elif run.validation_losses and not math.isfinite(run.best_loss):
+        warnings.warn(
+            "the loss of the validation data was not finite after any epoch, so the parameters of "
+            "the last one are kept: look at these data for outliers",
             stacklevel=2,
         )
     last_loss = run.losses[-1] if run.losses else math.nan
@@ -234,17 +245,53 @@ def copy_unaveraged(flow: nn.Module, averaged: nn.Module) -> None:
     averaged.load_state_dict(rest, strict=False)
 
 
+def _initialize(flow: Any, rows: _Rows) -> None:
+    """Initialize what data initialize, unless it has been."""
+    if isinstance(flow, Transform):
+        initialize_parts([flow], rows.data)
+    elif hasattr(flow, "initialize"):
+        flow.initialize(*(one for one in rows if one is not None))
+
+
 def _checked(name: str, data: Any, context: Any) -> _Rows:
-    for kind, tensor in ((name, data), (f"the context of {name}", context)):
-        if kind != name and tensor is None:
-            continue
-        fits = has_values(tensor) and tensor.is_floating_point() and tensor.dim() > 1
-        expect(f"{kind}, a floating-point tensor of shape (N, ...)", fits, type(tensor).__name__)
-        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise ValueError(f"expected {kind} to be finite and not empty; it is not")
-    if context is not None and len(context) != len(data):
+    _check_tensor(name, data)
+    if context is None:
+        return _Rows(data.detach(), None)
+    _check_tensor(f"the context of {name}", context)
+    if len(context) != len(data):
         raise ValueError(f"expected as many contexts as {name}; got {len(context)}, {len(data)}")
-    return _Rows(data.detach(), None if context is None else context.detach())
+    return _Rows(data.detach(), context.detach())
+
+
+def _check_alike(name: str, rows: Tensor, others: Tensor) -> None:
+    """Raise unless others are of the type of rows, and each of the same shape."""
+    if (rows.shape[1:], rows.dtype) != (others.shape[1:], others.dtype):
+        shape = ", ".join(["N", *map(str, rows.shape[1:])])
+        raise ValueError(
+            f"expected {name} to be {rows.dtype} of shape ({shape}), as for training; got "
+            f"{others.dtype} of shape {tuple(others.shape)}"
+        )
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    """Raise unless it is a tensor of finite, floating-point rows."""
+    expected = f"{name}, a non-empty floating-point tensor of shape (N, ...)"
+    expect(expected, has_values(tensor), type(tensor).__name__)
+    if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.numel() == 0:
+        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        if not tensor.is_floating_point():
+            got += ", to be converted by .float()"
+        if tensor.dim() == 1:
+            got += "; one column is x.unsqueeze(1)"
+        raise ValueError(f"expected {expected}; got {got}")
+    is_bad = ~torch.isfinite(tensor)
+    if is_bad.any():
+        count = int(is_bad.flatten(1).any(1).sum())
+        columns = is_bad.flatten(1).any(0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"expected {name} to be finite; got NaN or infinity in {count} of {len(tensor)} rows, "
+            f"in the columns {shown(columns)}: drop or impute these rows"
+        )
 
 
 def _split(rows: _Rows, validation: Any) -> tuple[_Rows, _Rows | None]:
@@ -252,7 +299,11 @@ def _split(rows: _Rows, validation: Any) -> tuple[_Rows, _Rows | None]:
         parts = validation if isinstance(validation, tuple) else (validation, None)
         fits = len(parts) == 2 and (parts[1] is None) == (rows.context is None)
         expect("validation, (data, context) where there is a context", fits, type(validation))
-        return rows, _checked("validation", *parts)
+        held_out = _checked("validation", *parts)
+        _check_alike("validation", rows.data, held_out.data)
+        if rows.context is not None and held_out.context is not None:
+            _check_alike("the context of validation", rows.context, held_out.context)
+        return rows, held_out
     share = as_number("validation in [0, 1), or data", validation, lambda number: 0 <= number < 1)
     count = round(share * len(rows.data))
     if count == 0:
@@ -277,8 +328,9 @@ def _density_of(
 
         return flow, own_log_prob
     if conditional != (rows.context is not None):
-        wanted = "a context for a conditional flow" if conditional else "a conditional flow"
-        raise ValueError(f"expected {wanted}; got {'none' if conditional else 'another'}")
+        wanted = "a context, which the flow depends on" if conditional else "no context"
+        got = "none" if conditional else f"one, which {type(flow).__name__} does not depend on"
+        raise ValueError(f"expected {wanted}; got {got}")
 
     shape = rows.data.shape if conditional else flow.forward_shape(rows.data.shape)
     latent = shape[1:]
@@ -471,7 +523,8 @@ class _Run:
         return total / len(rows.data)
 
     def _keep_best(self, loss: float) -> None:
-        if loss < self.best_loss or (math.isnan(self.best_loss) and not math.isnan(loss)):
+        is_better = math.isfinite(loss) and loss < self.best_loss
+        if is_better or not math.isfinite(self.best_loss):
             self.best_loss = loss
             self.best = copy.deepcopy(self.averaged.state_dict())
             self.best_decay = self.weight_decay

@@ -29,7 +29,6 @@ __all__ = [
     "mean_over_processes",
     "num_processes",
     "process_rank",
-    "scale_of_contexts",
     "set_data_group",
 ]
 
@@ -147,15 +146,3 @@ def column_moments(columns: Tensor) -> ColumnMoments:
     mean = (weights * means).sum(0)
     deviation = (weights * (variances + (means - mean).square())).sum(0).sqrt()
     return ColumnMoments(origin + mean, deviation)
-
-
-def scale_of_contexts(contexts: Tensor) -> ColumnMoments:
-    """What to standardize contexts by; a deviation of 1 for a column of equal values.
-
-    :param Tensor contexts: shape ``(..., C)``, those of this process.
-    :raises ValueError: if they are not finite.
-    """
-    mean, deviation = column_moments(contexts.reshape(-1, contexts.shape[-1]))
-    if not torch.isfinite(mean + deviation).all():
-        raise ValueError("expected contexts of finite mean and variance; got NaN or infinity")
-    return ColumnMoments(mean, deviation.masked_fill(deviation == 0, 1.0))

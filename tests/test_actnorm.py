@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyro_snf import GaussianCopula, SelfNormalizingLinear, flows
 from pyro_snf.path_gradient import push_score
 from pyro_snf.transforms.actnorm import ActNorm, actnorm
 from pyro_snf.transforms.compose import Compose
@@ -133,6 +134,33 @@ def test_initialization_through_a_density() -> None:
     assert layer.initialized
     assert layer.bias.grad is not None
     assert is_normal(layer(x))
+
+
+def test_scoring_in_the_direction_of_sampling_initializes_nothing() -> None:
+    # The density's x = T⁻¹(value) are latents, not data.
+    image = (2, 4, 4)
+    for flow, shape, latent in [
+        (
+            Compose([ActNorm(2, event_dim=1), SelfNormalizingLinear(2), ActNorm(2, event_dim=1)]),
+            (2,),
+            (2,),
+        ),
+        (Compose([GaussianCopula(2), Compose([ActNorm(2, event_dim=1)])]).float(), (2,), (2,)),
+        (flows.glow(image, num_levels=1, num_steps=2, hidden_channels=4), image, (32,)),
+        (flows.glow(image, num_levels=2, num_steps=1, hidden_channels=4), image, (32,)),
+    ]:
+        dtype = next(flow.parameters()).dtype
+        base = dist.Normal(torch.zeros(shape, dtype=dtype), 1.0).to_event(len(shape))
+        guide = dist.TransformedDistribution(base, [flow])
+        x = 50 * torch.randn(9, *latent, dtype=dtype)
+        first = guide.log_prob(x)
+        first.sum().backward()
+        assert torch.equal(guide.log_prob(x.clone()), first)
+        layers = [one for one in flow.modules() if hasattr(one, "initialized")]
+        assert not any(layer.initialized for layer in layers)
+        # And then data do.
+        flow(flow.inv(x).detach() + 1)
+        assert all(layer.initialized for layer in layers)
 
 
 def test_stack_is_initialized_layer_by_layer() -> None:

@@ -852,25 +852,27 @@ def test_scale_of_contexts_is_saved_and_copied() -> None:
     for twin in (loaded, *(make_copy(module) for make_copy in COPIES)):
         assert torch.equal(twin.condition(context)(torch.ones(3)), after)
     names = {name for name, _ in module.named_buffers()}
-    assert {"context_mean", "context_scale"} <= names
-    assert not {"context_mean", "context_scale"} & set(dict(module.named_parameters()))
+    assert {"context_scale.mean", "context_scale.deviation"} <= names
+    assert not {"context_scale.mean", "context_scale.deviation"} & set(
+        dict(module.named_parameters())
+    )
 
 
 def test_constant_columns_are_only_centred() -> None:
     module, context = LINEAR(), contexts(7)
     context[:, 0] = 0.1  # seven of which have a mean that is rounded
     module.standardize_contexts(context)
-    assert module.context_scale[0] == 1
-    assert is_close(module.context_scale[1], context[:, 1].std(correction=0), EXACT)
+    assert module.context_scale.deviation[0] == 1
+    assert is_close(module.context_scale.deviation[1], context[:, 1].std(correction=0), EXACT)
     module.standardize_contexts(context[0])  # a single one
-    assert torch.equal(module.context_scale, torch.ones(2))
+    assert torch.equal(module.context_scale.deviation, torch.ones(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_scale_of_contexts_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
     module, context = LINEAR(dtype=dtype), (100 * contexts(40)).to(dtype)
     module.standardize_contexts(context)
-    assert module.context_mean.dtype == module.context_scale.dtype == dtype
+    assert module.context_scale.mean.dtype == module.context_scale.deviation.dtype == dtype
     assert module.condition(context)(torch.ones(3, dtype=dtype)).dtype == dtype
 
 

@@ -236,7 +236,7 @@ def moments(rank: int | None) -> list[Tensor]:
     found = [*column_moments(rows)]
     layer = conditional_self_normalizing_linear(2, 3).float()
     layer.standardize_contexts(rows)
-    return [*found, layer.context_mean, layer.context_scale]
+    return [*found, layer.context_scale.mean, layer.context_scale.deviation]
 
 
 def error_of(call: Callable[[], object]) -> str:

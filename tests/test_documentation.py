@@ -154,6 +154,15 @@ def section_of(page: str, anchor: str) -> str:
     raise AssertionError(f"no section #{anchor} of {page}")
 
 
+def test_no_text_has_control_characters() -> None:
+    """As "\\theta" becomes "heta" after a tab, where a string is not raw."""
+    files = [*(ROOT / "pyro_snf").rglob("*.py"), *(ROOT / "docs").glob("*.rst")]
+    assert len(files) > 50
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert all(character.isprintable() or character == "\n" for character in text), path
+
+
 def test_headlines_are_what_was_measured() -> None:
     """Each number is, rounded, one of the section that the line links to."""
     lines = (ROOT / "docs" / "headlines.md").read_text(encoding="utf-8").splitlines()

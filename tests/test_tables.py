@@ -14,6 +14,8 @@ from pyro.distributions import ConditionalTransformModule
 from torch import Tensor, nn
 
 from pyro_snf import (
+    ActNorm,
+    Compose,
     GaussianCopula,
     SelfNormalizingLinear,
     SplineAutoregressive,
@@ -45,8 +47,10 @@ def skewed(count: int = 400, seed: int = 0) -> Tensor:
     return torch.stack([1e4 * first.exp(), 1e-3 * second.sigmoid(), 3 * first + second + noise], 1)
 
 
-def density_of(flow: nn.Module, dim: int) -> dist.TransformedDistribution:
-    base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+def density_of(
+    flow: nn.Module, dim: int, dtype: torch.dtype | None = None
+) -> dist.TransformedDistribution:
+    base = dist.Normal(torch.zeros(dim, dtype=dtype), 1.0).to_event(1)
     return dist.TransformedDistribution(base, [flow.inv])
 
 
@@ -295,6 +299,48 @@ def test_fit_keeps_what_it_starts_from_where_nothing_is_better() -> None:
     assert after == pytest.approx(before, abs=1e-6)
 
 
+def single_copula(x: Tensor) -> GaussianCopula:
+    """In float32, which has seven digits."""
+    copula = GaussianCopula(x.shape[1], dtype=torch.float32)
+    copula.initialize(x.float())
+    return copula.eval()
+
+
+def loss_of(copula: GaussianCopula, x: Tensor) -> float:
+    density = density_of(copula, x.shape[1], torch.float32)
+    return -density.log_prob(x.float()).mean().item()
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e8, 1e20])
+def test_copula_of_a_column_with_an_outlier(outlier: float) -> None:
+    x = rows(1000, 2, 1)
+    x[0, 0] = outlier
+    copula = single_copula(x)
+    assert loss_of(copula, rows(1000, 2, 2)) == pytest.approx(2 * 1.4189, abs=0.15)
+    sample = density_of(copula, 2, torch.float32).sample((4000,))[:, 0].double()
+    quantiles = sample.quantile(torch.tensor([0.1, 0.5, 0.9]))
+    assert torch.allclose(quantiles, torch.tensor([-1.28, 0.0, 1.28]), atol=0.15)
+
+
+def test_copula_of_columns_over_many_orders_of_magnitude() -> None:
+    # The entropy of a log-normal variable is ½ log 2πe + log σ + μ.
+    for sigma in (1.0, 4.0, 6.0):
+        x = (sigma * rows(3000, 2)).exp()
+        assert loss_of(single_copula(x), x) == pytest.approx(
+            2 * (1.4189 + math.log(sigma)), abs=0.25
+        )
+
+
+def test_copula_of_a_row_of_codes() -> None:
+    x = rows(1000, 4)
+    x[0] = 99999.0  # by itself, it makes all columns proportional
+    assert loss_of(single_copula(x), rows(1000, 4, 1)) == pytest.approx(4 * 1.4189, abs=0.3)
+    # Columns that are linear functions of others in all rows are refused all the same.
+    x[:, 3] = x[:, 0] - 2 * x[:, 1]
+    with pytest.raises(ValueError, match=r"in the columns \[3\]"):
+        single_copula(x)
+
+
 def test_copula_of_many_rows_in_a_periodic_order() -> None:
     period, count = 24, 24 * 2000
     x = rows(count, 2)
@@ -304,6 +350,37 @@ def test_copula_of_many_rows_in_a_periodic_order() -> None:
     copula.initialize(x)
     assert torch.equal(torch.get_rng_state(), state)
     assert copula.mean[0].item() == pytest.approx(period / 2, abs=0.3)
+
+
+def test_fit_of_a_trained_flow_goes_on_from_it() -> None:
+    context, other = rows(300, 2, 1), 5 + 3 * rows(300, 2, 2)
+    options = {"validation": 0, "num_epochs": 1, "seed": 0, "progress": False}
+    for flow, contexts in [
+        (flows.tabular(2, hidden_dim=8, num_layers=1), [None, None]),
+        (flows.tabular(2, hidden_dim=8, num_layers=1, context_dim=2), [context, other]),
+        (Compose([ActNorm(2, event_dim=1), flows.tabular(2, hidden_dim=8)]), [None, None]),
+        (ActNorm(2, event_dim=1), [None, None]),
+        (GaussianCopula(2), [None, None]),
+    ]:
+        fit_density(flow, rows(300, 2), context=contexts[0], **options)
+        before = copy.deepcopy(flow.state_dict())
+        data = 100 + 9 * rows(300, 2, 3)
+        fit_density(flow, data, context=contexts[1], learning_rate=1e-30, **options)
+        after = flow.state_dict()
+        names = [name for name in before if ".log_det." not in name]  # which has seen new weights
+        assert [name for name in names if not torch.equal(before[name], after[name])] == []
+
+
+def test_fit_warns_of_validation_that_is_never_finite() -> None:
+    held_out = rows(50, 2)
+    held_out[3, 1] = 1e300
+    with pytest.warns(UserWarning, match="validation data was not finite"):
+        result = quick(rows(500, 2), validation=held_out)
+    # What is there after all epochs, as without validation.
+    assert result.best_epoch == len(result.losses) == 8
+    other = quick(rows(500, 2), validation=0)
+    found, expected = (one.density.log_prob(rows(9, 2)) for one in (result, other))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 class Untested(Normal):
@@ -500,10 +577,17 @@ def test_fit_recovers_from_losses_that_are_not_finite(monkeypatch: pytest.Monkey
         ({"seed": -1}, "seed"),
         ({"base": 3}, "base"),
         ({"base": dist.Normal(0.0, 1.0)}, r"base, a distribution of shape \(3,\)"),
-        ({"context": torch.ones(400, 1)}, "expected a conditional flow"),
+        ({"context": torch.ones(400, 1)}, "no context; got one, which Compose does not depend on"),
         ({"context": torch.ones(3, 1)}, "as many contexts"),
-        ({"data": torch.ones(5)}, r"shape \(N, ...\)"),
-        ({"data": torch.full((5, 3), math.inf)}, "finite"),
+        ({"data": torch.ones(5)}, r"got torch.float32 of shape \(5,\); one column is x.unsqueeze"),
+        ({"data": torch.ones(5, 3).long()}, r"got torch.int64 of shape \(5, 3\), to be converted"),
+        ({"data": skewed().numpy()}, "got 'ndarray'"),
+        (
+            {"data": skewed().index_fill(0, torch.tensor([2, 7]), math.inf)},
+            r"in 2 of 400 rows, in the columns \[0, 1, 2\]",
+        ),
+        ({"validation": rows(9, 2)}, r"shape \(N, 3\), as for training; got .* \(9, 2\)"),
+        ({"validation": rows(9, 3).float()}, "float64 .* as for training; got torch.float32"),
     ],
 )
 def test_fit_refuses(options: dict[str, object], message: str) -> None:
@@ -512,3 +596,13 @@ def test_fit_refuses(options: dict[str, object], message: str) -> None:
         fit_density(flows.tabular(3, hidden_dim=8), progress=False, **given)
     with pytest.raises(ValueError, match="flow, a module"):
         fit_density(object(), skewed())
+
+
+def test_fit_needs_gradients() -> None:
+    flow = flows.tabular(3, hidden_dim=8)
+    before = copy.deepcopy(flow.state_dict())
+    with pytest.raises(RuntimeError, match="gradients to be recorded"), torch.no_grad():
+        fit_density(flow, skewed())
+    with pytest.raises(ValueError, match="parameters to train"):
+        fit_density(flow.requires_grad_(False), skewed())
+    assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())

@@ -13,8 +13,10 @@ from torch.distributions import ComposeTransform, Transform
 from pyro_snf.gradient_check import check_value
 from pyro_snf.options import as_list, check_cache_size, expect
 from pyro_snf.transforms.base import InvertibleTransformModule, with_safe_cache
+from pyro_snf.transforms.context_scale import ContextScale
+from pyro_snf.transforms.first_batch import FirstBatchTransform, initializing_nothing
 
-__all__ = ["Compose", "ConditionalCompose"]
+__all__ = ["Compose", "ConditionalCompose", "initialize_parts"]
 
 
 class Compose(ComposeTransformModule):
@@ -69,6 +71,10 @@ class Compose(ComposeTransformModule):
             check_value(y)
         return y
 
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        with initializing_nothing():
+            return super().log_abs_det_jacobian(x, y)
+
     def _inv_call(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):
             y = part.inv(y)
@@ -83,11 +89,11 @@ class Compose(ComposeTransformModule):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Initialize the parts that data initialize, such as :class:`~pyro_snf.ActNorm`, one after
-        the other, as a first batch in training would.
+        the other, as a first batch in training would: those that are not initialized yet.
 
         :param Tensor x: data, the input of the first part: all of them, if they are at hand.
         """
-        _initialize(self.parts, x)
+        initialize_parts(self.parts, x)
 
     def clear_cache(self) -> None:
         """Drop the cached pairs of all parts."""
@@ -135,19 +141,24 @@ class ConditionalCompose(ConditionalTransformModule):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor) -> None:
-        """Initialize the parts that data initialize, and standardize the contexts.
+        """Initialize the parts that data initialize, and standardize the contexts, where neither
+        has been done yet.
 
         :param Tensor x: data, the input of the first part.
         :param Tensor context: as many contexts.
         """
         for part in self.parts:
-            if hasattr(part, "standardize_contexts"):
-                part.standardize_contexts(context)
-        _initialize(self.condition(context).parts, x)
+            scale = getattr(part, "context_scale", None)
+            if isinstance(scale, ContextScale) and scale.is_as_reset():
+                scale.fit(context)
+        initialize_parts(self.condition(context).parts, x)
 
 
-def _initialize(parts: Sequence[Transform], x: Tensor) -> None:
+@torch.no_grad()
+def initialize_parts(parts: Sequence[Transform], x: Tensor) -> None:
+    """See :meth:`Compose.initialize`."""
     for part in parts:
-        if hasattr(part, "initialize"):
+        is_done = isinstance(part, FirstBatchTransform) and not part.is_new()
+        if hasattr(part, "initialize") and not is_done:
             part.initialize(x)
         x = part(x)

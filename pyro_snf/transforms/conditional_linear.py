@@ -14,12 +14,12 @@ from torch.distributions import Transform, constraints
 from torch.nn import Linear, init
 
 from pyro_snf.maps.base import scale_and_shift
-from pyro_snf.options import are_counts, as_count, check_context, expect, is_count, shown
+from pyro_snf.options import are_counts, as_count, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.processes import scale_of_contexts
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
+from pyro_snf.transforms.context_scale import ContextScale
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
 __all__ = ["ConditionalSelfNormalizingLinear", "conditional_self_normalizing_linear"]
@@ -116,9 +116,6 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     codomain = constraints.real_vector
     bijective = True
 
-    context_mean: Tensor
-    context_scale: Tensor
-
     def __init__(
         self,
         input_dim: int,
@@ -141,17 +138,15 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         if isinstance(nn, DenseNN):
             found, dims = list(nn.param_dims), _output_dims(input_dim, rank)
             expect(f"nn, a DenseNN with param_dims={dims}", found == dims, found)
-            # A DenseNN sees (c − context_mean) / context_scale.
-            self.register_buffer("context_mean", self.linear.theta.new_empty(nn.input_dim))
-            self.register_buffer("context_scale", self.linear.theta.new_empty(nn.input_dim))
+            #: What a DenseNN sees of contexts; other networks see them as they are.
+            self.context_scale = ContextScale(nn.input_dim, self.linear.theta)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Contexts as they are: see :meth:`standardize_contexts`."""
         if isinstance(self.nn, DenseNN):
-            self.context_mean.zero_()
-            self.context_scale.fill_(1.0)
+            self.context_scale.reset_parameters()
         self._is_scale_checked = False
 
     def extra_repr(self) -> str:
@@ -176,10 +171,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
                 f"expected a network that is a DenseNN; got {type(self.nn).__name__}, "
                 "which has to standardize its contexts itself"
             )
-        _check_context(contexts, self.nn.input_dim, self.linear.theta.dtype)
-        mean, deviation = scale_of_contexts(contexts)
-        self.context_mean.copy_(mean)
-        self.context_scale.copy_(deviation)
+        self.context_scale.fit(contexts)
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
@@ -205,8 +197,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         under_autocast = torch.is_autocast_enabled(self.linear.theta.device.type)
         # Other networks than Pyro's check their contexts themselves.
         if isinstance(self.nn, DenseNN):
-            _check_context(context, self.nn.input_dim, None if under_autocast else dtype)
-            context = (context - self.context_mean) / self.context_scale
+            context = self.context_scale(context)
             is_training = self.training and torch.is_grad_enabled()
             if is_training and not self._is_scale_checked and not is_traced():
                 self._warn_of_scale(context)
@@ -384,21 +375,6 @@ def _checked_sizes(input_dim: int, rank: int) -> tuple[int, int]:
     input_dim = as_count("input_dim", input_dim)
     expect(f"rank, an integer from 0 to {input_dim}", is_count(rank, 0) and rank <= input_dim, rank)
     return input_dim, int(rank)
-
-
-def _check_context(context: Any, context_dim: int, dtype: torch.dtype | None) -> None:
-    """Raise unless a context is a floating, non-empty batch of vectors.
-
-    :param dtype: the type to expect; None if any will do.
-    """
-    check_context(context)
-    if context.shape[-1:] != (context_dim,) or context.numel() == 0:
-        raise ValueError(
-            f"expected a non-empty context of shape (..., {context_dim}); "
-            f"got {tuple(context.shape)}"
-        )
-    if dtype is not None and context.dtype != dtype:
-        raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
 
 
 def _check_outputs(outputs: Any, dims: list[int]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +16,32 @@ from pyro_snf.processes import is_dtensor
 from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule
 
-__all__ = ["FirstBatchTransform"]
+__all__ = ["FirstBatchTransform", "initializing_nothing"]
+
+
+class _Local(threading.local):
+    initializes = True
+
+
+_local = _Local()
+
+
+def initializing_nothing() -> AbstractContextManager[None]:
+    """A context in which no batch initializes a layer.
+
+    For log-determinants: with x = T⁻¹(y) by layers that are new, T would be another one if x
+    initialized them. Data, from which they are to be initialized, have passed through T before.
+    """
+    return nullcontext() if is_traced() else _initializing_nothing()  # in traces nothing does
+
+
+@contextmanager
+def _initializing_nothing() -> Iterator[None]:
+    before, _local.initializes = _local.initializes, False
+    try:
+        yield
+    finally:
+        _local.initializes = before
 
 
 class FirstBatchTransform(InvertibleTransformModule):
@@ -36,7 +64,7 @@ class FirstBatchTransform(InvertibleTransformModule):
         super().__setattr__(name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._is_training() and self._is_new():
+        if self._is_training() and self.is_new():
             self.initialize(x)
         return super().__call__(x)
 
@@ -77,11 +105,12 @@ class FirstBatchTransform(InvertibleTransformModule):
             and torch.is_grad_enabled()
             and all(parameter.requires_grad for parameter in self.parameters())
             and not is_traced()  # a trace would repeat the initialization in every call
+            and _local.initializes
         )
 
     @torch.no_grad()
-    def _is_new(self) -> bool:
-        """Whether the parameters have not been set by anything yet."""
+    def is_new(self) -> bool:
+        """Whether the parameters have been set by nothing yet: no batch, and no saved values."""
         if self._initialized_version == version(self.initialized):
             return False
         if not self.initialized:

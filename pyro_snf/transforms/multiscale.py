@@ -14,6 +14,7 @@ from pyro_snf.caching import PairCache, can_remember
 from pyro_snf.options import as_image_shape, as_list, expect
 from pyro_snf.transforms.base import InverseTransformModule, InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
+from pyro_snf.transforms.first_batch import initializing_nothing
 
 __all__ = ["MultiScale"]
 
@@ -121,11 +122,12 @@ class MultiScale(InvertibleTransformModule):
         check_input(self, y, (self._dim,))
         *levels, last = self._transforms()
         log_dets = []
-        for level, halves in zip(levels, self._halves, strict=True):
-            output = level(x)
-            log_dets.append(_log_det(level, x, output))
-            x, _ = halves.split(output)
-        return sum(log_dets, _log_det(last, x, self._latents.split(y)[-1]))
+        with initializing_nothing():
+            for level, halves in zip(levels, self._halves, strict=True):
+                output = level(x)
+                log_dets.append(_log_det(level, x, output))
+                x, _ = halves.split(output)
+            return sum(log_dets, _log_det(last, x, self._latents.split(y)[-1]))
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self._replace(shape, self.event_shape, torch.Size([self._dim]))

@@ -16,13 +16,12 @@ from pyro_snf.caching import TensorMemo
 from pyro_snf.options import (
     as_count,
     as_positive,
-    check_context,
     check_device,
     check_dtype,
 )
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.processes import scale_of_contexts
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.context_scale import ContextScale
 
 __all__ = [
     "ConditionalSplineAutoregressive",
@@ -281,7 +280,7 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
     r"""A :class:`SplineAutoregressive` whose splines depend on a context c as well.
 
     .. math::
-        y_i = S(x_i;\, 	heta_i), \qquad 	heta_i 	ext{ a function of } x_1 \ldots x_{i-1}, c .
+        y_i = S(x_i;\, \theta_i), \qquad \theta_i \text{ a function of } x_1 \ldots x_{i-1}, c .
 
     >>> transform = ConditionalSplineAutoregressive(3, 2)
     >>> transform.condition(torch.ones(4, 2))(torch.zeros(3)).shape
@@ -294,9 +293,6 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         and as :class:`SplineAutoregressive`.
     """
 
-    context_mean: Tensor
-    context_scale: Tensor
-
     def __init__(
         self, input_dim: int, context_dim: int, hidden_dim: int = 128, **kwargs: Any
     ) -> None:
@@ -306,16 +302,8 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         self.transform = SplineAutoregressive(
             input_dim, hidden_dim, context_dim=self.context_dim, **kwargs
         )
-        empty = self.transform.network.first.weight.new_empty
-        self.register_buffer("context_mean", empty(self.context_dim))
-        self.register_buffer("context_scale", empty(self.context_dim))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Contexts as they are: see :meth:`standardize_contexts`."""
-        self.context_mean.zero_()
-        self.context_scale.fill_(1.0)
+        #: What the network sees of contexts.
+        self.context_scale = ContextScale(self.context_dim, self.transform.network.first.weight)
 
     @torch.no_grad()
     def standardize_contexts(self, contexts: Tensor) -> None:
@@ -329,10 +317,7 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
             by 1.
         :raises ValueError: for contexts that are not finite.
         """
-        self._check(contexts)
-        mean, deviation = scale_of_contexts(contexts)
-        self.context_mean.copy_(mean)
-        self.context_scale.copy_(deviation)
+        self.context_scale.fit(contexts)
 
     def condition(self, context: Tensor) -> SplineAutoregressive:
         """The transform of a context, or of a batch of contexts, with a cache of its own.
@@ -340,21 +325,7 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         :param Tensor context: c, shape ``(*batch, context_dim)``. Inputs of the transform have
             shape ``(..., D)``, and ``...`` broadcasts with ``batch``.
         """
-        self._check(context)
-        return self.transform.conditioned((context - self.context_mean) / self.context_scale)
-
-    def _check(self, context: Tensor) -> None:
-        check_context(context)
-        if context.dim() == 0 or context.shape[-1] != self.context_dim or context.numel() == 0:
-            raise ValueError(
-                f"expected a non-empty context of shape (..., {self.context_dim}); "
-                f"got {tuple(context.shape)}"
-            )
-        under_autocast = torch.is_autocast_enabled(context.device.type)
-        if context.dtype != self.context_mean.dtype and not under_autocast:
-            raise ValueError(
-                f"expected a context of dtype {self.context_mean.dtype}; got {context.dtype}"
-            )
+        return self.transform.conditioned(self.context_scale(context))
 
 
 def spline_autoregressive(
