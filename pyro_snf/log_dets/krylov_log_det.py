@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -198,12 +199,13 @@ class KrylovLogDet(SavesAttributes):
         estimate = self._known_estimate(event_shape)
         change = self.linear_map.weight(theta) - estimate.weight
         rest = estimate.rest - self.linear_map.apply_weight(change, estimate.solution)
-        (squares,) = read(rest.square().flatten(1).sum(1) / event_shape.numel())
-        if not squares.max().sqrt() <= _KEPT_RESIDUAL * self.tolerance:
+        (lengths,) = read(torch.linalg.vector_norm(rest.flatten(1), dim=1))
+        residuals = lengths.numpy() / math.sqrt(event_shape.numel())
+        if not residuals.max() <= _KEPT_RESIDUAL * self.tolerance:
             estimate = self._new_estimate(theta, event_shape)
             return estimate.value, estimate.gradient
-        self.error_estimate = squares.mean().sqrt().item()
-        first_order = (estimate.gradient.double() * change).sum()
+        self.error_estimate = math.sqrt(np.square(residuals).mean())
+        first_order = (estimate.gradient * change).sum(dtype=torch.float64)
         return estimate.value + first_order, estimate.gradient
 
     def _known_estimate(self, event_shape: torch.Size) -> _Estimate:

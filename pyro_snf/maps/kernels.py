@@ -43,7 +43,7 @@ PADDING_MODES = ("zeros", "circular")
 
 def theta_scale(theta: Tensor) -> float:
     """``∂a/∂θ = 1/√(C kh kw)``."""
-    return 1 / math.sqrt(theta[0].numel())
+    return 1 / math.sqrt(math.prod(theta.shape[1:]))
 
 
 def near_identity(theta: Tensor) -> Tensor:
