@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         figure = plot_densities({"": panels}, limit=3.0, title="Two spirals: log densities")
     found = pair_report(pair, test)
     print(f"det J has one sign at {found.num_oriented} of {found.num_events} test points")
-    print(f"{found.num_recovered} of {found.num_events} are recovered from their latents\n")
+    print(f"{found.num_recovered} of {found.num_events} are recovered from their latents")
+    print(f"{found.num_unique} of {found.num_events} share no latent with a point that was found\n")
     finish(table, figure, args.output_dir, "free_form")
     return table
 

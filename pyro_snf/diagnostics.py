@@ -174,6 +174,10 @@ class PairReport(NamedTuple):
     num_recovered: int
     """Events x for which ``T.inv(T(x))`` is x. What is missing has another x with the same image,
     or none that was found: there f is not invertible, or almost so."""
+    num_unique: int
+    """Events x to which no other one was found with the same image: by ``T.inv``, or by Newton's
+    method from 0 and from the event before. Less than all of them is proof that f is not
+    invertible; the other ones may be far from all events."""
 
 
 @torch.no_grad()
@@ -207,11 +211,17 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     eye = torch.eye(dim, dtype=rows.dtype, device=rows.device)
     error = (inverse @ jacobian - eye).square().sum((1, 2)).mean() / dim
 
-    recovered = invert(
-        pair.forward, pair.inverse, near.output.detach(), context, tolerance=_RECOVERED**2
-    )
-    distance = torch.linalg.vector_norm(recovered.x - rows, dim=axes)
     size = torch.linalg.vector_norm(rows, dim=axes) + math.sqrt(dim)
+
+    def solve(start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Whether a solution of ``f(x') = f(x)`` was found, and whether that is x."""
+        y = near.output.detach()
+        found = invert(pair.forward, pair.inverse, y, context, tolerance=_RECOVERED**2, start=start)
+        distance = torch.linalg.vector_norm(found.x - rows, dim=axes)
+        return found.converged, distance <= _RECOVERED * size
+
+    solutions = [solve(start) for start in (None, torch.zeros_like(rows), rows.roll(1, 0))]
+    is_found, is_same = map(torch.stack, zip(*solutions, strict=True))
     return PairReport(
         reconstruction_error=(back.output - rows).square().mean().sqrt().item(),
         inverse_error=error.sqrt().item(),
@@ -219,7 +229,8 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
         condition=torch.linalg.cond(jacobian).median().item(),
         num_events=len(rows),
         num_oriented=max(int((sign > 0).sum()), int((sign < 0).sum())),
-        num_recovered=int((recovered.converged & (distance <= _RECOVERED * size)).sum()),
+        num_recovered=int((is_found & is_same)[0].sum()),
+        num_unique=int((~is_found | is_same).all(0).sum()),
     )
 
 

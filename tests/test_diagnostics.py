@@ -273,6 +273,7 @@ def test_pair_report_is_its_definitions() -> None:
     assert found.gradient.relative == pytest.approx(relative, rel=1e-6)
     assert 1e-3 < relative < 1
     assert (found.num_events, found.num_oriented, found.num_recovered) == (20, 20, 20)
+    assert found.num_unique == 20
     assert pair_report(layer.inv, x) == found
     assert str(layer.state_dict()) == str(before)
     assert all(parameter.grad is None for parameter in layer.parameters())
@@ -299,6 +300,26 @@ def test_pair_report_of_a_fold() -> None:
     x = torch.tensor([[1.0], [2.0], [-3.0], [1.5]])
     found = pair_report(layer, x)
     assert (found.num_events, found.num_oriented, found.num_recovered) == (4, 3, 3)
+    assert found.num_unique == 2  # 1.5 comes after −3, from where −1.5 is found
+
+
+def test_pair_report_of_a_fold_far_from_the_events() -> None:
+    class Cubic(nn.Module):
+        """Three x for every image in (−2, 2)."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x**3 - 3 * x
+
+    class Branch(nn.Module):
+        """The largest of the three, 2 cos(arccos(y/2)/3)."""
+
+        def forward(self, y: Tensor) -> Tensor:
+            return 2 * ((y / 2).acos() / 3).cos()
+
+    layer = SelfNormalizingPair(Cubic(), Branch(), event_shape=1)
+    found = pair_report(layer, torch.linspace(1.2, 1.7, 8).unsqueeze(1))
+    assert (found.num_events, found.num_oriented, found.num_recovered) == (8, 8, 8)
+    assert found.num_unique == 0
 
 
 def test_report_of_pairs() -> None:

@@ -64,7 +64,13 @@ class Inversion(NamedTuple):
 
 @torch.no_grad()
 def invert(
-    forward: Network, inverse: Network, y: Tensor, context: Context, *, tolerance: float
+    forward: Network,
+    inverse: Network,
+    y: Tensor,
+    context: Context,
+    *,
+    tolerance: float,
+    start: Tensor | None = None,
 ) -> Inversion:
     """Solve ``y = f(x)`` for every y.
 
@@ -72,13 +78,14 @@ def invert(
     :param inverse: g.
     :param Tensor y: shape ``(B, *event)``.
     :param float tolerance: of the residual, as :class:`Inversion` has it.
+    :param start: the x to start from, by default g(y).
     """
     norm = torch.linalg.vector_norm(at_least_float32(y).flatten(1), dim=1)
     scale = torch.nan_to_num(norm, nan=0.0, posinf=0.0) + y[0].numel() ** 0.5
     state = Iterate(
         lambda x, rows: forward(x, *_rows_of(context, rows)),
         y,
-        lambda y: inverse(y, *context),
+        lambda y: inverse(y, *context) if start is None else start,
         scale=lambda x, rows: scale[rows],
         tolerance=tolerance,
     )
