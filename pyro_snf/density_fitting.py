@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +33,7 @@ from pyro_snf.options import (
 from pyro_snf.plotting import plot_losses
 from pyro_snf.processes import check_one_process
 from pyro_snf.progress import Progress
-from pyro_snf.transforms.compose import initialize_parts
+from pyro_snf.transforms.compose import ConditionalCompose, initialize_parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +74,9 @@ _MAX_FAILURES = 8
 
 # The errors of parameters that are not finite, or singular: Pyro refuses such values.
 _FAILURES = (torch.linalg.LinAlgError, ValueError)
+
+# Rows at which the trained flow is evaluated for its layers to warn.
+_NUM_TRIED = 256
 
 # Rows of which densities are computed at a time, where no gradients are.
 _CHUNK = 4096
@@ -174,7 +178,8 @@ def fit_density(
         context ``(data, context)``. 0 for none; then the parameters of the end are kept.
     :param base: the distribution of latents, by default standard normal.
     :param int num_epochs: the most passes through the data.
-    :param max_seconds: the longest training, in seconds; None for any.
+    :param max_seconds: the longest training, in seconds, after the flow has been initialized; None
+        for any.
     :param int batch_size: of a step.
     :param float learning_rate: of Adam, at the highest.
     :param seed: for ``pyro.set_rng_seed``; None leaves the random number generators as they are.
@@ -183,7 +188,7 @@ def fit_density(
     :raises ValueError: for options outside these ranges, and for data that are not finite.
     :raises RuntimeError: in several processes, and where gradients are not recorded.
     :warns UserWarning: if the loss was not finite again and again, or that of the validation data
-        never was.
+        never was; and for data that are whole numbers.
     """
     check_one_process("fit_density")
     num_epochs = as_count("num_epochs", num_epochs)
@@ -195,6 +200,13 @@ def fit_density(
     fits = base is None or isinstance(base, Distribution)
     expect("base, a distribution or None", fits, base)
     rows = _checked("data", data, context)
+    _check_dtype(flow, rows.data)
+    if torch.equal(rows.data, rows.data.round()):
+        warnings.warn(
+            "all of the data are whole numbers, at which a density has no bound: add noise of the "
+            "size of the rounding, data + torch.rand_like(data), or pyro_snf.images.dequantize",
+            stacklevel=2,
+        )
     if seed is not None:
         pyro.set_rng_seed(seed)
     training, held_out = _split(rows, validation)
@@ -212,11 +224,11 @@ def fit_density(
             reason = run.train(training, held_out, num_epochs, max_seconds, bar)
         except KeyboardInterrupt:
             reason = "interrupted"
-    run.finish(has_validation=held_out is not None)
+    run.finish(training, has_validation=held_out is not None)
     if reason == "diverged":
         warnings.warn(
             f"the loss was not finite {_MAX_FAILURES} times: lower the learning rate, and look at "
-            "the data for outliers",
+            "the data for outliers; the log-determinant of a network with ReLU can be infinite",
             stacklevel=2,
         )
     elif run.validation_losses and not math.isfinite(run.best_loss):
@@ -249,6 +261,8 @@ def _initialize(flow: Any, rows: _Rows) -> None:
     """Initialize what data initialize, unless it has been."""
     if isinstance(flow, Transform):
         initialize_parts([flow], rows.data)
+    elif isinstance(flow, ConditionalTransform) and rows.context is not None:
+        ConditionalCompose([flow]).initialize(rows.data, rows.context)
     elif hasattr(flow, "initialize"):
         flow.initialize(*(one for one in rows if one is not None))
 
@@ -261,6 +275,17 @@ def _checked(name: str, data: Any, context: Any) -> _Rows:
     if len(context) != len(data):
         raise ValueError(f"expected as many contexts as {name}; got {len(context)}, {len(data)}")
     return _Rows(data.detach(), context.detach())
+
+
+def _check_dtype(flow: Any, data: Tensor) -> None:
+    """Raise where the parameters of a transform are of another dtype."""
+    if isinstance(flow, nn.Module) and isinstance(flow, Transform | ConditionalTransform):
+        dtype = next((one.dtype for one in flow.parameters()), data.dtype)
+        if dtype != data.dtype:
+            raise ValueError(
+                f"expected data of {dtype}, as the flow's parameters are; got {data.dtype}: use "
+                f"data.to({dtype}), or make the flow with dtype={data.dtype}"
+            )
 
 
 def _check_alike(name: str, rows: Tensor, others: Tensor) -> None:
@@ -276,7 +301,11 @@ def _check_alike(name: str, rows: Tensor, others: Tensor) -> None:
 def _check_tensor(name: str, tensor: Any) -> None:
     """Raise unless it is a tensor of finite, floating-point rows."""
     expected = f"{name}, a non-empty floating-point tensor of shape (N, ...)"
-    expect(expected, has_values(tensor), type(tensor).__name__)
+    if not has_values(tensor):
+        got = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            got = "one without numbers" if tensor.is_meta else f"one of layout {tensor.layout}"
+        raise ValueError(f"expected {expected}; got {got}")
     if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.numel() == 0:
         got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         if not tensor.is_floating_point():
@@ -449,12 +478,15 @@ class _Run:
                 self._go_back(self.best)
         return "num_epochs" if decay_to == 1 else "converged"
 
-    def finish(self, *, has_validation: bool) -> None:
-        """Make the best averages the flow's parameters."""
+    def finish(self, training: _Rows, *, has_validation: bool) -> None:
+        """Make the best averages the flow's parameters. Of what is wrong with them, such as a fold,
+        layers warn at some rows."""
         if not has_validation:
             copy_unaveraged(self.flow, self.averaged)
         self.flow.load_state_dict(self.best if has_validation else self.averaged.state_dict())
         self.flow.eval()
+        with torch.no_grad(), suppress(*_FAILURES):
+            self.log_prob(self.flow, training.at(slice(_NUM_TRIED)))
 
     def _step(self, batch: _Rows, share: float) -> float:
         """One step at a share of the rate; its loss, which is not finite if it failed."""
@@ -514,8 +546,11 @@ class _Run:
     def _mean_loss(self, rows: _Rows) -> float:
         total = 0.0
         try:
-            for index in torch.arange(len(rows.data), device=rows.data.device).split(_CHUNK):
-                total -= self.log_prob(self.averaged, rows.at(index)).double().sum().item()
+            with warnings.catch_warnings():
+                # Of folds: most do not last, and those that do are told at the end.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                for index in torch.arange(len(rows.data), device=rows.data.device).split(_CHUNK):
+                    total -= self.log_prob(self.averaged, rows.at(index)).double().sum().item()
         except _FAILURES:
             if self.num_steps == 0:
                 raise

@@ -25,7 +25,7 @@ from pyro_snf.free_form.network_pair import NetworkPair
 from pyro_snf.free_form.solve import invert
 from pyro_snf.importance import PSIS, psis
 from pyro_snf.options import are_counts, as_list, expect, has_values, shown
-from pyro_snf.transforms.pair import SelfNormalizingPair
+from pyro_snf.transforms.pair import ConditionalSelfNormalizingPair, SelfNormalizingPair
 from pyro_snf.transforms.self_normalizing import (
     AffineSelfNormalizingTransform,
     SelfNormalizingTransform,
@@ -195,6 +195,8 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     :param Transform transform: a self-normalizing pair, or the inverse of one.
     :raises ValueError: for other transforms, and for inputs that do not fit it.
     """
+    if isinstance(transform, ConditionalSelfNormalizingPair):
+        raise ValueError("expected a pair with its context, transform.condition(context)")
     layer = getattr(transform, "transform", transform)  # T.inv holds T
     if not isinstance(layer, SelfNormalizingPair):
         raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {shown(transform)}")

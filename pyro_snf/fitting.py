@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import ClippedAdam, PyroOptim
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
@@ -139,7 +140,8 @@ def fit(
     too, and what there is is returned.
 
     :param model: a Pyro model; it is called with ``args`` and ``kwargs``, as the guide is.
-    :param guide: a Pyro guide, which is trained in place.
+    :param guide: a Pyro guide, which is trained in place. If it is a module, it is in ``eval()``
+        mode afterwards, in which its densities are exact.
     :param int num_steps: the most steps.
     :param num_particles: draws from the guide for the gradient of a step. None stands for 8; for
         D/32 of them, but 64 at most, where that is more, the particles are drawn in one call, and
@@ -155,7 +157,8 @@ def fit(
     :param seed: for ``pyro.set_rng_seed``; None leaves the random number generators as they are.
     :param bool progress: whether to show a progress bar or, where there is no terminal, a line
         every ten seconds, on the standard error stream.
-    :raises ValueError: for options outside these ranges.
+    :raises ValueError: for options outside these ranges, and for an autoguide that has been called
+        with a plate of another size, around sites that it samples.
     :raises RuntimeError: in several processes.
     :warns UserWarning: if the loss was still falling, and if it was not finite in 100 steps in a
         row.
@@ -207,6 +210,8 @@ def fit(
             run.train(num_steps_of_best, tolerance)
     if flow is not None:
         flow.record(None)  # now, not when the optimizer happens to be collected
+    if isinstance(guide, nn.Module):
+        guide.eval()
     losses = np.array(run.losses)
     result = Fit(
         losses=losses,
@@ -303,6 +308,7 @@ def _make_elbo(
     num_particles: int | None,
 ) -> Trace_ELBO | TraceEnum_ELBO:
     traces = single_traces(model, guide, args, kwargs)
+    _check_plates(guide, traces[0])
     nesting = nesting_of(*traces)
     is_enumerated = any(
         (site["infer"] or {}).get("enumerate")
@@ -318,6 +324,31 @@ def _make_elbo(
             by_dim = guide.last_layer.input_dim // _DIMENSIONS_PER_PARTICLE
             num_particles = min(max(num_particles, by_dim), _MAX_PARTICLES)
     return kind(num_particles, max_plate_nesting=nesting, vectorize_particles=vectorize)
+
+
+def _check_plates(guide: Callable[..., Any], trace: Trace) -> None:
+    """Raise where an autoguide was made for plates of other sizes: it would go on with those.
+
+    :param trace: of the model.
+    """
+    prototype = getattr(guide, "prototype_trace", None)
+    if prototype is None:
+        return
+    sizes, made_for = (
+        {
+            frame.name: frame.full_size
+            for site in one.nodes.values()
+            if site["type"] == "sample" and not site["is_observed"]
+            for frame in site["cond_indep_stack"]
+        }
+        for one in (trace, prototype)
+    )
+    for name in sizes.keys() & made_for.keys():
+        if sizes[name] != made_for[name]:
+            raise ValueError(
+                f"expected the plate {name!r} to be of size {made_for[name]}, for which the guide "
+                f"was made in its first call; got {sizes[name]}: make a new guide"
+            )
 
 
 def _best_start(

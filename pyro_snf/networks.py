@@ -58,7 +58,7 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         input_dim = as_count("input_dim", input_dim)
-        context_dim = as_count("context_dim", context_dim, 0)
+        self.context_dim = context_dim = as_count("context_dim", context_dim, 0)
         check_factory("activation, a factory of modules", activation)
         check_device(device)
         check_dtype(dtype)

@@ -25,6 +25,7 @@ from pyro_snf import (
     Compose,
     ConditionalSelfNormalizingLinear,
     ConditionalSelfNormalizingPair,
+    ConditionalSplineAutoregressive,
     Learned,
     Reconstruction,
     Refined,
@@ -838,28 +839,78 @@ def test_standardized_contexts_do_without_units(rank: int) -> None:
             assert is_close(one.grad, another.grad, 1e-8)  # 1950 + 1e4 c has lost digits
 
 
-def test_scale_of_contexts_is_saved_and_copied() -> None:
-    module, context = LINEAR(rank=1), contexts(9) * UNITS + OFFSET
-    randomize(module)
-    torch.nn.init.normal_(module.nn.layers[-1].weight)
+class Times(nn.Module):
+    """``x · c``, with the sign of c; or ``x² + c``, which folds at 0."""
+
+    def __init__(self, folds: bool) -> None:
+        super().__init__()
+        self.folds = folds
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x.square() + c if self.folds else x * c
+
+
+@pytest.mark.parametrize(
+    ("folds", "values", "is_told"),
+    [
+        (False, [-2.0, 3.0, -2.0, 3.0, -2.0, 3.0], False),  # two maps, both one to one
+        (False, [-2.0, -1.0, 3.0, 1.0, 2.0, -3.0], False),
+        (True, [1.0], True),
+        (True, [1.0, 2.0, 2.0, 1.0, 1.0, 2.0], True),
+        (True, [1.0, 2.0, 3.0, 4.0, 5.0, 3.0], True),  # at the third and the last event
+        (True, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], False),
+    ],
+)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_folds_of_each_context_are_told(
+    folds: bool, values: list[float], is_told: bool, is_training: bool
+) -> None:
+    g = nn.Sequential()
+    g.forward = lambda x, c: x
+    module = ConditionalSelfNormalizingPair(Times(folds), g, event_shape=1).train(is_training)
+    layer = module.condition(torch.tensor(values).unsqueeze(1))
+    x = torch.tensor([1.0, -1.0, 2.0, 3.0, -2.0, -3.0]).unsqueeze(1)
+
+    def evaluate() -> Tensor:
+        return layer.log_abs_det_jacobian(x, layer(x))
+
+    if is_told:
+        with pytest.warns(RuntimeWarning, match="does not integrate to 1.*equal contexts"):
+            evaluate()
+    else:
+        evaluate()
+
+
+SCALED: dict[str, Callable[..., nn.Module]] = {
+    "linear": partial(conditional_self_normalizing_linear, 3, 2, rank=1),
+    "spline": partial(ConditionalSplineAutoregressive, 3, 2, 8),
+    "pair": partial(conditional_self_normalizing_pair, 3, 2, [8]),
+}
+EVERY_SCALED = pytest.mark.parametrize("make", SCALED.values(), ids=list(SCALED))
+
+
+@EVERY_SCALED
+def test_scale_of_contexts_is_saved_and_copied(make: Callable[..., nn.Module]) -> None:
+    module, context = make(), contexts(9) * UNITS + OFFSET
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     module.eval()
     before = module.condition(context)(torch.ones(3))
     module.standardize_contexts(context.view(3, 3, 2))
     after = module.condition(context)(torch.ones(3))
     assert not is_close(before, after, 1e-3)
-    loaded = LINEAR(rank=1).eval()
+    loaded = make().eval()
     loaded.load_state_dict(module.state_dict())
     for twin in (loaded, *(make_copy(module) for make_copy in COPIES)):
         assert torch.equal(twin.condition(context)(torch.ones(3)), after)
-    names = {name for name, _ in module.named_buffers()}
-    assert {"context_scale.mean", "context_scale.deviation"} <= names
-    assert not {"context_scale.mean", "context_scale.deviation"} & set(
-        dict(module.named_parameters())
-    )
+    scale = {"context_scale.mean", "context_scale.deviation"}
+    assert scale <= {name for name, _ in module.named_buffers()}
+    assert not scale & set(dict(module.named_parameters()))
 
 
-def test_constant_columns_are_only_centred() -> None:
-    module, context = LINEAR(), contexts(7)
+@EVERY_SCALED
+def test_constant_columns_are_only_centred(make: Callable[..., nn.Module]) -> None:
+    module, context = make(), contexts(7)
     context[:, 0] = 0.1  # seven of which have a mean that is rounded
     module.standardize_contexts(context)
     assert module.context_scale.deviation[0] == 1
@@ -868,39 +919,54 @@ def test_constant_columns_are_only_centred() -> None:
     assert torch.equal(module.context_scale.deviation, torch.ones(2))
 
 
+@EVERY_SCALED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_scale_of_contexts_has_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
-    module, context = LINEAR(dtype=dtype), (100 * contexts(40)).to(dtype)
+def test_scale_of_contexts_has_the_dtype_of_the_layer(
+    make: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
+    module, context = make(dtype=dtype), (100 * contexts(40)).to(dtype)
     module.standardize_contexts(context)
     assert module.context_scale.mean.dtype == module.context_scale.deviation.dtype == dtype
     assert module.condition(context)(torch.ones(3, dtype=dtype)).dtype == dtype
 
 
-def test_samples_of_contexts_are_checked() -> None:
+@EVERY_SCALED
+def test_samples_of_contexts_are_checked(make: Callable[..., nn.Module]) -> None:
     for sample, message in [
         (torch.zeros(4, 3), r"context of shape \(\.\.\., 2\); got \(4, 3\)"),
         (torch.zeros(4, 2).float(), r"context of dtype torch\.float64"),
         (torch.tensor([[0.0, math.nan]]), "finite mean and variance; got NaN or infinity"),
     ]:
-        assert_refused(LINEAR().standardize_contexts, sample, message)
-    assert_refused(BY_NETWORK().standardize_contexts, torch.zeros(4, 2), "DenseNN; got Identity")
+        assert_refused(make().standardize_contexts, sample, message)
+        if "finite" not in message:
+            assert_refused(make().condition, sample, message)
 
 
+def test_other_networks_standardize_contexts_themselves() -> None:
+    for module, message in [
+        (BY_NETWORK(), "expected nn to be a DenseNN"),
+        (BY_NETWORKS(), "expected two ResidualMLP of the same context_dim"),
+    ]:
+        assert_refused(module.standardize_contexts, torch.zeros(4, 2), message)
+        assert module.context_scale is None
+
+
+@EVERY_SCALED
 @pytest.mark.parametrize(
     ("count", "factor", "offset"),
     [(40, UNITS, OFFSET), (1, 1e4, 0.0), (40, 1.0, 1e3), (40, 1e-3, 0.0)],
 )
 def test_contexts_far_from_unit_scale_are_told_once(
-    count: int, factor: Tensor | float, offset: Tensor | float
+    make: Callable[..., nn.Module], count: int, factor: Tensor | float, offset: Tensor | float
 ) -> None:
-    module, far = LINEAR(), contexts(count) * factor + offset
+    module, far = make(), contexts(count) * factor + offset
     module.eval().condition(far)
     with torch.no_grad():
         module.train().condition(far)
     with pytest.warns(UserWarning, match="far from unit scale.* call standardize_contexts"):
         module.condition(far)
     module.condition(far)
-    quiet = LINEAR()
+    quiet = make()
     quiet.standardize_contexts(far)
     quiet.condition(far)
 

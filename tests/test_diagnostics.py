@@ -287,6 +287,8 @@ def test_pair_report_of_other_layers() -> None:
     assert pair_report(conditioned, torch.randn(6, 3, dtype=torch.float32)).num_recovered == 6
     with pytest.raises(ValueError, match="expected a SelfNormalizingPair or its inverse; got Self"):
         pair_report(linear(3), torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"transform\.condition\(context\)"):
+        pair_report(conditional_pair(), torch.randn(4, 3))
 
 
 def test_pair_report_of_a_fold() -> None:

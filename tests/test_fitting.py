@@ -275,7 +275,6 @@ def test_parameters_are_trained_in_place() -> None:
     before = list(guide.parameters())
     quiet(gaussian, guide, num_steps=60)
     assert all(one is other for one, other in zip(before, guide.parameters(), strict=True))
-    assert guide.training
     assert guide.last_layer.recording.get() is None
 
 
@@ -321,6 +320,32 @@ def test_guide_in_eval_mode_is_trained() -> None:
 
 
 @quietly
+def test_guide_is_in_eval_mode_afterwards() -> None:
+    guide = ours(skewed)
+    fit(skewed, guide, num_steps=30, seed=0, progress=False, tolerance=None)
+    assert not any(module.training for module in guide.modules())
+    # For samplers go to extreme points, as they do here, where gradients need not be finite.
+    far = torch.full((1, 1), 1e200, requires_grad=True)
+    density = guide.get_posterior()
+    density.log_prob(far[0]).sum().backward()
+
+
+@quietly
+def test_guide_of_a_plate_of_another_size_is_refused() -> None:
+    def model(count: int, num_data: int = 3) -> None:
+        with pyro.plate("groups", count):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", num_data):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(num_data))
+
+    options = {"num_steps": 3, "seed": 0, "progress": False, "tolerance": None}
+    for guide in (AutoSelfNormalizingFlow(model), AutoNormal(model)):
+        fit(model, guide, 3, **options)
+        fit(model, guide, 3, num_data=5, **options)  # in which no site is sampled
+        with pytest.raises(ValueError, match=r"plate 'groups' to be of size 3.*; got 4: make"):
+            fit(model, guide, 4, **options)
+
+
 def test_optimizer_of_the_user() -> None:
     for make in (lambda guide: Adam({"lr": 1e-2}), lambda guide: NaturalGradient(guide, 60)):
         pyro.clear_param_store()

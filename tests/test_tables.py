@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from pyro_snf import (
     ActNorm,
     Compose,
+    ConditionalCompose,
+    ConditionalSplineAutoregressive,
     GaussianCopula,
     SelfNormalizingLinear,
     SplineAutoregressive,
+    conditional_self_normalizing_linear,
+    conditional_self_normalizing_pair,
     density_fitting,
     fit_density,
     flows,
@@ -331,6 +335,17 @@ def test_copula_of_columns_over_many_orders_of_magnitude() -> None:
         )
 
 
+def test_copula_of_columns_whose_squares_are_no_numbers() -> None:
+    x, units = rows(500, 3), torch.tensor([1e-170, 1.0, 1e170])
+    x[:, 2] += 2 * x[:, 0]
+    copulas = GaussianCopula(3), GaussianCopula(3)
+    for copula, given in zip(copulas, (x, x * units), strict=True):
+        copula.initialize(given)
+    assert torch.allclose(copulas[0](x), copulas[1](x * units))
+    with pytest.raises(ValueError, match="linear functions of others"):
+        GaussianCopula(3).initialize(torch.stack([x[:, 0], x[:, 1], 1e170 * x[:, 0]], dim=1))
+
+
 def test_copula_of_a_row_of_codes() -> None:
     x = rows(1000, 4)
     x[0] = 99999.0  # by itself, it makes all columns proportional
@@ -369,6 +384,57 @@ def test_fit_of_a_trained_flow_goes_on_from_it() -> None:
         after = flow.state_dict()
         names = [name for name in before if ".log_det." not in name]  # which has seen new weights
         assert [name for name in names if not torch.equal(before[name], after[name])] == []
+
+
+def test_fit_warns_of_whole_numbers() -> None:
+    data = 3 * rows(300, 2).round()
+    with pytest.warns(UserWarning, match="whole numbers.*dequantize"):
+        fit_density(Normal(), data, num_epochs=1, progress=False)
+    fit_density(Normal(), data + torch.rand_like(data), num_epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("folds_at_the_end", [False, True])
+def test_fit_tells_of_folds_that_last(folds_at_the_end: bool) -> None:
+    class Square(nn.Module):
+        """Folds at 0, until ``is_mended``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += not torch.is_grad_enabled()
+            is_mended = not folds_at_the_end and self.calls > 4
+            return self.weight * (x if is_mended else x + x.square())
+
+    flow = self_normalizing_pair(1, [4], log_det="refined")
+    flow.forward_net = Square()
+    options = {"validation": 0.5, "num_epochs": 3, "seed": 0, "progress": False}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit_density(flow, rows(200, 1), **options)
+    told = [one for one in found if "not invertible" in str(one.message)]
+    assert len(told) == folds_at_the_end
+
+
+def test_fit_standardizes_the_contexts_of_every_conditional_flow() -> None:
+    context = 1e6 + 1e5 * rows(300, 2, 1)
+    for part in [
+        conditional_self_normalizing_pair(2, 2, [8]),
+        conditional_self_normalizing_linear(2, 2),
+        ConditionalSplineAutoregressive(2, 2, 8),
+    ]:
+        for flow in (
+            part,
+            ConditionalCompose([ConditionalCompose([ActNorm(2, event_dim=1), part])]),
+        ):
+            part.context_scale.reset_parameters()
+            options = {"validation": 0, "num_epochs": 1, "seed": 0, "progress": False}
+            fit_density(flow, rows(300, 2), context=context, **options)
+            scale = part.context_scale
+            assert torch.allclose(scale.mean, context.mean(0))
+            assert torch.allclose(scale.deviation, context.std(0, correction=0))
 
 
 def test_fit_warns_of_validation_that_is_never_finite() -> None:
@@ -581,13 +647,19 @@ def test_fit_recovers_from_losses_that_are_not_finite(monkeypatch: pytest.Monkey
         ({"context": torch.ones(3, 1)}, "as many contexts"),
         ({"data": torch.ones(5)}, r"got torch.float32 of shape \(5,\); one column is x.unsqueeze"),
         ({"data": torch.ones(5, 3).long()}, r"got torch.int64 of shape \(5, 3\), to be converted"),
-        ({"data": skewed().numpy()}, "got 'ndarray'"),
+        ({"data": skewed().numpy()}, "got ndarray"),
         (
             {"data": skewed().index_fill(0, torch.tensor([2, 7]), math.inf)},
             r"in 2 of 400 rows, in the columns \[0, 1, 2\]",
         ),
         ({"validation": rows(9, 2)}, r"shape \(N, 3\), as for training; got .* \(9, 2\)"),
         ({"validation": rows(9, 3).float()}, "float64 .* as for training; got torch.float32"),
+        (
+            {"data": rows(9, 3).float()},
+            r"use data.to\(torch.float64\), or make the flow with dtype",
+        ),
+        ({"data": rows(9, 3).to_sparse()}, "got one of layout torch.sparse_coo"),
+        ({"data": rows(1, 3).double(), "validation": 0}, "expected at least two rows"),
     ],
 )
 def test_fit_refuses(options: dict[str, object], message: str) -> None:

@@ -147,10 +147,9 @@ class ConditionalCompose(ConditionalTransformModule):
         :param Tensor x: data, the input of the first part.
         :param Tensor context: as many contexts.
         """
-        for part in self.parts:
-            scale = getattr(part, "context_scale", None)
-            if isinstance(scale, ContextScale) and scale.is_as_reset():
-                scale.fit(context)
+        for module in self.modules():
+            if isinstance(module, ContextScale) and module.is_as_reset():
+                module.fit(context)
         initialize_parts(self.condition(context).parts, x)
 
 

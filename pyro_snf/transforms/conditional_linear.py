@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,22 +15,15 @@ from torch.nn import Linear, init
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import are_counts, as_count, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
 from pyro_snf.transforms.compose import Compose
-from pyro_snf.transforms.context_scale import ContextScale
+from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 from pyro_snf.transforms.linear import SelfNormalizingLinear
 
 __all__ = ["ConditionalSelfNormalizingLinear", "conditional_self_normalizing_linear"]
 
-# Contexts are far from unit scale if a column has a root mean square above the first number, or,
-# where there are enough of them to tell, a standard deviation below the second. By
-# `benchmarks/amortization.py units`, root mean squares of 4, 40 and 400 cost 0.2 nats, 4 nats, and
-# a loss that is not finite; standard deviations of 0.02 and 0.002 cost 0.5 and 1.8 nats.
-_LARGEST_SIZE, _SMALLEST_DEVIATION, _MIN_CONTEXTS = 10.0, 0.01, 32
 
-
-class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
+class ConditionalSelfNormalizingLinear(StandardizesContexts, ConditionalTransformModule):
     r"""The affine map whose bias, scale and low-rank factor depend on a context c.
 
     .. math::
@@ -115,6 +107,7 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    _known_networks = "nn to be a DenseNN"
 
     def __init__(
         self,
@@ -138,40 +131,12 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         if isinstance(nn, DenseNN):
             found, dims = list(nn.param_dims), _output_dims(input_dim, rank)
             expect(f"nn, a DenseNN with param_dims={dims}", found == dims, found)
-            #: What a DenseNN sees of contexts; other networks see them as they are.
-            self.context_scale = ContextScale(nn.input_dim, self.linear.theta)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Contexts as they are: see :meth:`standardize_contexts`."""
-        if isinstance(self.nn, DenseNN):
-            self.context_scale.reset_parameters()
-        self._is_scale_checked = False
+        self.context_scale = (
+            ContextScale(nn.input_dim, self.linear.theta) if isinstance(nn, DenseNN) else None
+        )
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}"
-
-    @torch.no_grad()
-    def standardize_contexts(self, contexts: Tensor) -> None:
-        """From here on, the network sees contexts minus their mean over a sample, divided by their
-        standard deviation.
-
-        To be called once, before training, with the training contexts or some of them. Both are
-        buffers, which nothing else changes: they are in the ``state_dict``, but not in Pyro's
-        parameter store. In more than one process, all have to call it, each with its own sample;
-        the mean and the deviation are those of all samples (:mod:`pyro_snf.processes`).
-
-        :param Tensor contexts: shape ``(..., context_dim)``, of a ``DenseNN``. A column of equal
-            values is divided by 1.
-        :raises ValueError: for contexts that are not finite, or are not of a ``DenseNN``.
-        """
-        if not isinstance(self.nn, DenseNN):
-            raise ValueError(
-                f"expected a network that is a DenseNN; got {type(self.nn).__name__}, "
-                "which has to standardize its contexts itself"
-            )
-        self.context_scale.fit(contexts)
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
@@ -196,11 +161,8 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
         dtype = self.linear.theta.dtype
         under_autocast = torch.is_autocast_enabled(self.linear.theta.device.type)
         # Other networks than Pyro's check their contexts themselves.
-        if isinstance(self.nn, DenseNN):
+        if self.context_scale is not None:
             context = self.context_scale(context)
-            is_training = self.training and torch.is_grad_enabled()
-            if is_training and not self._is_scale_checked and not is_traced():
-                self._warn_of_scale(context)
         outputs = self.nn(context)
         _check_outputs(outputs, _output_dims(self.input_dim, self.rank))
         if under_autocast:
@@ -211,29 +173,6 @@ class ConditionalSelfNormalizingLinear(ConditionalTransformModule):
                 f"got {[one.dtype for one in outputs]}"
             )
         return list(outputs)
-
-    @torch.no_grad()
-    def _warn_of_scale(self, context: Tensor) -> None:
-        """Warn of contexts that are far from unit scale; of the first ones in training only, for
-        their values are waited for on a GPU."""
-        self._is_scale_checked = True
-        columns = at_least_float32(context).reshape(-1, context.shape[-1])
-        variance, mean = torch.var_mean(columns, 0, correction=0)
-        deviation = variance.sqrt()
-        is_far = torch.hypot(mean, deviation) > _LARGEST_SIZE
-        if len(columns) >= _MIN_CONTEXTS:
-            # Of a column with mostly the same value, as 0 of some pixels, it says nothing.
-            share = (columns != columns.median(0).values).float().mean(0)
-            is_far |= (share > 0.5) & (deviation < _SMALLEST_DEVIATION)
-        if is_far.any():
-            first, *_ = found = is_far.nonzero().flatten().tolist()
-            warnings.warn(
-                f"{type(self).__name__}: {len(found)} of the {len(mean)} columns of the contexts "
-                f"are far from unit scale; column {first} has mean {mean[first]:.2g} and standard "
-                f"deviation {deviation[first]:.2g}. Before training, call standardize_contexts("
-                "contexts) with a sample of them.",
-                stacklevel=4,
-            )
 
 
 class _BatchOfMaps(InvertibleTransformModule):

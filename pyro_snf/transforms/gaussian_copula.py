@@ -202,11 +202,14 @@ class GaussianCopula(FirstBatchTransform):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             rows = rows[order[:_MAX_ROWS].to(rows.device)]
         rows = rows.double()
+        # In units, powers of 2, in which no square is too large or too small to be a number.
+        unit = torch.ldexp(torch.ones_like(rows[0]), torch.frexp(rows.abs().amax(0)).exponent)
+        rows = rows / unit
         self._check_columns(rows, torch.finfo(x.dtype).eps ** 0.5)
         location, scale = _location_and_scale(rows)
         z = (rows - location) / scale
-        self.mean.copy_(location)
-        self.deviation.copy_(scale)
+        self.mean.copy_(location * unit)
+        self.deviation.copy_(scale * unit)
 
         levels, quantiles = _normal_quantiles(z, self.num_bins + 1)
         rounding = torch.finfo(self.knots.dtype).eps
@@ -241,6 +244,8 @@ class GaussianCopula(FirstBatchTransform):
                 f"{self._name()}: expected finite data; got NaN or infinity in the columns "
                 f"{columns}: drop or impute these rows"
             )
+        if len(rows) == 1:
+            raise ValueError(f"{self._name()}: expected at least two rows; got one")
         constant = (rows == rows[0]).all(0).nonzero().flatten().tolist()
         if constant:
             raise ValueError(

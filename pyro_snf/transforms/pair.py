@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_snf.caching import state_of
+from pyro_snf.caching import fixed_directions, state_of
 from pyro_snf.free_form.linearization import Linearization, linearize
 from pyro_snf.free_form.log_det import exact_slogdet
 from pyro_snf.free_form.methods import PairExact, PairLearned, PairMethod, PairRefined
@@ -44,6 +44,7 @@ from pyro_snf.tracing import (
 )
 from pyro_snf.transfer import read
 from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
 
 __all__ = [
@@ -220,6 +221,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self._status = _Status()
         self._context: tuple[Tensor, ...] = ()
         self._context_dim = 0
+        self._context_scale: tuple[ContextScale, ...] = ()  # in a tuple, not to be registered
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> Constraint:
@@ -281,7 +283,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
             else:
                 parameters = tuple(pair.forward_net.parameters())
                 sign, value = exact_slogdet(pair.forward, rows, context, parameters)
-                self._check_orientation(sign)
+                self._check_orientation(sign, context)
             return value.view(shape[: len(shape) - self._event_dim])
 
     def _training_log_abs_det(
@@ -312,7 +314,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         value = method.training_log_abs_det(pair, near, back, context, state)
         if isinstance(value, tuple):
             sign, value = value
-            is_folded = self._check_orientation(sign)
+            is_folded = self._check_orientation(sign, context)
         if back is not None and not reconstruction.is_off:
             penalty = reconstruction.penalty(pair, source, back, fixed, state, is_folded)
             value = attach_penalty(value, penalty.to(value))
@@ -347,17 +349,21 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self._status.checked = None
         return super().train(mode)
 
-    def conditioned(self, context: Tensor, context_dim: int) -> SelfNormalizingPair:
+    def conditioned(
+        self, context: Tensor, context_dim: int, scale: ContextScale | None = None
+    ) -> SelfNormalizingPair:
         """This transform, with a context as the second argument of its networks.
 
         It shares all parameters and states. See :class:`ConditionalSelfNormalizingPair`.
 
         :param Tensor context: shape ``(*batch, *context_event)``.
         :param int context_dim: the number of dimensions of ``context_event``.
+        :param scale: of the contexts, for the networks.
         """
         other = self.copy_with_own_cache()
         other._context = (context,)
         other._context_dim = context_dim
+        other._context_scale = () if scale is None else (scale,)
         return other
 
     def rows_of(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -372,7 +378,13 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         return chain(self.forward_net.parameters(), self.inverse_net.parameters())
 
     def _map_parameters(self) -> list[Tensor]:
-        return [*self.forward_net.parameters(), *self.forward_net.buffers(), *self._context]
+        scales = (buffer for scale in self._context_scale for buffer in scale.buffers())
+        return [
+            *self.forward_net.parameters(),
+            *self.forward_net.buffers(),
+            *self._context,
+            *scales,
+        ]
 
     def _inverse_is_exact(self) -> bool:
         convergence = self.convergence
@@ -404,11 +416,14 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         check_input(self, x, event_shape, self._dtype())
         shape = self.forward_shape(x.shape)
         batch = shape[: len(shape) - self._event_dim]
+        context = self._context
+        for scale in self._context_scale:
+            context = tuple(map(scale, context))
         context = tuple(
             one.expand(*batch, *one.shape[one.dim() - self._context_dim :]).reshape(
                 -1, *one.shape[one.dim() - self._context_dim :]
             )
-            for one in self._context
+            for one in context
         )
         rows = x.expand(shape).reshape(-1, *event_shape)
         wanted = "derivatives" if torch.is_grad_enabled() else "values"
@@ -453,20 +468,20 @@ class SelfNormalizingPair(SelfNormalizingTransform):
                 stacklevel=3,
             )
 
-    def _check_orientation(self, sign: Tensor) -> Tensor | None:
+    def _check_orientation(self, sign: Tensor, context: tuple[Tensor, ...]) -> Tensor | None:
         """Warn where det J has both signs: that of a bijection of ℝᴰ has one. In training once.
 
+        :param context: of the events, in as many rows.
         :return: whether it has, shape ``()``; None where nothing is known.
         """
-        if self._context or not is_plain():  # each context has a map of its own
+        if not is_plain():
             return None
         is_training = self._is_training(*self._network_parameters())
-        positive, negative = (sign > 0).sum(), (sign < 0).sum()
-        is_folded = (positive > 0) & (negative > 0)
+        is_folded = _has_both_signs(sign, context)
         if is_training and self._status.is_warned:
             return is_folded
-        counts = [int(one) for one in read(positive, negative)]
-        if min(counts) > 0:
+        has_both, *counts = map(int, read(is_folded, (sign > 0).sum(), (sign < 0).sum()))
+        if has_both:
             self._status.is_warned = True
             advice = (
                 "the weight of its Reconstruction rises, to its bound, until that has ended; "
@@ -475,10 +490,11 @@ class SelfNormalizingPair(SelfNormalizingTransform):
                 else "train longer, or anew with a smaller learning rate; a fixed weight of its "
                 "Reconstruction, if it has one, is too small"
             )
+            where = "; compared were events of equal contexts" if context else ""
             warnings.warn(
                 f"forward_net is not invertible: its Jacobian's determinant is positive at "
                 f"{counts[0]} events and negative at {counts[1]}, so that the density does not "
-                f"integrate to 1; {advice}",
+                f"integrate to 1; {advice}{where}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -511,13 +527,34 @@ class SelfNormalizingPair(SelfNormalizingTransform):
             )
 
 
-class ConditionalSelfNormalizingPair(ConditionalTransformModule):
+def _has_both_signs(sign: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+    """Whether events of one context have determinants of both signs, shape ``()``.
+
+    Each context has a map of its own, whose determinants may have a sign of their own.
+
+    :param Tensor sign: shape ``(B,)``.
+    :param context: none, or the contexts, shape ``(B, *context_event)``.
+    """
+    if not context:
+        return (sign > 0).any() & (sign < 0).any()
+    columns = context[0].reshape(len(sign), -1).double()
+    (direction,) = fixed_directions(1, columns.shape[1], columns.dtype, columns.device)
+    # Equal contexts have equal products, and are neighbours in their order.
+    products, order = (columns * direction).sum(1).sort()
+    differs = sign[order][1:] != sign[order][:-1]
+    return ((products[1:] == products[:-1]) & differs).any()
+
+
+class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformModule):
     r"""A :class:`SelfNormalizingPair` whose networks have a context c as their second argument.
 
     .. math::
         T(x; c) = f(x, c), \qquad g(f(x, c), c) \approx x.
 
     Gradients go to c as they do to x: that of the surrogate does, that of the penalty does not.
+
+    The networks expect contexts of about unit scale. Of contexts that are vectors, two
+    :class:`~pyro_snf.ResidualMLP` can be given such ones: :meth:`standardize_contexts`.
 
     >>> f, g = (ResidualMLP(2, [32], context_dim=3) for _ in range(2))
     >>> transform = ConditionalSelfNormalizingPair(f, g, event_shape=2)
@@ -533,6 +570,7 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
     """
 
     bijective = True
+    _known_networks = "two ResidualMLP of the same context_dim"
 
     def __init__(
         self,
@@ -546,6 +584,9 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
         self.context_dim = as_count("context_dim", context_dim, 0)
         #: The transform that all contexts share.
         self.transform = SelfNormalizingPair(forward_net, inverse_net, **kwargs)
+        width = _width_of_contexts(forward_net, inverse_net) if self.context_dim == 1 else 0
+        like = next(forward_net.parameters(), torch.empty(0))
+        self.context_scale = ContextScale(width, like) if width else None
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> Constraint:
@@ -563,6 +604,9 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
         :param Tensor context: c, of shape ``(*batch, *context_event)``. Inputs of the transform
             have shape ``(..., *event)``, and ``...`` broadcasts with ``batch``.
         """
+        if self.context_scale is not None:
+            self.context_scale.check(context)
+            return self.transform.conditioned(context, self.context_dim, self.context_scale)
         check_context(context)
         if context.dim() < self.context_dim or context.numel() == 0:
             raise ValueError(
@@ -574,6 +618,12 @@ class ConditionalSelfNormalizingPair(ConditionalTransformModule):
         if dtype not in (None, context.dtype) and not under_autocast:
             raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
         return self.transform.conditioned(context, self.context_dim)
+
+
+def _width_of_contexts(*networks: nn.Module) -> int:
+    """The number of features of a context, where it is known; else 0."""
+    widths = {one.context_dim if isinstance(one, ResidualMLP) else 0 for one in networks}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def self_normalizing_pair(

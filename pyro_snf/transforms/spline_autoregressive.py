@@ -21,7 +21,7 @@ from pyro_snf.options import (
 )
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.transforms.base import InvertibleTransformModule, check_input
-from pyro_snf.transforms.context_scale import ContextScale
+from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 
 __all__ = [
     "ConditionalSplineAutoregressive",
@@ -276,7 +276,7 @@ class SplineAutoregressive(InvertibleTransformModule):
         return [*self.network.parameters(), *context]
 
 
-class ConditionalSplineAutoregressive(ConditionalTransformModule):
+class ConditionalSplineAutoregressive(StandardizesContexts, ConditionalTransformModule):
     r"""A :class:`SplineAutoregressive` whose splines depend on a context c as well.
 
     .. math::
@@ -293,6 +293,8 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         and as :class:`SplineAutoregressive`.
     """
 
+    context_scale: ContextScale
+
     def __init__(
         self, input_dim: int, context_dim: int, hidden_dim: int = 128, **kwargs: Any
     ) -> None:
@@ -302,22 +304,7 @@ class ConditionalSplineAutoregressive(ConditionalTransformModule):
         self.transform = SplineAutoregressive(
             input_dim, hidden_dim, context_dim=self.context_dim, **kwargs
         )
-        #: What the network sees of contexts.
         self.context_scale = ContextScale(self.context_dim, self.transform.network.first.weight)
-
-    @torch.no_grad()
-    def standardize_contexts(self, contexts: Tensor) -> None:
-        """From here on, the network sees contexts minus their mean over a sample, divided by their
-        standard deviation.
-
-        To be called once, before training, with the training contexts or some of them. In more than
-        one process, all have to call it, each with its own sample.
-
-        :param Tensor contexts: shape ``(..., context_dim)``. A column of equal values is divided
-            by 1.
-        :raises ValueError: for contexts that are not finite.
-        """
-        self.context_scale.fit(contexts)
 
     def condition(self, context: Tensor) -> SplineAutoregressive:
         """The transform of a context, or of a batch of contexts, with a cache of its own.
