@@ -32,7 +32,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -87,24 +86,12 @@ class KrylovSpace:
         """n, the dimension of the space."""
         return self.hessenberg.shape[-1]
 
-    @cached_property
-    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eig(self.hessenberg)
-
-    @property
-    def smallest_eigenvalue(self) -> float:
-        """The smallest absolute value of an eigenvalue of any H.
-
-        It is an estimate of the smallest one of A, from above.
-        """
-        return self._eigenpairs[0].abs().min().item()
-
     def second_order_log(self) -> Tensor:
         """``vᵀ(log|A| − A + I) v`` for every v, shape ``(B,)``, in float64 on the CPU.
 
         That is ``vᵀ log|A| v`` less its term of first order in ``A − I``.
         """
-        values, vectors = self._eigenpairs
+        values, vectors = torch.linalg.eig(self.hessenberg)
         inverse = torch.linalg.inv_ex(vectors).inverse
         weights = vectors[:, 0] * inverse[:, :, 0]
         logarithm = (weights * values.log()).sum(-1).real  # det A < 0 adds a πi to tr log A

@@ -452,11 +452,8 @@ def test_numbers_of_products() -> None:
     assert sorted(calls) == ["J"] * 5 + ["Jᵀ"] * 4
 
 
-def test_singular_and_nearly_singular_matrices() -> None:
-    matrix, images = torch.eye(DIM), right_sides()
-    for smallest in (1.0, 1e-3):
-        matrix[3, 3] = smallest
-        assert space(matrix, images).smallest_eigenvalue == pytest.approx(smallest)
+def test_singular_matrices() -> None:
+    images = right_sides()
     for rank in (0, 1, 6):
         matrix = torch.diag((torch.arange(DIM) < rank).double())
         assert torch.equal(quadrature(matrix, images), torch.full((4,), -math.inf))

@@ -13,17 +13,18 @@ of the gradient of first order. They are estimated by k random probes v (Hutchin
     tr(log(I + E) − E)    = E[vᵀ (log(J P⁻¹) − J P⁻¹ + I) v],
     tr((J⁻¹ − P⁻¹) ∂J)    = E[vᵀ ∂J (u − P⁻¹ v)],        J u = v.
 
-One Krylov space for each probe, preconditioned by P, gives both (:mod:`~pyro_snf.krylov`). So P is
-a control variate, which keeps the noise down, for the probes only estimate what J and P differ by;
-and a preconditioner. It is chosen to be
+So P is a control variate, which keeps the noise down, for the probes only estimate what J and P
+differ by; and a preconditioner. It is chosen to be
 
-- J itself as it was some steps ago, factorized. Its inverse is exact, E is small, two or three
-  iterations suffice, and the error of a value is forgotten with the next factorization. For the
-  next weights, a value is continued linearly, and its gradient kept, as long as the solutions u
-  still solve ``J u = v`` for them: so most steps take one product with J, and no solve;
+- J itself as it was some steps ago, factorized. E is small, and both terms are power series in it,
+  ``J⁻¹ = P⁻¹ (I − E + E² − …)`` and ``log(I + E) = E − E²/2 + …``, of which one or two terms do.
+  The error of a value is forgotten with the next factorization. For the next weights, a value is
+  continued linearly, and its gradient kept, as long as the solutions u still solve ``J u = v`` for
+  them: so most steps take one product with J, and no solve;
 - where that would cost too much (convolutions of many channels on large images, with zeros beyond
   the edges): the convolution with a periodic boundary, whose factors are cheap. E is then confined
-  to the edges, but not small.
+  to the edges, but not small. One Krylov space for each probe, preconditioned by P, gives both
+  terms (:mod:`~pyro_snf.krylov`).
 
 Either is made anew when J has moved away from it.
 
@@ -39,7 +40,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ from torch import Tensor
 
 from pyro_snf.caching import StateCache, TensorState
 from pyro_snf.extra_state import SavesAttributes, saved_count, saved_number
-from pyro_snf.krylov import KrylovSpace, krylov, recent_steps
+from pyro_snf.krylov import krylov, recent_steps
 from pyro_snf.maps.base import ControlVariate, LinearMap
 from pyro_snf.options import as_event_shape
 from pyro_snf.precision import at_least_float32, keep_float32
@@ -65,10 +66,6 @@ _MAX_DRIFT = 0.05
 # rate, a loss of 150 nats was 2 higher at the end with 1, and 0.6 with 0.5.
 _KEPT_RESIDUAL = 0.7
 _NEW_RESIDUAL = 0.35
-
-# The smallest |eigenvalue| of J P⁻¹ with which P serves. Below it, J is nearly singular in a
-# direction in which P is not; few of the probes see that, and its logarithm is too large for them.
-_MIN_EIGENVALUE = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,17 @@ class _Estimate:
     """u, shape ``(k, *event)``."""
     rest: Tensor
     """``v − J u``, where P is exact."""
+
+
+class _Solves(NamedTuple):
+    """What a new estimate is made of."""
+
+    solution: Tensor
+    """u, shape ``(k, *event)``."""
+    rest: Tensor
+    """``v − J u``, where P is exact."""
+    higher_orders: Tensor
+    """The estimate of ``tr(log(I + E) − E)``, shape ``()``, in float64."""
 
 
 class KrylovLogDet(SavesAttributes):
@@ -225,38 +233,101 @@ class KrylovLogDet(SavesAttributes):
 
     def _new_estimate(self, theta: Tensor, event_shape: torch.Size) -> _Estimate:
         """By solves; or, where J has moved too far from P, by a new P."""
-        linear_map = self.linear_map
-        weight = linear_map.weight(theta)
         anchor = self._current_anchor(theta, event_shape)
+        weight = self.linear_map.weight(theta)
         probes, start = self._probes_for(anchor, event_shape)
-        space = self._solve(anchor, weight, probes, start)
-        if space is None:
+        if anchor.control_variate.is_exact:
+            found = self._by_powers(anchor, weight, probes, start)
+        else:
+            found = self._by_krylov(anchor, weight, probes, start)
+        if found is None:
             anchor = self._make_anchor(theta, event_shape)
             if anchor.control_variate.is_exact:
                 return self._known_estimate(event_shape)
             start = anchor.control_variate.factors.precondition(probes)
-            space = self._solve(anchor, weight, probes, start)
-        assert space is not None  # J has not moved from a P of its own
-        self.error_estimate = space.residual.square().mean().sqrt().item()
-        has_converged = self.error_estimate <= self.tolerance
-        if anchor.control_variate.is_exact:
-            if not (has_converged and space.smallest_eigenvalue >= _MIN_EIGENVALUE):
-                self._make_anchor(theta, event_shape)
-                return self._known_estimate(event_shape)
-        elif not has_converged:
-            self._warn()
+            found = self._by_krylov(anchor, weight, probes, start)
+        assert found is not None  # J has not moved from a P of its own
         trace_gradient = anchor.control_variate.trace_gradient
         first_order = (trace_gradient.double() * (weight - anchor.weight)).sum()
-        second_order = space.second_order_log().mean().item()
-        factor = len(probes) * linear_map.theta_scale(theta)
-        correction = linear_map.gradient(theta, space.solution - start, probes) / factor
-        value, gradient = anchor.value + first_order + second_order, trace_gradient + correction
-        rest = probes
-        if anchor.control_variate.is_exact:  # else the next weights have solves of their own
-            rest = probes - linear_map.apply_weight(weight, space.solution)
+        factor = len(probes) * self.linear_map.theta_scale(theta)
+        correction = self.linear_map.gradient(theta, found.solution - start, probes) / factor
         self.solved_theta.copy_(theta)
-        self._estimate = _Estimate(weight, value, gradient, space.solution, rest)
+        self._estimate = _Estimate(
+            weight=weight,
+            value=anchor.value + first_order + found.higher_orders,
+            gradient=trace_gradient + correction,
+            solution=found.solution,
+            rest=found.rest,
+        )
         return self._estimate
+
+    def _by_powers(
+        self, anchor: _Anchor, weight: Tensor, probes: Tensor, start: Tensor
+    ) -> _Solves | None:
+        """For an exact P, of which E is small: ``J⁻¹ = P⁻¹ (I − E + E² − …)``, of as many terms as
+        the solves need. The rests are ``∓Eⁿ v``, of which ``log(I + E)`` is a series as well.
+
+        :return: None where J has moved too far from P.
+        """
+        linear_map, factors = self.linear_map, anchor.control_variate.factors
+        length = torch.linalg.vector_norm(probes[0])  # that of all
+        solutions, rests = [start], [linear_map.apply_weight(anchor.weight - weight, start)]
+        unread, residuals = [rests[0]], np.empty((0, len(probes)))
+        # On a GPU all that is expected to be needed is read at once.
+        first_look = max(self._recent_steps) if weight.is_cuda else 0
+        while True:
+            count = len(solutions) - 1
+            if count >= first_look:
+                norms = read(*(one.flatten(1).norm(dim=1) / length for one in unread))
+                residuals = np.concatenate([residuals, np.stack(norms)])
+                unread.clear()
+                if not np.square(residuals[0]).mean() <= _MAX_DRIFT**2:
+                    return None
+                is_solved = residuals.max(1) <= _NEW_RESIDUAL * self.tolerance
+                if is_solved.any():
+                    break
+            if count == self.krylov_steps:
+                return None
+            solutions.append(solutions[-1] + factors.precondition(rests[-1]))
+            rests.append(probes - linear_map.apply_weight(weight, solutions[-1]))
+            unread.append(rests[-1])
+        number = int(is_solved.argmax())  # of the first of them
+        self._recent_steps.append(number)
+        self.error_estimate = math.sqrt(np.square(residuals[number]).mean())
+        terms = [(probes * rest).sum().double() / -(n + 1) for n, rest in enumerate(rests)]
+        higher_orders = sum(terms[1 : number + 1], torch.zeros_like(anchor.value)) / len(probes)
+        return _Solves(solutions[number], rests[number], higher_orders)
+
+    def _by_krylov(
+        self, anchor: _Anchor, weight: Tensor, probes: Tensor, start: Tensor
+    ) -> _Solves | None:
+        """For a P that is not exact; None where J has moved too far from the weight P is for.
+
+        On a GPU all that is to be known is read at once.
+        """
+        linear_map, factors = self.linear_map, anchor.control_variate.factors
+        change = linear_map.apply_weight(weight - anchor.weight, start)
+        drift = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(probes)
+        if not drift.is_cuda and not drift <= _MAX_DRIFT:
+            return None
+        space = krylov(
+            partial(linear_map.apply_weight, weight),
+            factors.precondition,
+            probes,
+            preconditioned=start,
+            tolerance=self.tolerance,
+            max_steps=self.krylov_steps,
+            expected_steps=max(self._recent_steps),
+            beside=drift,
+        )
+        if not space.beside <= _MAX_DRIFT:
+            return None
+        self._recent_steps.append(space.num_steps)
+        self.error_estimate = space.residual.square().mean().sqrt().item()
+        if not self.error_estimate <= self.tolerance:
+            self._warn()
+        # The next weights have solves of their own: no rest is looked at.
+        return _Solves(space.solution, probes, space.second_order_log().mean())
 
     def _probes_for(self, anchor: _Anchor, event_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """v and ``P⁻¹ v``, shape ``(k, *event)``.
@@ -275,36 +346,6 @@ class KrylovLogDet(SavesAttributes):
             probes = draw_probes("rademacher", self.num_probes, shape, generator, self.theta.dtype)
             self._probes = probes, anchor.control_variate.factors.precondition(probes)
         return self._probes
-
-    def _solve(
-        self, anchor: _Anchor, weight: Tensor, probes: Tensor, start: Tensor
-    ) -> KrylovSpace | None:
-        """The solutions of ``J u = v``; None where J has moved too far from P.
-
-        On a GPU all that is to be known is read at once.
-
-        :param Tensor start: ``P⁻¹ v``.
-        """
-        linear_map, factors = self.linear_map, anchor.control_variate.factors
-        change = linear_map.apply_weight(weight - anchor.weight, start)
-        drift = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(probes)
-        if not drift.is_cuda and not drift <= _MAX_DRIFT:
-            return None
-        factor = _NEW_RESIDUAL if anchor.control_variate.is_exact else 1.0
-        space = krylov(
-            partial(linear_map.apply_weight, weight),
-            factors.precondition,
-            probes,
-            preconditioned=start,
-            tolerance=factor * self.tolerance,
-            max_steps=self.krylov_steps,
-            expected_steps=max(self._recent_steps),
-            beside=drift,
-        )
-        if not space.beside <= _MAX_DRIFT:
-            return None
-        self._recent_steps.append(space.num_steps)
-        return space
 
     def _current_anchor(self, theta: Tensor, event_shape: torch.Size) -> _Anchor:
         if self._anchor is None:
