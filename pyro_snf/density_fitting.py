@@ -69,8 +69,9 @@ _RATE_FACTOR, _MAX_REDUCTIONS = 0.3, 2
 # Of the gradient of a mean of log densities, in nats.
 _MAX_GRADIENT_NORM = 10.0
 
-# How often training may fail, each time to go on at half the rate.
-_MAX_FAILURES = 8
+# How often training may fail, each time but the first to go on at half the rate; a failure so many
+# steps after the last one is a first one again, as of an event at which a log-det is infinite.
+_MAX_FAILURES, _STEPS_TO_FORGET = 8, 200
 
 # The errors of parameters that are not finite, or singular: Pyro refuses such values.
 _FAILURES = (torch.linalg.LinAlgError, ValueError)
@@ -166,8 +167,8 @@ def fit_density(
     the best parameters. If the loss of training data has fallen since then, they are being learned
     by heart, and training goes on with a larger decay of the weights of ``nn.Linear`` layers; if
     not, at a lower rate; and where that has been tried, with falling rates, so that it stops before
-    the budget is used up. Where a loss is not finite, training goes back to the averages and on at
-    half the rate. Ctrl-C stops it, and what there is is kept.
+    the budget is used up. Where a loss is not finite, training goes back to the averages; where
+    that happens again soon, at half the rate. Ctrl-C stops it, and what there is is kept.
 
     :param flow: from data to latents: a transform that is a module, or a conditional one; or any
         module with a method ``log_prob(data)``, or ``log_prob(data, context)``. It is trained in
@@ -400,7 +401,7 @@ class _Run:
         self.pairs = list(zip(self.averaged.parameters(), flow.parameters(), strict=True))
         self.losses: list[float] = []
         self.validation_losses: list[float] = []
-        self.num_steps = self.num_failures = 0
+        self.num_steps = self.num_failures = self.latest_failure = 0
         self.best_epoch = self.latest_change = 0
         self.decays = (1000 * decay / num_rows for decay in _WEIGHT_DECAYS)
         self.weight_decay = next(self.decays)
@@ -504,8 +505,12 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), _MAX_GRADIENT_NORM)
         value = (loss + 0 * norm).item()
         if not math.isfinite(value):
+            if self.num_steps - self.latest_failure >= _STEPS_TO_FORGET:
+                self.num_failures = 0
             self.num_failures += 1
-            self.learning_rate /= 2
+            self.latest_failure = self.num_steps
+            if self.num_failures > 1:
+                self.learning_rate /= 2
             self._go_back(self.averaged.state_dict())
             return math.nan
         self.optimizer.step()

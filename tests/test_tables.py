@@ -539,6 +539,28 @@ def test_fit_goes_back_to_the_buffers_of_the_latest_epoch(monkeypatch: pytest.Mo
     assert module.count == 8 + 5
 
 
+@pytest.mark.parametrize(("failures", "share"), [([250, 500, 750], 1.0), ([250, 300, 301], 0.25)])
+def test_fit_lowers_the_rate_where_failures_repeat(
+    failures: list[int], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Normal):
+        def log_prob(self, x: Tensor) -> Tensor:
+            is_bad = self.training and next(calls) in failures
+            return super().log_prob(x) + (math.nan if is_bad else 0)
+
+    runs, calls, original = [], iter(range(1000)), density_fitting._Run.__init__
+
+    def recorded(self: object, *arguments: object) -> None:
+        runs.append(self)
+        original(self, *arguments)
+
+    monkeypatch.setattr(density_fitting._Run, "__init__", recorded)
+    options = {"validation": 0, "batch_size": 25, "num_epochs": 225, "progress": False}
+    result = fit_density(Failing(), rows(100, 2), learning_rate=1e-3, **options)
+    assert runs[0].learning_rate == pytest.approx(1e-3 * share)
+    assert result.reason == "num_epochs"
+
+
 def test_fit_keeps_what_a_controller_has_found() -> None:
     flow = self_normalizing_pair(2, [16], log_det="exact")
     fit_density(flow, rows(500, 2), validation=0, num_epochs=20, seed=0, progress=False)
