@@ -202,7 +202,9 @@ def fit_density(
     expect("base, a distribution or None", fits, base)
     rows = _checked("data", data, context)
     _check_dtype(flow, rows.data)
-    if torch.equal(rows.data, rows.data.round()):
+    # A module with a log_prob of its own may add noise in it.
+    is_flow = isinstance(flow, Transform | ConditionalTransform)
+    if is_flow and torch.equal(rows.data, rows.data.round()):
         warnings.warn(
             "all of the data are whole numbers, at which a density has no bound: add noise of the "
             "size of the rounding, data + torch.rand_like(data), or pyro_snf.images.dequantize",
