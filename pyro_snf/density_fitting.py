@@ -227,7 +227,7 @@ def fit_density(
             reason = run.train(training, held_out, num_epochs, max_seconds, bar)
         except KeyboardInterrupt:
             reason = "interrupted"
-    run.finish(training, has_validation=held_out is not None)
+    run.finish(held_out)
     if reason == "diverged":
         warnings.warn(
             f"the loss was not finite {_MAX_FAILURES} times: lower the learning rate, and look at "
@@ -481,15 +481,16 @@ class _Run:
                 self._go_back(self.best)
         return "num_epochs" if decay_to == 1 else "converged"
 
-    def finish(self, training: _Rows, *, has_validation: bool) -> None:
-        """Make the best averages the flow's parameters. Of what is wrong with them, such as a fold,
-        layers warn at some rows."""
-        if not has_validation:
+    def finish(self, held_out: _Rows | None) -> None:
+        """Make the best averages the flow's parameters; without validation, those of the end."""
+        if held_out is None:
             copy_unaveraged(self.flow, self.averaged)
-        self.flow.load_state_dict(self.best if has_validation else self.averaged.state_dict())
+            self.best = self.averaged.state_dict()
+        self.flow.load_state_dict(self.best)
         self.flow.eval()
-        with torch.no_grad(), suppress(*_FAILURES):
-            self.log_prob(self.flow, training.at(slice(_NUM_TRIED)))
+        if held_out is not None:  # of what is still wrong with them, such as a fold, layers warn
+            with torch.no_grad(), suppress(*_FAILURES):
+                self.log_prob(self.flow, held_out.at(slice(_NUM_TRIED)))
 
     def _step(self, batch: _Rows, share: float) -> float:
         """One step at a share of the rate; its loss, which is not finite if it failed."""
