@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -354,6 +355,26 @@ def test_copula_of_a_row_of_codes() -> None:
     x[:, 3] = x[:, 0] - 2 * x[:, 1]
     with pytest.raises(ValueError, match=r"in the columns \[3\]"):
         single_copula(x)
+
+
+def test_copula_from_the_parameter_store_is_told() -> None:
+    x, flow, other = skewed(), flows.tabular(3, hidden_dim=8), flows.tabular(3, hidden_dim=8)
+    flow.initialize(x)
+    other.eval()(x)  # new, and not a word of that
+    pyro.module("flow", flow)
+    saved = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(saved)
+    pyro.module("flow", other, update_module_params=True)
+    for use, is_training in [(other, False), (other.inv, False), (other.inv, True), (other, True)]:
+        other.train(is_training).parts[0]._has_warned = False
+        with pytest.warns(UserWarning, match="buffers, .* load the state_dict"):
+            use(x)
+        use(x)
+    other.eval()
+    other.load_state_dict(flow.state_dict())
+    other.parts[0]._has_warned = False
+    assert torch.equal(other(x), flow.eval()(x))
 
 
 def test_copula_of_many_rows_in_a_periodic_order() -> None:

@@ -11,9 +11,11 @@ from torch.distributions import constraints
 from torch.special import ndtr, ndtri
 
 from pyro_snf import rational_quadratic
+from pyro_snf.caching import version
 from pyro_snf.options import as_count, as_number
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import gather
+from pyro_snf.tracing import is_traced
 from pyro_snf.transforms.base import check_input
 from pyro_snf.transforms.first_batch import FirstBatchTransform
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -68,6 +70,9 @@ class GaussianCopula(FirstBatchTransform):
     make the covariance of T(x) the identity, W lower triangular; of fewer than 4 rows for each
     feature, W = I.
 
+    Pyro's parameter store has no buffers, and so neither μ and σ nor the knots: save the
+    ``state_dict``.
+
     Value and inverse are exact, and so is the log-det of S. That of W is the dense layer's
     (:class:`~pyro_snf.SelfNormalizingLinear`).
 
@@ -87,7 +92,8 @@ class GaussianCopula(FirstBatchTransform):
     :raises ValueError: for options outside these ranges; for inputs of other shapes or dtypes; and
         for a first batch that is not finite, or has columns that are constant or linear functions
         of others.
-    :warns UserWarning: for a first batch with a column in which one value is that of many rows.
+    :warns UserWarning: for a first batch with a column in which one value is that of many rows; and
+        where parameters are set, but no batch has set the buffers.
 
     References:
 
@@ -149,10 +155,15 @@ class GaussianCopula(FirstBatchTransform):
         self._set_knots(slice(None), knots, knots, torch.ones_like(knots))
         self.linear.reset_parameters()
         self._reset_initialized()
+        self._has_warned = False
 
     def extra_repr(self) -> str:
         sizes = f"{self.input_dim}, num_bins={self.num_bins}, min_gain={self.min_gain:g}"
         return f"{sizes}, linear={self.linear}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._check_buffers()  # before parameters that are set count as initialized
+        return super().__call__(x)
 
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
@@ -166,6 +177,7 @@ class GaussianCopula(FirstBatchTransform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         check_input(self, y, (self.input_dim,), self.mean.dtype)
+        self._check_buffers()
         values = at_least_float32(self.linear.inv(y))
         bins = rational_quadratic.of_elements(values, self._knots(), inverse=True)
         x = rational_quadratic.apply_inverse(values, bins)
@@ -286,6 +298,24 @@ class GaussianCopula(FirstBatchTransform):
 
     def _is_as_reset(self) -> bool:
         return not self.linear.theta.any() and bool((self.deviation == 1).all())
+
+    @torch.no_grad()
+    def _check_buffers(self) -> None:
+        """Warn, once, of parameters from elsewhere without the buffers that go with them."""
+        if is_traced() or self.initialized.is_meta:
+            return
+        known = self._initialized_version == version(self.initialized)
+        if known or self._has_warned:  # on a GPU, nothing is looked at again
+            return
+        if self.initialized:
+            self._initialized_version = version(self.initialized)
+        elif not self._is_as_reset():
+            self._has_warned = True
+            warnings.warn(
+                f"{self._name()}: its parameters are set, but no batch has set its units and knots "
+                "(buffers, which Pyro's parameter store has not): save and load the state_dict",
+                stacklevel=5,
+            )
 
     def _standardized(self, x: Tensor) -> Tensor:
         check_input(self, x, (self.input_dim,), self.mean.dtype)
