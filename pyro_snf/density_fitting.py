@@ -201,15 +201,6 @@ def fit_density(
     fits = base is None or isinstance(base, Distribution)
     expect("base, a distribution or None", fits, base)
     rows = _checked("data", data, context)
-    _check_dtype(flow, rows.data)
-    # A module with a log_prob of its own may add noise in it.
-    is_flow = isinstance(flow, Transform | ConditionalTransform)
-    if is_flow and torch.equal(rows.data, rows.data.round()):
-        warnings.warn(
-            "all of the data are whole numbers, at which a density has no bound: add noise of the "
-            "size of the rounding, data + torch.rand_like(data), or pyro_snf.images.dequantize",
-            stacklevel=2,
-        )
     if seed is not None:
         pyro.set_rng_seed(seed)
     training, held_out = _split(rows, validation)
@@ -218,6 +209,8 @@ def fit_density(
         raise RuntimeError("expected gradients to be recorded; they are not, as under no_grad")
     if not any(one.requires_grad for one in flow.parameters()):
         raise ValueError("expected a flow with parameters to train; none requires a gradient")
+    if isinstance(flow, Transform | ConditionalTransform):
+        _check_numbers(flow, rows.data)
     _initialize(flow, training)
     run = _Run(flow, log_prob, learning_rate, batch_size, len(training.data))
     start = _clock()
@@ -280,15 +273,21 @@ def _checked(name: str, data: Any, context: Any) -> _Rows:
     return _Rows(data.detach(), context.detach())
 
 
-def _check_dtype(flow: Any, data: Tensor) -> None:
-    """Raise where the parameters of a transform are of another dtype."""
-    if isinstance(flow, nn.Module) and isinstance(flow, Transform | ConditionalTransform):
-        dtype = next((one.dtype for one in flow.parameters()), data.dtype)
-        if dtype != data.dtype:
-            raise ValueError(
-                f"expected data of {dtype}, as the flow's parameters are; got {data.dtype}: use "
-                f"data.to({dtype}), or make the flow with dtype={data.dtype}"
-            )
+def _check_numbers(flow: Any, data: Tensor) -> None:
+    """Raise if the parameters of a transform are of another dtype, and warn of whole numbers, to
+    which modules with a log_prob of their own may add noise."""
+    dtype = next(flow.parameters()).dtype
+    if dtype != data.dtype:
+        raise ValueError(
+            f"expected data of {dtype}, as the flow's parameters are; got {data.dtype}: use "
+            f"data.to({dtype}), or make the flow with dtype={data.dtype}"
+        )
+    if torch.equal(data, data.round()):
+        warnings.warn(
+            "all of the data are whole numbers, at which a density has no bound: add noise of the "
+            "size of the rounding, data + torch.rand_like(data), or pyro_snf.images.dequantize",
+            stacklevel=3,
+        )
 
 
 def _check_alike(name: str, rows: Tensor, others: Tensor) -> None:
@@ -360,8 +359,8 @@ def _density_of(
 
         return flow, own_log_prob
     if conditional != (rows.context is not None):
-        wanted = "a context, which the flow depends on" if conditional else "no context"
-        got = "none" if conditional else f"one, which {type(flow).__name__} does not depend on"
+        wanted = "a context for a conditional flow" if conditional else "a conditional flow"
+        got = "none" if conditional else f"a context for {type(flow).__name__}, which has none"
         raise ValueError(f"expected {wanted}; got {got}")
 
     shape = rows.data.shape if conditional else flow.forward_shape(rows.data.shape)

@@ -944,8 +944,8 @@ def test_samples_of_contexts_are_checked(make: Callable[..., nn.Module]) -> None
 
 def test_other_networks_standardize_contexts_themselves() -> None:
     for module, message in [
-        (BY_NETWORK(), "expected nn to be a DenseNN"),
-        (BY_NETWORKS(), "expected two ResidualMLP of the same context_dim"),
+        (BY_NETWORK(), "DenseNN; got Identity"),
+        (BY_NETWORKS(), "two ResidualMLP of the same context_dim; got Identity and Identity"),
     ]:
         assert_refused(module.standardize_contexts, torch.zeros(4, 2), message)
         assert module.context_scale is None

@@ -107,7 +107,6 @@ class ConditionalSelfNormalizingLinear(StandardizesContexts, ConditionalTransfor
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
-    _known_networks = "nn to be a DenseNN"
 
     def __init__(
         self,
@@ -137,6 +136,9 @@ class ConditionalSelfNormalizingLinear(StandardizesContexts, ConditionalTransfor
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}"
+
+    def _wanted_networks(self) -> str:
+        return f"a network that is a DenseNN; got {type(self.nn).__name__}"
 
     def condition(self, context: Any) -> Compose:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.

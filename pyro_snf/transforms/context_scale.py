@@ -125,8 +125,9 @@ class StandardizesContexts:
     #: What the networks see of contexts; None for those of other networks, as they are.
     context_scale: ContextScale | None
 
-    #: Of which the width of contexts is known, for the error of others.
-    _known_networks: str
+    def _wanted_networks(self) -> str:
+        """For an error: those of which the width of contexts is known, and what there is."""
+        raise NotImplementedError
 
     def standardize_contexts(self, contexts: Tensor) -> None:
         """From here on, the networks see contexts minus their mean over a sample, divided by their
@@ -144,7 +145,7 @@ class StandardizesContexts:
         """
         if self.context_scale is None:
             raise ValueError(
-                f"expected {self._known_networks}, of which the width of contexts is known; others "
-                "have to standardize their contexts themselves"
+                f"expected {self._wanted_networks()}, whose contexts may be of any width: other "
+                "networks have to standardize their contexts themselves"
             )
         self.context_scale.fit(contexts)

@@ -111,11 +111,18 @@ class FirstBatchTransform(InvertibleTransformModule):
     @torch.no_grad()
     def is_new(self) -> bool:
         """Whether the parameters have been set by nothing yet: no batch, and no saved values."""
-        if self._initialized_version == version(self.initialized):
+        if self._has_been_initialized():
             return False
-        if not self.initialized:
-            if self._is_as_reset():
-                return True
-            self.initialized.fill_(True)
+        if self._is_as_reset():
+            return True
+        self.initialized.fill_(True)
         self._initialized_version = version(self.initialized)
         return False
+
+    def _has_been_initialized(self) -> bool:
+        if self._initialized_version == version(self.initialized):
+            return True
+        if not self.initialized:
+            return False
+        self._initialized_version = version(self.initialized)
+        return True

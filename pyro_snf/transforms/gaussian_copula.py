@@ -11,7 +11,6 @@ from torch.distributions import constraints
 from torch.special import ndtr, ndtri
 
 from pyro_snf import rational_quadratic
-from pyro_snf.caching import version
 from pyro_snf.options import as_count, as_number
 from pyro_snf.precision import at_least_float32, without_autocast
 from pyro_snf.processes import gather
@@ -302,14 +301,9 @@ class GaussianCopula(FirstBatchTransform):
     @torch.no_grad()
     def _check_buffers(self) -> None:
         """Warn, once, of parameters from elsewhere without the buffers that go with them."""
-        if is_traced() or self.initialized.is_meta:
+        if is_traced() or self.initialized.is_meta or self._has_warned:
             return
-        known = self._initialized_version == version(self.initialized)
-        if known or self._has_warned:  # on a GPU, nothing is looked at again
-            return
-        if self.initialized:
-            self._initialized_version = version(self.initialized)
-        elif not self._is_as_reset():
+        if not self._has_been_initialized() and not self._is_as_reset():
             self._has_warned = True
             warnings.warn(
                 f"{self._name()}: its parameters are set, but no batch has set its units and knots "

@@ -570,7 +570,6 @@ class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformM
     """
 
     bijective = True
-    _known_networks = "two ResidualMLP of the same context_dim"
 
     def __init__(
         self,
@@ -595,6 +594,11 @@ class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformM
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> Constraint:
         return self.transform.codomain
+
+    def _wanted_networks(self) -> str:
+        found = (self.transform.forward_net, self.transform.inverse_net)
+        names = " and ".join(type(one).__name__ for one in found)
+        return f"two ResidualMLP of the same context_dim; got {names}"
 
     def condition(self, context: Tensor) -> SelfNormalizingPair:
         """The transform ``T(·; c)`` of a context, or of a batch of contexts.
