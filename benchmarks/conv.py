@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from pyro_snf import SelfNormalizingConv2d
 from pyro_snf.caching import TensorState
 from pyro_snf.krylov import krylov
-from pyro_snf.log_dets import krylov_log_det
+from pyro_snf.log_dets import control_variate_log_det
 from pyro_snf.maps import convolution, kernels
 from pyro_snf.maps.convolution_factors import ConvolutionFactors
 from pyro_snf.maps.convolution_solve import one_pass_kernel
@@ -109,7 +109,7 @@ def refined_gradient(
     probes: Tensor,
     num_iterations: int,
 ) -> Tensor:
-    """What :mod:`pyro_snf.log_dets.krylov_log_det` estimates in a number of iterations.
+    """What :mod:`pyro_snf.log_dets.control_variate_log_det` estimates in a number of iterations.
 
     :param factors: of the control variate P.
     :param Tensor gradient: ``∂ tr(P⁻¹ J)/∂a``.
@@ -176,7 +176,7 @@ def moved(kernel: Tensor, size: tuple[int, int], generator: torch.Generator) -> 
 
     scale = 1e-6
     for _ in range(20):
-        scale *= krylov_log_det._MAX_DRIFT / drift(scale)
+        scale *= control_variate_log_det._MAX_DRIFT / drift(scale)
     return kernel - scale * direction
 
 
@@ -270,7 +270,7 @@ def layer_errors(kernel: Tensor, before: Tensor, size: tuple[int, int]) -> dict[
         convolution._MAX_COST_IN_PRODUCTS = limit if has_factors else 0.0
         part = convolution.Convolution("zeros")
         thetas = [part.theta_of(one).float() for one in (before, kernel)]
-        estimator = krylov_log_det.KrylovLogDet(
+        estimator = control_variate_log_det.ControlVariateLogDet(
             part, thetas[0], num_probes=NUM_PROBES, tolerance=0.02, krylov_steps=20, seed=0
         )
         estimator.update(thetas[0], shape, TensorState(thetas[0]))

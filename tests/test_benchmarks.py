@@ -102,7 +102,7 @@ def test_kernels_have_the_condition_number_that_is_asked_for(conv: ModuleType) -
     before = conv.moved(kernel, (6, 6), torch.Generator().manual_seed(0))
     change = matrix - conv.kernels.matrix(before, (6, 6), "zeros")
     drift = torch.linalg.solve(matrix - change, change, left=False).norm() / 6
-    assert drift.item() == pytest.approx(conv.krylov_log_det._MAX_DRIFT, rel=EXACT)
+    assert drift.item() == pytest.approx(conv.control_variate_log_det._MAX_DRIFT, rel=EXACT)
 
 
 def test_gradients_of_convolutions(

@@ -33,7 +33,7 @@ from pyro_snf import (
 )
 from pyro_snf.importance import psis
 from pyro_snf.krylov import gcr, krylov
-from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
+from pyro_snf.log_dets.control_variate_log_det import ControlVariateLogDet
 from pyro_snf.log_dets.tracked_inverse import TrackedInverse
 from pyro_snf.optim import NaturalGradient
 from pyro_snf.probes import ProbeStream
@@ -235,7 +235,7 @@ def test_training_gives_what_it_does_on_the_cpu(name: str) -> None:
 def test_steady_step_waits_once_for_a_layer_at_most(name: str) -> None:
     # Of those that read a Krylov space, their factors or signs of determinants. No other waits.
     found = trained(name, "cuda")
-    kinds = KrylovLogDet | PairRefined | PairExact | Exact
+    kinds = ControlVariateLogDet | PairRefined | PairExact | Exact
     limit = sum(isinstance(part, kinds) for part in found.transform.modules())
     assert sum(found.waits.values()) <= limit + WAITS_OF_INVERSES.get(name, 0), found.waits
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_snf.caching import TensorState
 from pyro_snf.log_dets.base import LogDetMethod
-from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
+from pyro_snf.log_dets.control_variate_log_det import ControlVariateLogDet
 from pyro_snf.log_dets.tracked_inverse import TrackedInverse
 from pyro_snf.maps.base import LinearMap
 from pyro_snf.options import as_count, as_number, as_seed, expect
@@ -29,8 +29,8 @@ class Refined(LogDetMethod):
       (:mod:`pyro_snf.log_dets.tracked_inverse`). The value is right to second order in
       :math:`E = I - RA`, the gradient :math:`R^\top` to first order. O(D²) a step.
     - For any other convolution: an earlier A is factorized, and random probes estimate what has
-      changed since (:mod:`pyro_snf.log_dets.krylov_log_det`). Most steps take one convolution of
-      the probes.
+      changed since (:mod:`pyro_snf.log_dets.control_variate_log_det`). Most steps take one
+      convolution of the probes.
 
     Both measure their error, :attr:`error_estimate`, and factorize again where it grows,
     :attr:`num_refactorizations`. Probes are drawn from generators of the layer's own, whose state
@@ -64,7 +64,7 @@ class Refined(LogDetMethod):
         self.tolerance = as_number("tolerance in (0, 1)", tolerance, lambda number: 0 < number < 1)
         self.krylov_steps = None if krylov_steps is None else as_count("krylov_steps", krylov_steps)
         self.seed = as_seed(seed)
-        #: The state, a TrackedInverse or a KrylovLogDet; None before :meth:`setup`.
+        #: The state, a TrackedInverse or a ControlVariateLogDet; None before :meth:`setup`.
         self.estimator: Any = None
 
     def setup(self, linear_map: LinearMap, theta: Tensor) -> None:
@@ -76,7 +76,7 @@ class Refined(LogDetMethod):
         }
         if linear_map.matrix_of(theta) is None:
             steps = self.krylov_steps or _KRYLOV_STEPS
-            self.estimator = KrylovLogDet(linear_map, theta, krylov_steps=steps, **options)
+            self.estimator = ControlVariateLogDet(linear_map, theta, krylov_steps=steps, **options)
         else:
             expected = "no krylov_steps for a dense or 1 × 1 layer, which tracks its inverse"
             expect(expected, self.krylov_steps is None, self.krylov_steps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_snf import Refined, SelfNormalizingConv2d
 from pyro_snf.caching import TensorState
 from pyro_snf.krylov import krylov
-from pyro_snf.log_dets.krylov_log_det import KrylovLogDet
+from pyro_snf.log_dets.control_variate_log_det import ControlVariateLogDet
 from pyro_snf.maps import Convolution, convolution, kernels
 from pyro_snf.probes import draw_probes, probe_generator
 from pyro_snf.surrogate import Surrogate
@@ -42,10 +42,10 @@ Found = tuple[Tensor, Tensor]
 
 def estimator(
     padding_mode: str = "zeros", event_shape: torch.Size = IMAGE, **options: object
-) -> KrylovLogDet:
+) -> ControlVariateLogDet:
     zero = torch.zeros(event_shape[0], event_shape[0], 3, 3)
     defaults = {"num_probes": 4, "tolerance": TOLERANCE, "krylov_steps": 60, "seed": 0}
-    return KrylovLogDet(Convolution(padding_mode), zero, **{**defaults, **options})
+    return ControlVariateLogDet(Convolution(padding_mode), zero, **{**defaults, **options})
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def without_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "_MAX_COST_IN_PRODUCTS", 0.0)
 
 
-def update(part: KrylovLogDet, theta: Tensor, event_shape: torch.Size = IMAGE) -> Found:
+def update(part: ControlVariateLogDet, theta: Tensor, event_shape: torch.Size = IMAGE) -> Found:
     """The value, and its gradient in θ."""
     return with_gradient(part.update(theta, event_shape, TensorState(theta)), theta)
 
@@ -167,13 +167,13 @@ def test_slow_walk_needs_few_factorizations(padding_mode: str) -> None:
 def test_solutions_are_kept_as_long_as_they_solve(
     padding_mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solves, by_powers = [], KrylovLogDet._by_powers
+    solves, by_powers = [], ControlVariateLogDet._by_powers
 
     def counted(*arguments: Any) -> object:
         solves.append(arguments)
         return by_powers(*arguments)
 
-    monkeypatch.setattr(KrylovLogDet, "_by_powers", counted)
+    monkeypatch.setattr(ControlVariateLogDet, "_by_powers", counted)
     part, start = estimator(padding_mode, tolerance=0.02), theta_near(None, 0.3)
     direction, num_kept, num_solves = theta_near(None, 1.0, seed=1), 0, 0
     value, gradient = update(part, start)
@@ -300,7 +300,7 @@ def test_estimate_is_made_once_a_change_and_in_training_alone(
 
     def evaluate(*arguments: object) -> Found:
         evaluated.append(arguments)
-        return KrylovLogDet._evaluate_at(estimator, *arguments)
+        return ControlVariateLogDet._evaluate_at(estimator, *arguments)
 
     def value(x: Tensor) -> float:
         return layer.log_abs_det_jacobian(x, layer(x))[0].item()

@@ -56,7 +56,7 @@ from pyro_snf.probes import ProbeStream, draw_probes
 from pyro_snf.surrogate import Surrogate
 from pyro_snf.transfer import read
 
-__all__ = ["KrylovLogDet"]
+__all__ = ["ControlVariateLogDet"]
 
 # ‖(J − P)P⁻¹V‖/‖V‖ up to which P serves. The probes' noise grows with its square.
 _MAX_DRIFT = 0.05
@@ -106,8 +106,8 @@ class _Solves(NamedTuple):
     """The estimate of ``tr(log(I + E) − E)``, shape ``()``, in float64."""
 
 
-class KrylovLogDet(SavesAttributes):
-    """An estimate of ``log|det J|`` and of its gradient, by a control variate and Krylov probes.
+class ControlVariateLogDet(SavesAttributes):
+    """An estimate of ``log|det J|`` and of its gradient, by a control variate and random probes.
 
     :param LinearMap linear_map: J, as a function of its parameter θ.
     :param Tensor theta: θ = 0, for its shape, device and dtype.
@@ -398,6 +398,6 @@ class KrylovLogDet(SavesAttributes):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_anchor": None, "_estimate": None, "_probes": None}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KrylovLogDet:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ControlVariateLogDet:
         self._forget()
         return super()._apply(keep_float32(fn), recurse)
