@@ -76,8 +76,11 @@ _MAX_FAILURES, _STEPS_TO_FORGET = 8, 200
 # The errors of parameters that are not finite, or singular: Pyro refuses such values.
 _FAILURES = (torch.linalg.LinAlgError, ValueError)
 
-# Rows at which the trained flow is evaluated for its layers to warn.
+# Rows at which the flow is evaluated for warnings, before training and after it.
 _NUM_TRIED = 256
+
+# The largest scale of what is about unit scale, and one over the smallest.
+_MAX_SCALE = 10.0
 
 # Rows of which densities are computed at a time, where no gradients are.
 _CHUNK = 4096
@@ -175,8 +178,9 @@ def fit_density(
         place, and is in ``eval()`` mode afterwards.
     :param Tensor data: shape ``(N, *event)``.
     :param context: shape ``(N, *context)``, for a conditional flow.
-    :param validation: the share of the data for validation, in [0, 1), or other data, with a
-        context ``(data, context)``. 0 for none; then the parameters of the end are kept.
+    :param validation: the share of the data for validation, in [0, 1), of one row at least, or
+        other data, with a context ``(data, context)``. 0 for none; then the parameters of the end
+        are kept.
     :param base: the distribution of latents, by default standard normal.
     :param int num_epochs: the most passes through the data.
     :param max_seconds: the longest training, in seconds, after the flow has been initialized; None
@@ -189,7 +193,8 @@ def fit_density(
     :raises ValueError: for options outside these ranges, and for data that are not finite.
     :raises RuntimeError: in several processes, and where gradients are not recorded.
     :warns UserWarning: if the loss was not finite again and again, or that of the validation data
-        never was; and for data that are whole numbers.
+        never was; for data that are whole numbers; and where training begins with latents that
+        are far from unit scale.
     """
     check_one_process("fit_density")
     num_epochs = as_count("num_epochs", num_epochs)
@@ -213,6 +218,8 @@ def fit_density(
         _check_numbers(flow, rows.data)
     _initialize(flow, training)
     run = _Run(flow, log_prob, learning_rate, batch_size, len(training.data))
+    if isinstance(flow, Transform | ConditionalTransform) and base is None:
+        _check_scale(run.averaged, training.at(slice(_NUM_TRIED)))
     start = _clock()
     reason = "num_epochs"
     with Progress(progress, num_epochs, "epoch") as bar:
@@ -290,6 +297,24 @@ def _check_numbers(flow: Any, data: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def _check_scale(flow: Any, rows: _Rows) -> None:
+    """Warn of latents far from unit scale: by steps of Adam, layers get there slowly, or never."""
+    transform = flow if rows.context is None else flow.condition(rows.context)
+    latents = transform(rows.data).flatten(1)
+    largest = latents.square().mean(0).sqrt().max()
+    # Of a column that is mostly zeros, these rows may have no other numbers.
+    typical = latents.std(0, correction=0).median()
+    if not (largest <= _MAX_SCALE and typical >= 1 / _MAX_SCALE):
+        warnings.warn(
+            f"training begins with latents far from unit scale: root mean squares up to "
+            f"{largest:.2g}, and a median standard deviation of {typical:.2g}; scale the data, or "
+            "begin the flow with an ActNorm or a GaussianCopula, as in "
+            "Compose([ActNorm(D, event_dim=1), flow])",
+            stacklevel=3,
+        )
+
+
 def _check_alike(name: str, rows: Tensor, others: Tensor) -> None:
     """Raise unless others are of the type of rows, and each of the same shape."""
     if (rows.shape[1:], rows.dtype) != (others.shape[1:], others.dtype):
@@ -336,9 +361,9 @@ def _split(rows: _Rows, validation: Any) -> tuple[_Rows, _Rows | None]:
             _check_alike("the context of validation", rows.context, held_out.context)
         return rows, held_out
     share = as_number("validation in [0, 1), or data", validation, lambda number: 0 <= number < 1)
-    count = round(share * len(rows.data))
-    if count == 0:
+    if share == 0:
         return rows, None
+    count = max(1, round(share * len(rows.data)))
     expect("data for training besides those for validation", count < len(rows.data), count)
     order = torch.randperm(len(rows.data)).to(rows.data.device)
     return rows.at(order[count:]), rows.at(order[:count])

@@ -388,6 +388,7 @@ def test_copula_of_many_rows_in_a_periodic_order() -> None:
     assert copula.mean[0].item() == pytest.approx(period / 2, abs=0.3)
 
 
+@pytest.mark.filterwarnings("ignore:training begins with latents far")
 def test_fit_of_a_trained_flow_goes_on_from_it() -> None:
     context, other = rows(300, 2, 1), 5 + 3 * rows(300, 2, 2)
     options = {"validation": 0, "num_epochs": 1, "seed": 0, "progress": False}
@@ -414,6 +415,26 @@ def test_fit_warns_of_whole_numbers() -> None:
         fit_density(flow, data, num_epochs=1, progress=False)
     fit_density(flow, data + torch.rand_like(data), num_epochs=1, progress=False)
     fit_density(Normal(), data, num_epochs=1, progress=False)  # which might dequantize
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-4])
+def test_fit_warns_of_latents_far_from_unit_scale(factor: float) -> None:
+    data, options = factor * rows(300, 2), {"num_epochs": 1, "progress": False}
+    flow = flows.fully_connected(2)
+    with pytest.warns(UserWarning, match="latents far from unit scale: .* an ActNorm or"):
+        fit_density(flow, data, **options)
+    fit_density(Compose([ActNorm(2, event_dim=1), flow]), data, **options)
+    base = dist.Normal(torch.zeros(2), factor).to_event(1)
+    fit_density(flows.fully_connected(2), data, base=base, **options)
+
+
+def test_fit_warns_of_latents_far_from_unit_scale_given_a_context() -> None:
+    data, context = 1e4 * rows(300, 2), rows(300, 1, 1)
+    flow = conditional_self_normalizing_linear(2, 1)
+    options = {"context": context, "num_epochs": 1, "progress": False}
+    with pytest.warns(UserWarning, match="latents far from unit scale: .* an ActNorm or"):
+        fit_density(flow, data, **options)
+    fit_density(ConditionalCompose([ActNorm(2, event_dim=1), flow]), data, **options)
 
 
 @pytest.mark.parametrize("folds_at_the_end", [False, True])
@@ -642,6 +663,7 @@ def test_fit_takes_back_a_decay_that_gains_nothing(monkeypatch: pytest.MonkeyPat
 def test_fit_without_validation_and_with_little_time() -> None:
     result = quick(skewed(), validation=0, num_epochs=3)
     assert (result.best_epoch, len(result.validation_losses), result.reason) == (3, 0, "num_epochs")
+    assert len(quick(rows(4, 3)).validation_losses) == 8  # a row, which is more than a tenth
     result = quick(skewed(), max_seconds=0.05, num_epochs=10_000)
     assert result.reason == "max_seconds"
     assert math.isfinite(result.loss)
