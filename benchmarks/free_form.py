@@ -60,7 +60,7 @@ from pyro_snf import (
 )
 from pyro_snf.free_form.linearization import Linearization, linearize
 from pyro_snf.free_form.log_det import (
-    estimated_log_abs_det,
+    ValueEstimate,
     exact_slogdet,
     probe_gradient,
 )
@@ -659,17 +659,12 @@ def value(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed)
         few_near = linearize(pair.forward_net, few)
         for lanczos_steps in LANCZOS_STEPS:
-            errors = torch.stack(
-                [
-                    estimated_log_abs_det(
-                        few_near,
-                        draw_probes("orthogonal", 1, few.shape, generator, few.dtype),
-                        lanczos_steps=lanczos_steps,
-                    )
-                    - exact
-                    for _ in range(args.num_draws)
-                ]
-            )
+            draws = []
+            for _ in range(args.num_draws):
+                probes = draw_probes("orthogonal", 1, few.shape, generator, few.dtype)
+                estimate = ValueEstimate(few_near, probes, lanczos_steps=lanczos_steps)
+                draws.append(estimate.value(estimate.numbers, few) - exact)
+            errors = torch.stack(draws)
             of_an_image = errors.var(0).mean().sqrt().item()
             ms, rest = times[str(lanczos_steps)], times["0"]
             print_row(

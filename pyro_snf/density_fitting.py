@@ -161,8 +161,9 @@ def fit_density(
     >>> result.density.sample((3,)).shape
     torch.Size([3, 2])
 
-    AdamW, with gradients that are clipped. The data initialize what data do initialize and nothing
-    has before (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`). After every epoch, the
+    AdamW, with gradients that are clipped. The training data initialize the layers that a first
+    batch would, unless they have been (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`).
+    After every epoch, the
     averages of the parameters over the latest tenth of the steps are validated; those of the lowest
     loss are kept, or those from before training, if none are better. The learning rate falls to 0
     in the second half of the budget, which is ``num_epochs`` and ``max_seconds``, whichever is used
@@ -261,7 +262,7 @@ def copy_unaveraged(flow: nn.Module, averaged: nn.Module) -> None:
 
 
 def _initialize(flow: Any, rows: _Rows) -> None:
-    """Initialize what data initialize, unless it has been."""
+    """Initialize the layers that a first batch would, unless they have been."""
     if isinstance(flow, Transform):
         initialize_parts([flow], rows.data)
     elif isinstance(flow, ConditionalTransform) and rows.context is not None:
@@ -388,8 +389,10 @@ def _density_of(
         got = "none" if conditional else f"a context for {type(flow).__name__}, which has none"
         raise ValueError(f"expected {wanted}; got {got}")
 
-    shape = rows.data.shape if conditional else flow.forward_shape(rows.data.shape)
-    latent = shape[1:]
+    transform = flow
+    if rows.context is not None:  # of a copy, for conditioning may look at the contexts' scale
+        transform = copy.deepcopy(flow).eval().condition(rows.context)
+    latent = transform.forward_shape(rows.data.shape)[1:]
     zero = rows.data.new_zeros(latent)
     chosen = base or dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
     fits = chosen.batch_shape + chosen.event_shape == latent

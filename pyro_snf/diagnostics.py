@@ -191,8 +191,8 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
     >>> pair_report(layer, torch.randn(100, 3)).num_recovered
     100
 
-    :param Tensor x: events that the transform is given, shape ``(B, *event)``.
     :param Transform transform: a self-normalizing pair, or the inverse of one.
+    :param Tensor x: events that the transform is given, shape ``(B, *event)``.
     :raises ValueError: for other transforms, and for inputs that do not fit it.
     """
     if isinstance(transform, ConditionalSelfNormalizingPair):

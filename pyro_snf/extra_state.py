@@ -142,10 +142,6 @@ def _decode(state: Any) -> dict[str, Any]:
 
     :raises ExtraStateError: if there are none of this format.
     """
-    if isinstance(state, dict):
-        raise ExtraStateError(
-            f"expected a tensor, of format {_FORMAT}; got a dict, of an earlier pyro-snf"
-        )
     if not isinstance(state, Tensor):
         raise ExtraStateError(f"expected a tensor; got {type(state).__name__}")
     if state.dtype != torch.uint8 or state.dim() != 1 or state.is_meta:

@@ -48,6 +48,9 @@ _CHECK_EVERY = 25
 # least: a hundred steps average the noise of the last rate.
 _MIN_DECAY = 100
 
+# Steps in a row at which the guide is the posterior. One may be chance, of a part of the data.
+_NUM_EXACT = 3
+
 # Losses in a row that are not finite, or steps at which the model raised an error.
 _MAX_FAILURES = 100
 
@@ -249,7 +252,7 @@ class _Run:
 
     def _train(self, num_steps: int, tolerance: float | None) -> None:
         is_natural = isinstance(self.optim, NaturalGradient)
-        num_failures, first_check = 0, _FIRST_CHECK
+        num_failures, num_exact, first_check = 0, 0, _FIRST_CHECK
         while len(self.losses) < num_steps:
             has_started = self.may_fail_at_once or len(self.losses) > 0
             loss = self._step(may_fail=is_natural and has_started)
@@ -261,7 +264,8 @@ class _Run:
                 return
             count = len(self.losses)
             is_exact = is_natural and self.optim.is_at_posterior and num_failures == 0
-            if tolerance is not None and is_exact:
+            num_exact = num_exact + 1 if is_exact else 0
+            if tolerance is not None and num_exact == _NUM_EXACT:
                 self.reason = "converged"
                 return
             if is_natural and not self.optim.trains_all_layers:

@@ -127,7 +127,8 @@ def _calls_before(node: Any) -> list[_Call]:
 
 
 def _error(calls: list[_Call]) -> torch.linalg.LinAlgError:
-    """Of the first layer whose output is not finite; else of the last one with such a gradient."""
+    """The error of the first layer whose output is not finite; else of the last one with such a
+    gradient."""
     for layer, source, result in calls:
         if not _is_fine(source):
             return singular(f"{layer()}: its input is {_BAD}")

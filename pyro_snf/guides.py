@@ -170,9 +170,12 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         options: dict[str, Any] = {"log_det": log_det, "inverse": inverse}
         with torch.random.fork_rng(devices=[]):  # a layer that only checks the options
             layer = SelfNormalizingLinear(1, init_scale=init_scale, **options)
-        if gradient == "path" and list(layer.log_det.parameters()):
+        trains_log_det = bool(list(layer.log_det.parameters()))
+        if gradient == "path" and trains_log_det:
             raise ValueError(f"expected gradient='total' with log_det={shown(log_det)}; got 'path'")
         super().__init__(model, init_loc_fn=init_loc_fn)
+        #: Whether the dense layers' ``log_det`` has parameters, as "learned" has.
+        self.trains_log_det = trains_log_det
         self.num_layers = num_layers
         self.activation = activation
         self.init_scale = float(init_scale)

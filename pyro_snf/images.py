@@ -34,7 +34,7 @@ from torch.distributions.constraints import Constraint, dependent_property
 
 from pyro_snf.options import as_count, as_number, expect, has_values
 from pyro_snf.precision import at_least_float32
-from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.base import InvertibleTransformModule, check_events
 
 __all__ = ["LogitTransform", "bits_per_dim", "dequantize", "logit_transform", "quantize"]
 
@@ -128,11 +128,7 @@ class LogitTransform(InvertibleTransformModule):
         return -alpha * levels, levels * (1 / (1 - 2 * alpha) - alpha)
 
     def _checked(self, x: Tensor) -> Tensor:
-        check_input(self, x, ())
-        if x.dim() < self._event_dim:
-            raise ValueError(
-                f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
-            )
+        check_events(self, x, self._event_dim)
         return at_least_float32(x)
 
 

@@ -54,7 +54,7 @@ class Iterate:
         return self.length(self.residual[rows], self.x[rows], rows) > self.tolerance
 
     def length(self, residual: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """Of residuals at x, in the unit; infinite where they are not finite."""
+        """The lengths of residuals at x, in the unit; infinite where they are not finite."""
         norm = torch.linalg.vector_norm(at_least_float32(residual).flatten(1), dim=1)
         return torch.nan_to_num(norm / self.scale(x, rows), nan=torch.inf, posinf=torch.inf)
 

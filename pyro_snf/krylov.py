@@ -20,7 +20,7 @@ bidiagonal, so that ``BᵀB`` is the matrix of Lanczos' process for ``JᵀJ``. W
     ½ vᵀ log(JᵀJ) v  ≈  ‖v‖² Σᵢ W₁ᵢ² log σᵢ.
 
 This is a Gauss quadrature of a logarithm. It is an upper bound, which decreases with every vector
-(Golub and Meurant, 2010, §6). (:func:`log_quadrature`)
+(Golub and Meurant, 2010, §6). (:func:`bidiagonalize`, :func:`quadrature_of`)
 
 The vectors stay on their device. The small matrices are factorized on the CPU, in float64, and
 copied there at once: a GPU is waited for once.
@@ -47,7 +47,6 @@ __all__ = [
     "bidiagonalize",
     "gcr",
     "krylov",
-    "log_quadrature",
     "quadrature_of",
     "recent_steps",
 ]
@@ -380,29 +379,16 @@ class _LeastSquares:
         return matrices
 
 
-def log_quadrature(
+@torch.no_grad()
+def bidiagonalize(
     operator: Operator, transposed: Operator, vectors: Tensor, *, max_steps: int
 ) -> Tensor:
-    """``½ vᵀ log(JᵀJ) v`` for every v, shape ``(B,)``, in float64 on the CPU.
-
-    Its mean over v with ``E[v vᵀ] = I`` is ``log|det J|``: an upper bound for few steps, and exact
-    for D steps. It is −∞ where J is found to be singular, and NaN where a product is not finite.
+    """The bidiagonal matrix of every v, for :func:`quadrature_of`; no GPU is waited for.
 
     :param operator: J, on batches of vectors.
     :param transposed: Jᵀ, likewise.
     :param Tensor vectors: v, shape ``(B, *event)``, none of them 0.
     :param int max_steps: products with J, and with Jᵀ one less.
-    """
-    (numbers,) = read(bidiagonalize(operator, transposed, vectors, max_steps=max_steps))
-    return quadrature_of(numbers)
-
-
-@torch.no_grad()
-def bidiagonalize(
-    operator: Operator, transposed: Operator, vectors: Tensor, *, max_steps: int
-) -> Tensor:
-    """The first half of :func:`log_quadrature`, of the same arguments; it waits for no GPU.
-
     :return: the bidiagonal matrix of every v, flattened, and ‖v‖, shape ``(B, n² + 1)``, float64.
     """
     rows = vectors.flatten(1)
@@ -429,7 +415,10 @@ def bidiagonalize(
 
 
 def quadrature_of(numbers: Tensor) -> Tensor:
-    """The second half of :func:`log_quadrature`.
+    """``½ vᵀ log(JᵀJ) v`` for every v, shape ``(B,)``, in float64 on the CPU.
+
+    Its mean over v with ``E[v vᵀ] = I`` is ``log|det J|``: an upper bound for few steps, and exact
+    for D steps. It is −∞ where J is found to be singular, and NaN where a product is not finite.
 
     :param Tensor numbers: from :func:`bidiagonalize`, on the CPU.
     """

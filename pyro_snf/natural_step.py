@@ -47,9 +47,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_snf.transfer import read, send
+from pyro_snf.transfer import send
 
-__all__ = ["Moments", "Secants", "SignalShare", "moments", "relative_step", "secant_step"]
+__all__ = ["Moments", "Secants", "SignalShare", "moments", "relative_step"]
 
 # The shortest and the longest memory of the averages, in steps.
 _MIN_MEMORY, _MAX_MEMORY = 10.0, 100.0
@@ -218,10 +218,3 @@ class Secants:
         images = basis + eta * self._slopes
         images = images + (middle - images @ basis.mT) @ basis
         return basis, root @ basis - inverse @ images
-
-
-def secant_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """The step of :class:`Secants`, of the same arguments."""
-    secants = Secants(h, y)
-    (product,) = read(secants.product)
-    return secants.step(rate, product)

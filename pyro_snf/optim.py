@@ -12,7 +12,6 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_snf.guides import AutoSelfNormalizingFlow
-from pyro_snf.log_dets import Learned
 from pyro_snf.natural_step import Moments, Secants, SignalShare, moments, relative_step
 from pyro_snf.options import as_count, as_positive, expect
 from pyro_snf.processes import check_one_process
@@ -111,7 +110,8 @@ class NaturalGradient(PyroOptim):
         hundredth. None for no decay.
     :param float lr: Adam's learning rate, for everything but the dense layer.
     :raises TypeError: for any other guide.
-    :raises ValueError: for options outside these ranges; for a guide with ``log_det="learned"``.
+    :raises ValueError: for options outside these ranges; for a guide whose ``log_det`` has
+        parameters to train, as ``"learned"`` has.
     :raises RuntimeError: in several processes.
     """
 
@@ -123,7 +123,11 @@ class NaturalGradient(PyroOptim):
                 f"expected an AutoSelfNormalizingFlow, for other guides use Pyro's optimizers; got "
                 f"{type(guide).__name__}"
             )
-        expect("a guide with another log_det than 'learned'", self.is_for(guide), guide)
+        expect(
+            "a guide whose log_det has no parameters to train, as 'learned' has",
+            self.is_for(guide),
+            guide.layer_options["log_det"],
+        )
         check_one_process("NaturalGradient")
         super().__init__(torch.optim.Adam, {"lr": as_positive("lr", lr)})
         self.guide = guide
@@ -155,8 +159,7 @@ class NaturalGradient(PyroOptim):
     @staticmethod
     def is_for(guide: AutoSelfNormalizingFlow) -> bool:
         """Whether the guide's ``log_det`` has no parameters, which would be left untrained."""
-        log_det = guide.layer_options["log_det"]
-        return not (log_det == "learned" or isinstance(log_det, Learned))
+        return not guide.trains_log_det
 
     def start_decay(self, num_steps: int, *, at: int | None = None) -> None:
         """Let all rates decay to a hundredth.
@@ -422,6 +425,7 @@ def _turn(mean: Tensor, last: Tensor) -> Tensor:
 
 
 def _lengths(found: Moments) -> Tensor:
-    """Of y, the largest and the median; of d; and the trace of the bounded M; shape ``(4,)``."""
+    """The largest and the median length of y, that of d, and the trace of the bounded M, shape
+    ``(4,)``."""
     lengths = found.y.norm(dim=-1)
     return torch.stack([lengths.max(), lengths.median(), found.mean.norm(), found.bounded.trace])

@@ -195,13 +195,28 @@ def check_device(device: object) -> None:
     expect("device, a torch.device, the name of one, or None", fits, device)
 
 
-def check_context(context: Any) -> None:
-    """Raise a ValueError unless ``context`` is a dense, floating-point tensor."""
+def check_context(
+    context: Any, dtype: torch.dtype | None, *, event_dim: int = 1, features: int | None = None
+) -> None:
+    """Raise a ValueError unless ``context`` is a floating, non-empty batch of contexts.
+
+    :param dtype: the type to expect, outside autocast; None if any will do.
+    :param int event_dim: the number of dimensions of a context.
+    :param features: the size of the last one; None if any will do.
+    """
     if not is_dense(context) or not context.is_floating_point():
         got = f"{context.dtype}" if isinstance(context, Tensor) else type(context).__name__
         if isinstance(context, Tensor) and not is_dense(context):
             got += ", nested" if context.is_nested else f", {context.layout}"
         raise ValueError(f"expected a floating-point context; got {got}")
+    fits = context.dim() >= event_dim and features in (None, *context.shape[-1:])
+    if not fits or context.numel() == 0:
+        shape = (
+            f"at least {event_dim} dimensions" if features is None else f"shape (..., {features})"
+        )
+        raise ValueError(f"expected a non-empty context of {shape}; got {tuple(context.shape)}")
+    if dtype not in (None, context.dtype) and not torch.is_autocast_enabled(context.device.type):
+        raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
 
 
 def check_factory(expected: str, value: object) -> None:

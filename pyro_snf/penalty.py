@@ -144,27 +144,33 @@ def as_penalty_weight(name: str, value: Any) -> PenaltyWeight:
 
 
 def penalty_factor(
-    name: str, weight: PenaltyWeight, num_steps: int, mean_square_error: Tensor, *, is_new: bool
+    name: str,
+    weight: PenaltyWeight,
+    steps: StepCounter,
+    state: Callable[[], object],
+    mean_square_error: Tensor,
 ) -> float | Tensor:
-    """The current λ.
+    """The current λ. A controller makes a step where the parameters are new.
 
     :param str name: of the option, for the error.
-    :param int num_steps: taken so far.
+    :param steps: counts the states of the parameters, where λ is not a number.
+    :param state: returns that of the parameters.
     :param Tensor mean_square_error: that of the current batch, shape ``()``.
-    :param bool is_new: whether a controller is to make a step.
     :raises ValueError: if a schedule's value is not a number from 0.
     """
+    if isinstance(weight, float):
+        return weight
+    is_new = steps.count(state())
     if isinstance(weight, GECO):
         if is_new:
             weight.update(mean_square_error)
         return weight.weight
-    if callable(weight):
-        expected = f"{name}({num_steps}) to be a number >= 0"
-        value: Any = weight(num_steps)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        return as_number(expected, value, lambda number: 0 <= number < math.inf)
-    return weight
+    num_steps = steps.num_states - 1  # the first state has seen none
+    expected = f"{name}({num_steps}) to be a number >= 0"
+    value: Any = weight(num_steps)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return as_number(expected, value, lambda number: 0 <= number < math.inf)
 
 
 class StepCounter(SavesAttributes):

@@ -33,7 +33,6 @@ __all__ = [
     "keep_random_state",
     "nesting_of",
     "plate_frames",
-    "plate_nesting",
     "single_traces",
 ]
 
@@ -65,19 +64,10 @@ def single_traces(
         return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
 
 
-def plate_nesting(
-    model: Program, guide: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> int:
-    """The number of batch dimensions that the plates of model and guide take: Pyro's
-    ``max_plate_nesting``.
-
-    It is that of one draw, which is made as in :func:`single_traces`.
-    """
-    return nesting_of(*single_traces(model, guide, args, kwargs))
-
-
 def nesting_of(*traces: Trace) -> int:
-    """The number of batch dimensions that the plates in some traces take."""
+    """The number of batch dimensions that the plates in some traces take: of those of one draw,
+    Pyro's ``max_plate_nesting``.
+    """
     dims = (frame.dim for frame in plate_frames(*traces))
     return max((-dim for dim in dims if dim is not None), default=0)
 
@@ -116,7 +106,7 @@ def can_vectorize(
     :param args: the positional arguments of model and guide.
     :param kwargs: their keyword arguments.
     :param int max_plate_nesting: the number of batch dimensions of their plates, as
-        :func:`plate_nesting` finds it.
+        :func:`nesting_of` finds it.
     """
     if isinstance(poutine.unwrap(guide), GuideMessenger):  # Pyro would run the model in its place
         return False

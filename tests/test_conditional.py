@@ -233,14 +233,14 @@ def test_in_a_conditional_distribution(case: ConditionalCase, direction: str) ->
         assert is_close(flow.log_prob(value), density, EXACT)
 
 
-@pytest.mark.parametrize(("context_dim", "shape"), [(0, ()), (1, (2,)), (2, (2, 3))])
-def test_contexts_of_a_pair_have_any_number_of_dimensions(context_dim: int, shape: Shape) -> None:
+@pytest.mark.parametrize(("event_dim", "shape"), [(0, ()), (1, (2,)), (2, (2, 3))])
+def test_contexts_of_a_pair_have_any_number_of_dimensions(event_dim: int, shape: Shape) -> None:
     def total(context: Tensor) -> Tensor:
         return context.reshape(len(context), -1).sum(1, keepdim=True)
 
     f = Function(lambda x, context: x.sinh() * total(context).exp())
     g = Function(lambda y, context: (y / total(context).exp()).asinh())
-    module = ConditionalSelfNormalizingPair(f, g, event_shape=3, context_dim=context_dim)
+    module = ConditionalSelfNormalizingPair(f, g, event_shape=3, context_event_dim=event_dim)
     context, x = torch.randn(4, *shape), torch.randn(2, 4, 3)
     transform = module.condition(context)
     y = transform(x)
@@ -1007,7 +1007,7 @@ OPTIONS: list[tuple[Callable[..., Module], str, str, list[object]]] = [
         (partial(make, 3), "context_dim", ", an integer >= 1", [0, -2, 2.0, None])
         for make in (conditional_self_normalizing_linear, conditional_self_normalizing_pair)
     ],
-    (BY_NETWORKS, "context_dim", ", an integer >= 0", [-1, 1.0, None]),
+    (BY_NETWORKS, "context_event_dim", ", an integer >= 0", [-1, 1.0, None]),
     (LINEAR, "hidden_dims", ", a non-empty list of ", [[], (), [0], [4, -1], [4.0], 8, "44"]),
     *[(make, "log_det", " to be ", ["approximate"]) for make in (LINEAR, PAIR)],
     *[(make, "dtype", ", a floating-point ", [torch.int64]) for make in (LINEAR, PAIR)],

@@ -501,7 +501,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
     (
         "self_normalizing_conv2d",
         call(pyro_snf.self_normalizing_conv2d, channels=2),
-        {"channels": count()},
+        {"channels": count(), "kernel_size": kernel},
     ),
     (
         "ConditionalSelfNormalizingLinear",
@@ -543,7 +543,7 @@ OPTIONS: list[tuple[str, Callable[..., Any], dict[str, Predicate]]] = [
         {
             "forward_net": one_of(nn.Module),
             "inverse_net": one_of(nn.Module),
-            "context_dim": count(0),
+            "context_event_dim": count(0),
             **PAIR,
         },
     ),

@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import logm
 from torch import Tensor
 
-from pyro_snf.krylov import _LeastSquares, gcr, krylov, log_quadrature
+from pyro_snf.krylov import Operator, _LeastSquares, bidiagonalize, gcr, krylov, quadrature_of
 from tests.registry import relative_error
 
 # Float64, condition numbers below 10, spaces of a dozen vectors.
@@ -77,6 +77,12 @@ def half_log(matrix: Tensor, images: Tensor) -> Tensor:
     """``½ vᵀ log(JᵀJ) v``, by an eigendecomposition."""
     values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     return 0.5 * ((images.flatten(1) @ vectors).square() @ values.log())
+
+
+def log_quadrature(
+    operator: Operator, transposed: Operator, vectors: Tensor, max_steps: int
+) -> Tensor:
+    return quadrature_of(bidiagonalize(operator, transposed, vectors, max_steps=max_steps))
 
 
 def quadrature(matrix: Tensor, images: Tensor, max_steps: int = DIM) -> Tensor:

@@ -13,10 +13,10 @@ from pyro_snf import natural_step
 from pyro_snf.natural_step import (
     Covariance,
     Moments,
+    Secants,
     SignalShare,
     moments,
     relative_step,
-    secant_step,
 )
 
 # Float64, matrices of condition numbers below 100.
@@ -27,6 +27,11 @@ STANDARD_ERRORS = 4.5
 DRAWS = 400
 
 Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def secant_step(h: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    secants = Secants(h, y)
+    return secants.step(rate, secants.product)
 
 
 def positive_definite(dim: int, smallest: float = 0.4, largest: float = 4.0) -> Tensor:

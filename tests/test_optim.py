@@ -17,10 +17,10 @@ import torch
 from pyro import infer
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
-from pyro_snf import AutoSelfNormalizingFlow, Learned
+from pyro_snf import AutoSelfNormalizingFlow, Exact, Learned
 from pyro_snf.natural_step import SignalShare
 from pyro_snf.optim import NaturalGradient
 from tests.test_guides import close, parameters_of, same
@@ -812,11 +812,20 @@ def test_other_guides_are_an_error(guide: Any) -> None:
         NaturalGradient(guide)
 
 
-@pytest.mark.parametrize("log_det", ["learned", Learned()])
-def test_learned_log_dets_are_an_error(log_det: Any) -> None:
+class Weighted(Exact):
+    """A method with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("log_det", ["learned", Learned(), Weighted()])
+def test_log_dets_with_parameters_are_an_error(log_det: Any) -> None:
     guide = AutoSelfNormalizingFlow(skewed, log_det=log_det)
     assert not NaturalGradient.is_for(guide)
-    with pytest.raises(ValueError, match="expected a guide with another log_det than 'learned'"):
+    message = "expected a guide whose log_det has no parameters to train, as 'learned' has; got"
+    with pytest.raises(ValueError, match=message):
         NaturalGradient(guide)
 
 

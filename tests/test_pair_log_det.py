@@ -17,7 +17,7 @@ from torch.distributions import Transform
 from pyro_snf import SelfNormalizingPair
 from pyro_snf.free_form import log_det as log_det_module
 from pyro_snf.free_form.linearization import linearize
-from pyro_snf.free_form.log_det import estimated_log_abs_det, exact_slogdet, probe_gradient
+from pyro_snf.free_form.log_det import ValueEstimate, exact_slogdet, probe_gradient
 from pyro_snf.probes import PROBES, draw_probes, probe_generator
 from tests.pairs import (
     EXACT,
@@ -352,10 +352,10 @@ def test_value_is_an_upper_estimate_that_falls_with_the_steps(kind: str, log_det
 def test_estimate_is_the_mean_of_those_by_single_probes(steps: int) -> None:
     layer, x = pair(32), events(5, 32) * torch.linspace(0.1, 3, 5).unsqueeze(1)
     near, vectors = linearize(layer.forward_net, x), probes("gaussian", 3, 5, 32)
-    actual, *single = (
-        estimated_log_abs_det(near, some, lanczos_steps=steps)
-        for some in (vectors, *vectors.split(1))
-    )
+    estimates = [
+        ValueEstimate(near, some, lanczos_steps=steps) for some in (vectors, *vectors.split(1))
+    ]
+    actual, *single = (one.value(one.numbers, near.output) for one in estimates)
     assert is_close(actual, torch.stack(single).mean(0), EXACT)
 
 

@@ -144,7 +144,7 @@ def inverses(mesh: DeviceMesh) -> dict[str, float]:
 def errors(mesh: DeviceMesh) -> dict[str, str]:
     def with_weight(weight: Tensor) -> SelfNormalizingLinear:
         layer = SelfNormalizingLinear(DIM, dtype=torch.float64)
-        Dense().set_weight(layer.theta.data, weight)
+        layer.theta.data.copy_(Dense().theta_of(weight))
         return shard(layer.eval(), mesh)
 
     def second_derivative() -> None:

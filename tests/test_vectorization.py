@@ -18,12 +18,16 @@ from pyro.infer import autoguide, config_enumerate
 from torch import Tensor, nn
 
 from pyro_snf import AutoSelfNormalizingFlow
-from pyro_snf.vectorization import can_vectorize, plate_nesting
+from pyro_snf.vectorization import can_vectorize, nesting_of, single_traces
 from tests.test_importance import normal
 
 
+def plate_nesting(model: Any, guide: Any, args: tuple[Any, ...] = (), **kwargs: Any) -> int:
+    return nesting_of(*single_traces(model, guide, args, kwargs))
+
+
 def found(model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> bool:
-    return can_vectorize(model, guide, args, {}, plate_nesting(model, guide, args, {}))
+    return can_vectorize(model, guide, args, {}, plate_nesting(model, guide, args))
 
 
 def observed(mean_of: Callable[[Tensor], Any], value: float = 1.0) -> Callable[[], None]:
@@ -161,7 +165,7 @@ def test_other_models(model: Any, guide: Any) -> None:
     [(normal(), normal(), 0), (coins, coins, 1), (nested, autoguide.AutoNormal(nested), 2)],
 )
 def test_plate_nesting(model: Any, guide: Any, expected: int) -> None:
-    assert plate_nesting(model, guide, (), {}) == expected
+    assert plate_nesting(model, guide) == expected
 
 
 def test_plates_of_the_guide_count() -> None:
@@ -170,7 +174,7 @@ def test_plates_of_the_guide_count() -> None:
             pyro.sample("row", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    assert plate_nesting(normal(), guide, (), {}) == 3
+    assert plate_nesting(normal(), guide) == 3
 
 
 def test_random_state_is_kept() -> None:
@@ -211,7 +215,7 @@ def test_arguments_are_passed_on() -> None:
         pyro.sample("z", dist.Normal(0.0, scale))
 
     args, kwargs = (torch.ones(4),), {"scale": 2.0}
-    assert plate_nesting(model, guide, args, kwargs) == 1
+    assert plate_nesting(model, guide, args, **kwargs) == 1
     assert can_vectorize(model, guide, args, kwargs, 1)
     # More dimensions than the plates take are as good; fewer are an error of Pyro's.
     assert can_vectorize(model, guide, args, kwargs, 3)

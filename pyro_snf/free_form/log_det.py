@@ -36,7 +36,6 @@ from pyro_snf.transfer import read, send
 __all__ = [
     "ProbeGradient",
     "ValueEstimate",
-    "estimated_log_abs_det",
     "exact_slogdet",
     "probe_gradient",
 ]
@@ -106,7 +105,7 @@ class ProbeGradient(NamedTuple):
 class ValueEstimate:
     """An estimate of ``log|det J|`` for every x, a constant, of two halves.
 
-    See :func:`~pyro_snf.krylov.log_quadrature`. Where the Jacobians themselves take no more
+    See :func:`~pyro_snf.krylov.quadrature_of`. Where the Jacobians themselves take no more
     products, the value is exact. A GPU is waited for in between; so one can read :attr:`numbers`
     together with other ones.
 
@@ -141,13 +140,6 @@ class ValueEstimate:
         if self._known is not None:
             return self._known.to(like)
         return send(quadrature_of(numbers).view(self._num_probes, -1).mean(0), like)
-
-
-def estimated_log_abs_det(near: Linearization, probes: Tensor, *, lanczos_steps: int) -> Tensor:
-    """The value of a :class:`ValueEstimate`, of the same arguments, shape ``(B,)``."""
-    estimate = ValueEstimate(near, probes, lanczos_steps=lanczos_steps)
-    (numbers,) = read(estimate.numbers)
-    return estimate.value(numbers, at_least_float32(near.output))
 
 
 def probe_gradient(

@@ -46,17 +46,13 @@ class PairMethod(SavesAttributes, ABC):
     #: Whether the method needs g.
     uses_inverse: ClassVar[bool] = True
 
-    #: The most Krylov steps for a probe, and the residual at which they end.
-    krylov_steps: int = 0
-    tolerance: float = 1.0
-
     #: None: no method of pairs makes factorizations.
     num_refactorizations: None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
-    def setup(self, device: torch.device | None) -> None:
+    def setup(self, device: torch.device) -> None:
         """Make the state; called once by each layer.
 
         :param device: of the networks.
@@ -140,6 +136,10 @@ class PairLearned(PairMethod):
 
     saved_attributes: ClassVar = {"error_estimate": saved_number}
 
+    #: The most Krylov steps for a probe, and the residual at which they end.
+    krylov_steps: int = 0
+    tolerance: float = 1.0
+
     def __init__(
         self,
         *,
@@ -163,7 +163,7 @@ class PairLearned(PairMethod):
             f"lanczos_steps={self.lanczos_steps}"
         )
 
-    def setup(self, device: torch.device | None) -> None:
+    def setup(self, device: torch.device) -> None:
         self.probes = ProbeStream(self.seed, device=device, differs_by_process=True)
         self.steps = StepCounter()
         self.reset_parameters()

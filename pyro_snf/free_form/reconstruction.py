@@ -163,7 +163,7 @@ class Reconstruction(nn.Module):
         self.steps = StepCounter()
 
     def _num_new(self, num_events: int) -> int:
-        """Of new steps, for a batch that has so many events."""
+        """The number of new steps, for a batch of so many events."""
         return max(_MIN_NEW, min(num_events, _MAX_EVENTS) // self._events_per_new)
 
     @property
@@ -220,13 +220,10 @@ class Reconstruction(nn.Module):
         """
         error, variance = back.output - x, variance_of(x)
         contraction, lost = self._measure(pair, x, error, variance, context)
-        is_new = not isinstance(self.weight, float) and self.steps.count(state())
         largest = lost.max().clamp_min(0).square()
         if is_folded is not None:
             largest = torch.where(is_folded, torch.clamp_min(largest, 10.0), largest)
-        factor = penalty_factor(
-            "weight", self.weight, self.steps.num_states - 1, largest, is_new=is_new
-        )
+        factor = penalty_factor("weight", self.weight, self.steps, state, largest)
         dim = x[0].numel()
         mean_square = _square(error) / (dim * variance)
         return dim * factor * (contraction.log1p().mean() + mean_square.log1p())

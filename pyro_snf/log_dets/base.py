@@ -49,8 +49,11 @@ class LogDetMethod(SavesAttributes, ABC):
        values to be saved, each with its check, in ``saved_attributes``.
 
     Optional: :attr:`inverses` and :meth:`inverse_weight`, where the method knows an approximate
-    inverse; :attr:`error_estimate`, :attr:`num_refactorizations` and :meth:`refactorize`, where it
-    measures its error; :meth:`affine` and :meth:`invert`, where the gradient of the map itself
+    inverse, :meth:`follows_inverse`, where that is kept up to date in training, and
+    :meth:`score_solver`, where it can solve for path gradients; :attr:`error_estimate`,
+    :attr:`num_refactorizations` and :meth:`refactorize`, where it measures its error;
+    :meth:`multiply_input` and :meth:`scale_output`, where a state can follow such a change of A;
+    :attr:`has_surrogate`; :meth:`affine` and :meth:`invert`, where the gradient of the map itself
     changes; :meth:`affine_with_memo` and :meth:`log_abs_det_with_memo`, where the two have
     something in common.
     """

@@ -74,7 +74,7 @@ class _Anchor:
 
     control_variate: ControlVariate
     weight: Tensor
-    """That a."""
+    """The weight a."""
     value: Tensor
     """``log|det P| + ⟨G, a⟩ − D``, shape ``()``, in float64."""
 
@@ -84,11 +84,11 @@ class _Estimate:
     """``log|det J|`` and its gradient, for one weight a of J, and the solves that they are from."""
 
     weight: Tensor
-    """That a."""
+    """The weight a."""
     value: Tensor
-    """Shape ``()``, in float64."""
+    """``log|det J|``, shape ``()``, in float64."""
     gradient: Tensor
-    """In a."""
+    """The gradient in a."""
     solution: Tensor
     """u, shape ``(k, *event)``."""
     rest: Tensor

@@ -71,7 +71,7 @@ class _Multiply(Function):
 def _gradients(
     ctx: Any, of_h: Tensor | None, of_back: Tensor | None, of_log_det: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those in x, in A's parameter and in R's; see :class:`_Multiply`."""
+    """The gradients in x, in A's parameter and in R's; see :class:`_Multiply`."""
     x, theta, inverse_theta, h = ctx.saved_tensors
     linear_map, share = ctx.linear_map, ctx.share
     needs_x, needs_theta, needs_inverse = ctx.needs_input_grad[:3]
@@ -317,7 +317,7 @@ class Learned(LogDetMethod):
         return _Product(h, zeros, zero, inverse_theta, version(inverse_theta))
 
     def _reconstruction_error(self, theta: Tensor, x: Tensor, product: _Product) -> Tensor:
-        """Of every event, shape ``(B,)``."""
+        """The squared error of every event, shape ``(B,)``."""
         multiply, axes = self.linear_map.multiply, tuple(range(1, x.dim()))
         target = product.h.detach()
         back = multiply(self.theta, target)  # a function of R alone
@@ -329,13 +329,10 @@ class Learned(LogDetMethod):
 
     def _factor(self, state: TensorState, mean_square_error: Tensor) -> float | Tensor:
         """The current λ."""
-        if isinstance(self.reconstruction_weight, float):
-            return self.reconstruction_weight
-        is_new = self.steps.count((state, TensorState(self.theta)))
         return penalty_factor(
             "reconstruction_weight",
             self.reconstruction_weight,
-            self.steps.num_states - 1,
+            self.steps,
+            lambda: (state, TensorState(self.theta)),
             mean_square_error,
-            is_new=is_new,
         )

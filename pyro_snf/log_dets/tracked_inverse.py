@@ -496,7 +496,7 @@ class TrackedInverse(SavesAttributes):
         return residual, InverseError(*numbers.tolist())
 
     def _residuals(self, theta: Tensor, num_probes: int) -> tuple[Tensor, Tensor]:
-        """The same; the error as a tensor."""
+        """The residuals of :meth:`_measure`, and the numbers of its error as a tensor."""
         device, dtype = self.inverse_t.device, self.inverse_t.dtype
         generator = self.probes.next_generator(device)
         dim = len(self.inverse_t)

@@ -30,7 +30,8 @@ class LinearMap(ABC):
     Optional: :meth:`affine`, where scale and bias are cheaper together with A; :meth:`matrix_of`,
     where A consists of copies of one small matrix; :meth:`control_variate`,
     :meth:`is_cheap_to_factorize`, :meth:`num_factor_entries` and :meth:`iterative_solver`, where
-    factors can be too large.
+    factors can be too large; :meth:`inverse_shape`, where an approximate inverse has another shape
+    than A; :meth:`refinement_pays`, where few events are solved faster without factors.
     """
 
     #: The number of dimensions of an event.

@@ -100,10 +100,6 @@ class Circulant:
         )
         return rows, columns
 
-    def _window(self, size: tuple[int, int]) -> Tensor:
-        rows, columns = self.positions(size)
-        return self._inverse_images[:, :, rows[:, None], columns]
-
     def inverse_kernel(self, size: tuple[int, int]) -> Tensor:
         """r with ``J⁻¹ x ≈ convolve(x, r, "circular")``, shape ``(C, C, qh, qw)``.
 
@@ -112,7 +108,8 @@ class Circulant:
 
         :param size: ``(qh, qw)``, both odd, no larger than the image.
         """
-        return self._window(size)
+        rows, columns = self.positions(size)
+        return self._inverse_images[:, :, rows[:, None], columns]
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -122,7 +119,7 @@ class Circulant:
         entries of J⁻¹ at these places are equal.
         """
         height, width = self.kernel.shape[-2:]
-        return flip(self._window((height, width))) * math.prod(self.image_size)
+        return flip(self.inverse_kernel((height, width))) * math.prod(self.image_size)
 
     @cached_property
     @torch.no_grad()

@@ -103,7 +103,7 @@ class Convolution(LinearMap):
 
     def affine(self, theta: Tensor, log_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         # The kernel is scaled, which is smaller than the images.
-        kernel = log_scale.exp().view(-1, 1, 1, 1) * self.weight(theta)
+        kernel = self.scale_rows(self.weight(theta), log_scale.exp())
         return kernels.convolve(x, kernel, self.padding_mode, bias)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:

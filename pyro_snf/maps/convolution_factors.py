@@ -34,6 +34,7 @@ from pyro_snf.maps.kernels import (
     kernel_gradient,
     matrix,
     norm_bound,
+    resize,
 )
 from pyro_snf.precision import at_least_float32, check_finite, singular
 from pyro_snf.surrogate import first_order_only
@@ -177,9 +178,7 @@ class ConvolutionFactors(Factors):
         )
         inverse = self._method.inverse_kernel((rows, columns))
         # Rows or columns that do not interact in J do not interact in J⁻¹.
-        above, beside = (size[0] - rows) // 2, (size[1] - columns) // 2
-        inverse = F.pad(inverse, (beside, beside, above, above))
-        return inverse.to(at_least_float32(self.weight).dtype)
+        return resize(inverse, size).to(at_least_float32(self.weight).dtype)
 
     def differentiable_gradient(self, weight: Tensor) -> Tensor:
         if isinstance(self._method, _Sparse):

@@ -99,11 +99,7 @@ class Dense(LinearMap):
 
     def scale_output(self, theta: Tensor, log_factors: Tensor) -> None:
         """``A ← diag(e^c) A`` in place."""
-        self.set_weight(theta, self.scale_rows(self.weight(theta), log_factors.exp()))
-
-    def set_weight(self, theta: Tensor, weight: Tensor) -> None:
-        """``A ← weight`` in place, the inverse of :meth:`weight`."""
-        theta.copy_((weight - self.identity(weight)) / self.theta_scale(theta))
+        theta.copy_(self.theta_of(self.scale_rows(self.weight(theta), log_factors.exp())))
 
     def matrix_of(self, theta: Tensor) -> Tensor:
         return theta

@@ -121,12 +121,10 @@ class LowRankAutoregressive(InvertibleTransformModule):
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
 
-    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo]:
         shift, log_scale = self._shift_and_log_scale(x)
         y = torch.addcmul(shift, x, log_scale.exp())
-        # Where y has a graph, the cache puts a hook on the memo's tensor, which then needs one too.
-        memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
-        return y, memo
+        return y, TensorMemo(log_scale)
 
     def _inverse(self, y: Tensor) -> Tensor:
         check_input(self, y, (self.input_dim,), self.weight_in.dtype)

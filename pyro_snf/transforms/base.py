@@ -59,6 +59,46 @@ def check_input(
         raise ValueError(f"{transform}: expected dtype {dtype}; got {x.dtype}")
 
 
+def check_events(
+    transform: Transform, x: Tensor, event_dim: int, dtype: torch.dtype | None = None
+) -> torch.Size:
+    """Raise a ValueError unless ``x`` is a floating, non-empty batch of events of any size.
+
+    :param Transform transform: named in the error.
+    :param Tensor x: the input.
+    :param int event_dim: the number of dimensions of an event.
+    :param dtype: as for :func:`check_input`.
+    :return: the shape of an event.
+    """
+    check_input(transform, x, (), dtype)
+    if x.dim() < event_dim:
+        raise ValueError(
+            f"{transform}: expected at least {event_dim} dimensions; got {tuple(x.shape)}"
+        )
+    return x.shape[x.dim() - event_dim :]
+
+
+def broadcast_with_context(
+    transform: Transform, shape: torch.Size, event_dim: int, batch_shape: torch.Size
+) -> torch.Size:
+    """The shape of events whose batch is broadcast with that of a context.
+
+    :param Transform transform: named in the error.
+    :param shape: of the input, ``(..., *event)``.
+    :param int event_dim: the number of dimensions of an event.
+    :param batch_shape: that of the context.
+    :raises ValueError: if the batches do not broadcast.
+    """
+    batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
+    try:
+        return torch.broadcast_shapes(batch, batch_shape) + event
+    except RuntimeError:
+        raise ValueError(
+            f"{transform}: expected a batch that broadcasts with the context's "
+            f"{tuple(batch_shape)}; got {tuple(batch)}"
+        ) from None
+
+
 def check_image(
     transform: Transform,
     x: Tensor,
@@ -95,8 +135,16 @@ class InvertibleTransformModule(TransformModule):
     - :meth:`with_cache` and :meth:`clear_cache`, here and through ``.inv``.
     - A backward pass raises where a gradient is not finite (:mod:`pyro_snf.gradient_check`).
 
-    Subclasses define ``domain``, ``codomain``, ``_call``, ``_inverse``, ``log_abs_det_jacobian``
-    and ``extra_repr``.
+    To write a transform:
+
+    1. Define ``domain``, ``codomain`` and ``extra_repr``.
+    2. Define ``_call`` and ``_inverse``, which begin with :func:`check_input`.
+    3. Define ``log_abs_det_jacobian``.
+
+    Optional: :meth:`_call_with_memo`, where the log-determinant has something in common with the
+    value; :meth:`_map_parameters`, where the value depends on fewer or more tensors than the
+    parameters; :meth:`_inverse_is_exact`, where it is approximate; ``forward_shape`` and
+    ``inverse_shape``, where shapes change; :attr:`has_continuous_log_det`, for path gradients.
     """
 
     bijective = True

@@ -88,8 +88,8 @@ class Compose(ComposeTransformModule):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Initialize the parts that data initialize, such as :class:`~pyro_snf.ActNorm`, one after
-        the other, as a first batch in training would: those that are not initialized yet.
+        """Initialize the parts that a first batch in training would, such as
+        :class:`~pyro_snf.ActNorm`, one after the other, unless they have been.
 
         :param Tensor x: data, the input of the first part: all of them, if they are at hand.
         """

@@ -15,7 +15,11 @@ from torch.nn import Linear, init
 from pyro_snf.maps.base import scale_and_shift
 from pyro_snf.options import are_counts, as_count, expect, is_count, shown
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.base import (
+    InvertibleTransformModule,
+    broadcast_with_context,
+    check_input,
+)
 from pyro_snf.transforms.compose import Compose
 from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 from pyro_snf.transforms.linear import SelfNormalizingLinear
@@ -200,13 +204,7 @@ class _BatchOfMaps(InvertibleTransformModule):
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """``shape`` with its batch broadcast with the contexts'."""
-        try:
-            return torch.broadcast_shapes(shape[:-1], self.batch_shape) + shape[-1:]
-        except RuntimeError:
-            raise ValueError(
-                f"{self}: expected a shape (..., {self.input_dim}) that broadcasts with the "
-                f"context's batch {tuple(self.batch_shape)}; got {tuple(shape)}"
-            ) from None
+        return broadcast_with_context(self, shape, 1, self.batch_shape)
 
     inverse_shape = forward_shape
 

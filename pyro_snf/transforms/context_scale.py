@@ -84,15 +84,7 @@ class ContextScale(nn.Module):
         return not self.mean.any() and bool((self.deviation == 1).all())
 
     def _check(self, context: Any) -> None:
-        check_context(context)
-        if context.shape[-1:] != (self.context_dim,) or context.numel() == 0:
-            raise ValueError(
-                f"expected a non-empty context of shape (..., {self.context_dim}); "
-                f"got {tuple(context.shape)}"
-            )
-        under_autocast = torch.is_autocast_enabled(context.device.type)
-        if context.dtype != self.mean.dtype and not under_autocast:
-            raise ValueError(f"expected a context of dtype {self.mean.dtype}; got {context.dtype}")
+        check_context(context, self.mean.dtype, features=self.context_dim)
 
     @torch.no_grad()
     def _warn_of_scale(self, context: Tensor) -> None:
@@ -126,7 +118,7 @@ class StandardizesContexts:
     context_scale: ContextScale | None
 
     def _wanted_networks(self) -> str:
-        """For an error: those of which the width of contexts is known, and what there is."""
+        """For an error: the networks whose width of contexts is known, and those that there are."""
         raise NotImplementedError
 
     def standardize_contexts(self, contexts: Tensor) -> None:

@@ -159,12 +159,15 @@ class SelfNormalizingConv2d(AffineSelfNormalizingTransform):
         return x.reshape(-1, *x.shape[-3:])
 
 
-def self_normalizing_conv2d(channels: int, **kwargs: Any) -> SelfNormalizingConv2d:
+def self_normalizing_conv2d(
+    channels: int, kernel_size: int | Size = 3, **kwargs: Any
+) -> SelfNormalizingConv2d:
     """A :class:`SelfNormalizingConv2d`, in the style of Pyro's helper functions.
 
     >>> stack = dist.transforms.iterated(2, self_normalizing_conv2d, 3, padding_mode="circular")
 
     :param int channels: C.
+    :param kernel_size: odd, an integer or a pair of integers.
     :param kwargs: the keyword arguments of :class:`SelfNormalizingConv2d`.
     """
-    return SelfNormalizingConv2d(channels, **kwargs)
+    return SelfNormalizingConv2d(channels, kernel_size, **kwargs)

@@ -84,7 +84,7 @@ class GaussianCopula(FirstBatchTransform):
     :param int input_dim: D, the number of features. Inputs have shape ``(..., D)``.
     :param int num_bins: K, from 2 to 1000.
     :param float min_gain: at least 0, in nats: the logarithm of how much narrower a feature has to
-        become.
+        become for other features to be subtracted from it. Else it is only scaled.
     :param device: of the parameters.
     :param dtype: of the parameters.
     :param options: of the dense layer, such as ``log_det``.

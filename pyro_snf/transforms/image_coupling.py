@@ -41,7 +41,7 @@ class _ZeroConv2d(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """0."""
+        """Make all outputs 0."""
         self.theta.zero_()
         self.bias.zero_()
 
@@ -148,12 +148,10 @@ class ImageCoupling(InvertibleTransformModule):
     def _call(self, x: Tensor) -> Tensor:
         return self._call_with_memo(x)[0]
 
-    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo | None]:
+    def _call_with_memo(self, x: Tensor) -> tuple[Tensor, TensorMemo]:
         first, second, shift, log_scale = self._split(x)
         y = torch.cat([first, second * log_scale.exp() + shift], dim=-3)
-        # Where y has a graph, the cache puts a hook on the memo's tensor, which then needs one too.
-        memo = TensorMemo(log_scale) if log_scale.requires_grad or not y.requires_grad else None
-        return y, memo
+        return y, TensorMemo(log_scale)
 
     def _inverse(self, y: Tensor) -> Tensor:
         first, second, shift, log_scale = self._split(y)

@@ -191,7 +191,7 @@ class SelfNormalizingLinear(AffineSelfNormalizingTransform):
 
     def _set_weight(self, weight: Tensor, log_scale: Tensor) -> None:
         scaled = weight * torch.exp(-log_scale.double()).unsqueeze(-1)
-        Dense().set_weight(self.theta, scaled)
+        self.theta.copy_(self.log_det.linear_map.theta_of(scaled))
         self.refactorize()
 
     @torch.no_grad()

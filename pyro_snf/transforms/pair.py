@@ -31,7 +31,6 @@ from pyro_snf.options import (
     check_choice,
     check_context,
     expect,
-    is_dense,
 )
 from pyro_snf.precision import without_autocast
 from pyro_snf.surrogate import attach_penalty
@@ -43,7 +42,7 @@ from pyro_snf.tracing import (
     without_saved_tensor_hooks,
 )
 from pyro_snf.transfer import read
-from pyro_snf.transforms.base import check_input
+from pyro_snf.transforms.base import broadcast_with_context, check_events, check_input
 from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
 
@@ -220,7 +219,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         self.reconstruction.setup(self.event_shape, like)
         self._status = _Status()
         self._context: tuple[Tensor, ...] = ()
-        self._context_dim = 0
+        self._context_event_dim = 0
         self._context_scale: tuple[ContextScale, ...] = ()  # in a tuple, not to be registered
 
     @constraints.dependent_property(is_discrete=False)
@@ -331,16 +330,9 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """``shape``, its batch broadcast with that of the context, if there is one."""
         if not self._context:
             return shape
-        batch = shape[: len(shape) - self._event_dim]
-        event = shape[len(shape) - self._event_dim :]
-        context_batch = self._context[0].shape[: self._context[0].dim() - self._context_dim]
-        try:
-            return torch.broadcast_shapes(batch, context_batch) + event
-        except RuntimeError:
-            raise ValueError(
-                f"{self}: expected a batch that broadcasts with the context's "
-                f"{tuple(context_batch)}; got {tuple(batch)}"
-            ) from None
+        (context,) = self._context
+        batch_shape = context.shape[: context.dim() - self._context_event_dim]
+        return broadcast_with_context(self, shape, self._event_dim, batch_shape)
 
     inverse_shape = forward_shape
 
@@ -350,19 +342,19 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         return super().train(mode)
 
     def conditioned(
-        self, context: Tensor, context_dim: int, scale: ContextScale | None = None
+        self, context: Tensor, event_dim: int, scale: ContextScale | None = None
     ) -> SelfNormalizingPair:
         """This transform, with a context as the second argument of its networks.
 
         It shares all parameters and states. See :class:`ConditionalSelfNormalizingPair`.
 
         :param Tensor context: shape ``(*batch, *context_event)``.
-        :param int context_dim: the number of dimensions of ``context_event``.
+        :param int event_dim: the number of dimensions of ``context_event``.
         :param scale: of the contexts, for the networks.
         """
         other = self.copy_with_own_cache()
         other._context = (context,)
-        other._context_dim = context_dim
+        other._context_event_dim = event_dim
         other._context_scale = () if scale is None else (scale,)
         return other
 
@@ -406,13 +398,7 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         """
         event_shape = self.event_shape
         if event_shape is None:
-            if not is_dense(x):
-                check_input(self, x, ())  # raises
-            if x.dim() < self._event_dim:
-                raise ValueError(
-                    f"{self}: expected at least {self._event_dim} dimensions; got {tuple(x.shape)}"
-                )
-            event_shape = x.shape[x.dim() - self._event_dim :]
+            event_shape = check_events(self, x, self._event_dim)
         check_input(self, x, event_shape, self._dtype())
         shape = self.forward_shape(x.shape)
         batch = shape[: len(shape) - self._event_dim]
@@ -420,8 +406,8 @@ class SelfNormalizingPair(SelfNormalizingTransform):
         for scale in self._context_scale:
             context = tuple(map(scale, context))
         context = tuple(
-            one.expand(*batch, *one.shape[one.dim() - self._context_dim :]).reshape(
-                -1, *one.shape[one.dim() - self._context_dim :]
+            one.expand(*batch, *one.shape[one.dim() - self._context_event_dim :]).reshape(
+                -1, *one.shape[one.dim() - self._context_event_dim :]
             )
             for one in context
         )
@@ -563,7 +549,7 @@ class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformM
 
     :param forward_net: f, called as ``f(x, c)`` with as many rows of c as of x.
     :param inverse_net: g, likewise.
-    :param int context_dim: the number of dimensions of a context, 1 for vectors.
+    :param int context_event_dim: the number of dimensions of a context, 1 for vectors.
     :param kwargs: the keyword arguments of :class:`SelfNormalizingPair`.
     :raises ValueError: for options that are not of these, for contexts that are not floating or of
         another dtype, and as :class:`SelfNormalizingPair`.
@@ -576,14 +562,15 @@ class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformM
         forward_net: nn.Module,
         inverse_net: nn.Module,
         *,
-        context_dim: int = 1,
+        context_event_dim: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.context_dim = as_count("context_dim", context_dim, 0)
+        self.context_event_dim = as_count("context_event_dim", context_event_dim, 0)
         #: The transform that all contexts share.
         self.transform = SelfNormalizingPair(forward_net, inverse_net, **kwargs)
-        width = _width_of_contexts(forward_net, inverse_net) if self.context_dim == 1 else 0
+        is_vector = self.context_event_dim == 1
+        width = _width_of_contexts(forward_net, inverse_net) if is_vector else 0
         like = next(forward_net.parameters(), torch.empty(0))
         self.context_scale = ContextScale(width, like) if width else None
 
@@ -610,18 +597,9 @@ class ConditionalSelfNormalizingPair(StandardizesContexts, ConditionalTransformM
         """
         if self.context_scale is not None:
             self.context_scale.check(context)
-            return self.transform.conditioned(context, self.context_dim, self.context_scale)
-        check_context(context)
-        if context.dim() < self.context_dim or context.numel() == 0:
-            raise ValueError(
-                f"expected a non-empty context of at least {self.context_dim} dimensions; "
-                f"got {tuple(context.shape)}"
-            )
-        dtype = self.transform._dtype()
-        under_autocast = torch.is_autocast_enabled(context.device.type)
-        if dtype not in (None, context.dtype) and not under_autocast:
-            raise ValueError(f"expected a context of dtype {dtype}; got {context.dtype}")
-        return self.transform.conditioned(context, self.context_dim)
+            return self.transform.conditioned(context, 1, self.context_scale)
+        check_context(context, self.transform._dtype(), event_dim=self.context_event_dim)
+        return self.transform.conditioned(context, self.context_event_dim)
 
 
 def _width_of_contexts(*networks: nn.Module) -> int:

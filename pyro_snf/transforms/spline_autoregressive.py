@@ -20,7 +20,11 @@ from pyro_snf.options import (
     check_dtype,
 )
 from pyro_snf.precision import at_least_float32, without_autocast
-from pyro_snf.transforms.base import InvertibleTransformModule, check_input
+from pyro_snf.transforms.base import (
+    InvertibleTransformModule,
+    broadcast_with_context,
+    check_input,
+)
 from pyro_snf.transforms.context_scale import ContextScale, StandardizesContexts
 
 __all__ = [
@@ -238,14 +242,7 @@ class SplineAutoregressive(InvertibleTransformModule):
         """``shape``, its batch broadcast with that of the context, if there is one."""
         if self._context is None:
             return shape
-        batch = self._context.shape[:-1]
-        try:
-            return torch.broadcast_shapes(shape[:-1], batch) + shape[-1:]
-        except RuntimeError:
-            raise ValueError(
-                f"{self}: expected a batch that broadcasts with the context's {tuple(batch)}; "
-                f"got {tuple(shape[:-1])}"
-            ) from None
+        return broadcast_with_context(self, shape, 1, self._context.shape[:-1])
 
     inverse_shape = forward_shape
 

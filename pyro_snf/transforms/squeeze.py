@@ -63,20 +63,20 @@ class Squeeze2d(InvertibleTransformModule):
         return torch.zeros_like(at_least_float32(x[..., 0, 0, 0]))
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        *batch_shape, channels, height, width = self._split(shape)
+        *batch_shape, channels, height, width = self._checked(shape)
         f = self.factor
         if height % f or width % f:
             raise ValueError(f"{self}: expected H and W divisible by {f}; got {tuple(shape)}")
         return torch.Size((*batch_shape, channels * f**2, height // f, width // f))
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        *batch_shape, channels, height, width = self._split(shape)
+        *batch_shape, channels, height, width = self._checked(shape)
         f = self.factor
         if channels % f**2:
             raise ValueError(f"{self}: expected C divisible by {f**2}; got {tuple(shape)}")
         return torch.Size((*batch_shape, channels // f**2, height * f, width * f))
 
-    def _split(self, shape: torch.Size) -> torch.Size:
+    def _checked(self, shape: torch.Size) -> torch.Size:
         if len(shape) < 3:
             raise ValueError(f"{self}: expected a shape (..., C, H, W); got {tuple(shape)}")
         return shape
