@@ -145,7 +145,3 @@ def gradients_of(
 
 def parameters_of_f(layer: SelfNormalizingPair) -> dict[str, Tensor]:
     return dict(layer.forward_net.named_parameters())
-
-
-def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)

@@ -835,6 +835,11 @@ def guide_loss(transform: Transform, noise: Tensor) -> Tensor:
     return 0.5 * (sample - 1).square().sum() / len(noise) - entropy
 
 
+def is_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
+    """The tolerance is one for float64 and condition numbers below 10."""
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
@@ -851,7 +856,7 @@ def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
 def assert_gradients_equal(
     actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
 ) -> None:
-    """The tolerance is one for float64 and condition numbers below 10."""
+    """The tolerance is that of :func:`is_close`."""
     for name, gradient in expected.items():
         assert relative_error(actual[name], gradient) < tolerance, name
 

@@ -37,7 +37,7 @@ from pyro_snf import (
 from pyro_snf.diagnostics import inverse_error
 from pyro_snf.maps.dense import Dense as DenseMap
 from pyro_snf.transforms.conditional_linear import LowRankUpdate
-from tests.pairs import EXACT, SINGLE, Dense, gradients_of, is_close, log_det_of
+from tests.pairs import EXACT, SINGLE, Dense, gradients_of, log_det_of
 from tests.registry import (
     CONDITIONAL_CASES,
     COPIES,
@@ -48,6 +48,7 @@ from tests.registry import (
     conditional_pair,
     density_by_inverse,
     entropy_of_guide,
+    is_close,
     linear,
     nudge_inverses,
     randomize,

@@ -39,7 +39,7 @@ from pyro_snf import (
     self_normalizing_linear,
 )
 from pyro_snf.path_gradient import PathGradientDistribution
-from tests.registry import COPIES, by_pickle, randomize, standard_normal
+from tests.registry import COPIES, by_pickle, is_close, randomize, standard_normal
 from tests.test_pyro import Conjugate
 
 # Float64, the same operations in another order.
@@ -156,12 +156,8 @@ def fit(guide: Any, model: Callable[..., Any], steps: int, lr: float = 0.02) -> 
         svi.step()
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
 def all_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = EXACT) -> bool:
-    return all(close(*pair, tolerance) for pair in zip(actual, expected, strict=True))
+    return all(is_close(*pair, tolerance) for pair in zip(actual, expected, strict=True))
 
 
 def parameters_of(guide: Any) -> list[Tensor]:
@@ -193,9 +189,9 @@ def draws(guide: Any, seed: int = 5) -> Tensor:
 def test_it_starts_as_a_mean_field_gaussian(num_layers: int) -> None:
     guide = created(mixed, num_layers, init_scale=0.3)
     x = torch.randn(guide.latent_dim)
-    assert close(guide.transform(x), guide.transform(torch.zeros_like(x)) + 0.3 * x)
+    assert is_close(guide.transform(x), guide.transform(torch.zeros_like(x)) + 0.3 * x)
     jacobian = torch.autograd.functional.jacobian(guide.transform, x)
-    assert close(jacobian, 0.3 * torch.eye(len(x)))
+    assert is_close(jacobian, 0.3 * torch.eye(len(x)))
     # Dense layers and activations alternate, and the last one is dense.
     kinds = [type(part) for part in guide.transform.parts]
     assert kinds == ([SelfNormalizingLinear, LowRankAutoregressive] * 3)[:num_layers][::-1]
@@ -225,7 +221,7 @@ def test_it_starts_where_pyros_guides_start() -> None:
         guide = kind(mixed, init_loc_fn=autoguide.init_to_median(num_samples=3), **options)
         guide()
         starts.append(guide.median())
-    assert all(close(starts[0][name], value) for name, value in starts[1].items())
+    assert all(is_close(starts[0][name], value) for name, value in starts[1].items())
 
 
 def test_options_reach_every_dense_layer() -> None:
@@ -270,9 +266,9 @@ def test_samples_and_density_of_the_guide_are_those_of_its_posterior() -> None:
     }.items():
         support = biject_to(site["fn"].support)
         constrained = trace.nodes[name]["value"]
-        assert close(samples[name][0], constrained), name
+        assert is_close(samples[name][0], constrained), name
         expected = expected - support.log_abs_det_jacobian(value, constrained).sum()
-    assert close(trace.log_prob_sum(), expected)
+    assert is_close(trace.log_prob_sum(), expected)
 
 
 def test_posterior_is_a_distribution(conjugate: Conjugate) -> None:
@@ -282,7 +278,7 @@ def test_posterior_is_a_distribution(conjugate: Conjugate) -> None:
     base = guide.get_base_dist()
     assert guide.get_posterior().event_shape == base.event_shape == (DIM,)
     z = torch.randn(3, DIM)
-    assert close(base.log_prob(z), -0.5 * z.square().sum(-1) - DIM / 2 * math.log(2 * math.pi))
+    assert is_close(base.log_prob(z), -0.5 * z.square().sum(-1) - DIM / 2 * math.log(2 * math.pi))
     pyro.clear_param_store()
     guide = created(conjugate, gradient="total")
     assert type(guide.get_posterior()) is dist.TransformedDistribution
@@ -293,8 +289,8 @@ def test_quantiles_of_a_gaussian_are_exact(conjugate: Conjugate) -> None:
     levels = [0.1, 0.5, 0.9]
     scale = conjugate.covariance.diagonal().sqrt()
     expected = dist.Normal(conjugate.mean, scale).icdf(torch.tensor(levels).unsqueeze(-1))
-    assert close(guide.quantiles(levels)["z"], expected)
-    assert close(guide.median()["z"], conjugate.mean)
+    assert is_close(guide.quantiles(levels)["z"], expected)
+    assert is_close(guide.median()["z"], conjugate.mean)
 
 
 def test_quantiles_of_a_flow_are_those_of_its_draws() -> None:
@@ -310,7 +306,7 @@ def test_median_of_a_fresh_guide_is_its_start(num_layers: int) -> None:
     start = {"scale": torch.tensor(7.0), "share": torch.tensor(0.3)}
     init = autoguide.init_to_value(values=start)
     medians = created(mixed, num_layers, init_loc_fn=init).median()
-    assert all(close(medians[name], value) for name, value in start.items())
+    assert all(is_close(medians[name], value) for name, value in start.items())
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -322,7 +318,7 @@ def test_one_quantile_has_no_leading_dimension(num_layers: int) -> None:
         pyro.set_rng_seed(0)
         several = guide.quantiles([0.3])
         assert {name: value.shape for name, value in one.items()} == SHAPES
-        assert all(close(one[name], values[0]) for name, values in several.items())
+        assert all(is_close(one[name], values[0]) for name, values in several.items())
 
 
 def test_quantiles_and_medians_are_shaped_as_pyros_and_ordered() -> None:
@@ -636,7 +632,7 @@ def test_in_another_process(conjugate: Conjugate, tmp_path: Path) -> None:
     torch.save(guide, files[2])
     subprocess.run([sys.executable, "-W", "ignore", "-c", SUBPROCESS, *files], check=True)
     for found in torch.load(files[3], weights_only=True):
-        assert close(found, draws(guide))
+        assert is_close(found, draws(guide))
 
 
 STAGES: dict[str, Callable[[Any], Any]] = {
@@ -800,7 +796,7 @@ def test_mask(conjugate: Recorder) -> None:
     found = guide.transform.parts[-1].bias.grad
     z = conjugate.values[-1].detach().requires_grad_()
     (expected,) = torch.autograd.grad(-conjugate.log_joint(z), z)
-    assert close(found, expected)
+    assert is_close(found, expected)
 
 
 def test_subsampled_plate() -> None:
@@ -952,7 +948,7 @@ def test_gradient_with_an_activation_of_pyro(factory: str) -> None:
         flow.clear_cache()
         expected_loss = log_q - model.log_joint(flow(z))
         expected = torch.autograd.grad(expected_loss, parameters, materialize_grads=True)
-        assert close(loss, expected_loss, FOREIGN)
+        assert is_close(loss, expected_loss, FOREIGN)
         assert all_close(list(found), list(expected), FOREIGN)
 
 
@@ -1129,7 +1125,7 @@ def test_flat_priors_start_at_zero(
         z = pyro.sample("z", prior)
         pyro.sample("y", dist.Normal(z.flatten(), 1.0).to_event(1), obs=torch.zeros(z.numel()))
 
-    assert close(created(model).median()["z"], torch.tensor(expected))
+    assert is_close(created(model).median()["z"], torch.tensor(expected))
 
 
 def test_init_function_is_preferred_to_the_start_of_flat_priors() -> None:
@@ -1267,7 +1263,7 @@ def test_traced_guide(mode: str, num_layers: int, conjugate: Conjugate) -> None:
         for each in (guide, saved_and_loaded(traced)):
             pyro.set_rng_seed(seed)
             results.append(each.call()[0])
-        assert close(*results)
+        assert is_close(*results)
 
 
 @pytest.mark.usefixtures("_jit_may_warn")
@@ -1350,8 +1346,8 @@ def test_huge_gradient_is_cut_in_each_row_by_itself() -> None:
     guide, gradient = clipping(), 1e8 * torch.randn(DIM)
     found = passed(guide, gradient)
     assert found.norm().item() == pytest.approx(10.0, rel=0.2)
-    assert close(found / found.norm(), gradient / gradient.norm())
-    assert close(passed(clipping(clip=None), gradient), gradient)
+    assert is_close(found / found.norm(), gradient / gradient.norm())
+    assert is_close(passed(clipping(clip=None), gradient), gradient)
     # Each row has an entry of its own in the sum.
     gradient = torch.diag(torch.tensor([1.0, 0.5, 1e5, 2.0]))
     found, others = passed(clipping(), gradient), [0, 1, 3]
@@ -1365,7 +1361,7 @@ def test_gaussian_gradients_are_not_changed(dim: int) -> None:
     guide = clipping(dim)
     gradients = torch.randn(1000, dim) * dim**-0.5
     for some in gradients.split(10):
-        assert close(passed(guide, some), some.sum(0))
+        assert is_close(passed(guide, some), some.sum(0))
 
 
 def test_average_follows_the_gradients_but_hardly_an_outlier() -> None:

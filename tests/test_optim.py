@@ -23,7 +23,8 @@ from torch.distributions import constraints, kl_divergence
 from pyro_snf import AutoSelfNormalizingFlow, Learned
 from pyro_snf.natural_step import SignalShare
 from pyro_snf.optim import NaturalGradient
-from tests.test_guides import close, parameters_of, same
+from tests.registry import is_close
+from tests.test_guides import parameters_of, same
 
 # The loss in nats above its optimum, after the steps of a test: the path gradient's noise vanishes.
 CONVERGED = 1e-3
@@ -170,7 +171,7 @@ def test_units_and_correlations_do_not_matter(dim: int, num_layers: int) -> None
         optim = NaturalGradient(guide, 60)
         losses.append(torch.tensor(train(model, guide, optim, 60)))
     assert optim.trains_all_layers
-    assert close(*losses, MOVED)
+    assert is_close(*losses, MOVED)
     assert losses[0][-10:].mean() < losses[0][0] - dim  # and something was learned
 
 
@@ -195,15 +196,15 @@ def test_units_and_correlations_do_not_matter_when_all_layers_begin_to_train() -
         runs.append((num_before, torch.tensor(losses), rotated, guide.transform.parts[0]))
     (num_before, losses, rotated, before), other = runs
     assert num_before == other[0] < 30
-    assert close(losses, other[1], MOVED_BY_SECANTS)
+    assert is_close(losses, other[1], MOVED_BY_SECANTS)
     # The first W is 0.1 B.
-    assert close(rotated, other[2], MOVED_BY_SECANTS)
+    assert is_close(rotated, other[2], MOVED_BY_SECANTS)
     assert rotated.triu(1).abs().max() < MOVED_BY_SECANTS
     assert (rotated.diagonal() > 0).all()
     # These have been trained, and alike. (They do not start at 0 everywhere.)
     trained = parameters_of(before)
     assert all(
-        close(*pair, MOVED_BY_SECANTS)
+        is_close(*pair, MOVED_BY_SECANTS)
         for pair in zip(trained, parameters_of(other[3]), strict=True)
     )
     assert not same(trained, parameters_of(model.guide(2).transform.parts[0]))
@@ -336,7 +337,7 @@ def test_phase_begins_with_one_rotation(num_steps: int | None) -> None:
     assert optim.trains_all_layers
     ((first, before, after),) = rotations
     assert torch.equal(first, start)
-    assert close(after @ after.mT, before @ before.mT)
+    assert is_close(after @ after.mT, before @ before.mT)
     assert layer.num_refactorizations == 1
 
 
@@ -444,7 +445,7 @@ def test_recovery_returns_to_the_last_location_and_narrows() -> None:
     svi.step()
     assert not torch.equal(last_location, location)
     assert torch.equal(guide.last_layer.bias, last_location)
-    assert close(guide.last_layer.weight, 0.7 * weight)
+    assert is_close(guide.last_layer.weight, 0.7 * weight)
     assert same(others, list(guide.transform.parts[0].parameters()))
     is_bad = False
     svi.step()
@@ -458,7 +459,7 @@ def test_recovery_before_the_first_step_narrows() -> None:
     location, weight = guide.last_layer.bias.clone(), guide.last_layer.weight.clone()
     NaturalGradient(guide).recover()
     assert torch.equal(guide.last_layer.bias, location)
-    assert close(guide.last_layer.weight, 0.7 * weight)
+    assert is_close(guide.last_layer.weight, 0.7 * weight)
 
 
 def test_recovery_forgets_the_gradients_of_the_particles_before_the_error() -> None:
@@ -590,7 +591,7 @@ def test_plain_loop_is_svi() -> None:
             train(model, guide, optim, 60)
         assert optim.trains_all_layers
         runs.append(parameters_of(guide))
-    assert all(map(close, *runs))  # the two losses differ by rounding
+    assert all(map(is_close, *runs))  # the two losses differ by rounding
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
@@ -764,7 +765,7 @@ def test_second_guide_in_a_process(is_local: bool) -> None:
         assert model.divergence(second) < NEARLY_CONVERGED
         assert same(before, parameters_of(first)) == is_local
         weight, layer = second.last_layer.weight, second.last_layer
-        assert close(layer.inverse_weight @ weight, torch.eye(2), 1e-6)
+        assert is_close(layer.inverse_weight @ weight, torch.eye(2), 1e-6)
 
 
 def test_second_optimizer_goes_on() -> None:

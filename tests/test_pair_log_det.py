@@ -27,7 +27,6 @@ from tests.pairs import (
     Perturbed,
     events,
     gradients_of,
-    is_close,
     jacobians,
     log_det_of,
     pair_of,
@@ -41,6 +40,7 @@ from tests.registry import (
     assert_gradients_equal,
     exact_pair,
     free_form,
+    is_close,
     relative_error,
 )
 
