@@ -840,6 +840,11 @@ def is_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether the tensors of two lists are equal to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 

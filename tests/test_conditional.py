@@ -44,6 +44,7 @@ from tests.registry import (
     LOG_DETS,
     LOSSES,
     ConditionalCase,
+    all_equal,
     assert_gradients_equal,
     conditional_pair,
     density_by_inverse,
@@ -577,10 +578,6 @@ def train(module: Module, case: ConditionalCase, steps: range) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])

@@ -43,6 +43,7 @@ from tests.registry import (
     COPIES,
     LOG_DETS,
     Case,
+    all_equal,
     batch,
     by_pickle,
     conv,
@@ -111,10 +112,6 @@ def outputs(transform: Transform, case: Case) -> list[Tensor]:
     return result
 
 
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def share_parameters(first: nn.Module, second: nn.Module) -> bool:
     return all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -141,9 +138,9 @@ def test_case_is_what_it_claims_to_be(case: Case) -> None:
     if inspect.isclass(maker):
         assert type(first) is maker
     assert all(tensor.dtype == torch.float64 for tensor in first.parameters())
-    assert same(outputs(first, case), outputs(second, case))
+    assert all_equal(outputs(first, case), outputs(second, case))
     if first.state_dict():
-        assert not same(outputs(first, case), outputs(other, case))
+        assert not all_equal(outputs(first, case), outputs(other, case))
 
 
 # --- Values -------------------------------------------------------------------------------------
@@ -334,7 +331,7 @@ def by_state_dict(transform: Transform, case: Case) -> Transform:
 def test_state_dict_round_trip(case: Case, trained: bool) -> None:
     transform = prepare(case, trained)
     other = by_state_dict(transform, case)
-    assert same(outputs(other, case), outputs(transform, case))
+    assert all_equal(outputs(other, case), outputs(transform, case))
     # The training value is the same, too: R was saved.
     x = batch(case)
     ours, theirs = (t.log_abs_det_jacobian(x, t(x)) for t in (transform, other))
@@ -377,7 +374,7 @@ def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transf
     assert transform.inv.inv is transform
     before = outputs(transform, case)
     other = make_copy(transform)
-    assert same(outputs(other, case), before)
+    assert all_equal(outputs(other, case), before)
     # Its inverse belongs to it, and a copy of the inverse is the inverse of a copy.
     assert other.inv is not transform.inv
     assert other.inv.inv is other
@@ -387,15 +384,15 @@ def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transf
         pytest.skip("here a copy of Pyro's own transform makes torch's plain inverse")
     assert inverse.inv.inv is inverse
     assert inverse.inv is not transform
-    assert same(outputs(inverse.inv, case), before)
+    assert all_equal(outputs(inverse.inv, case), before)
     # It is independent.
     train(other, case, steps=1, seed=50)
     train(inverse.inv, case, steps=1, seed=50)
     transform.clear_cache()
-    assert same(outputs(transform, case), before)
+    assert all_equal(outputs(transform, case), before)
     if list(transform.parameters()):
-        assert not same(outputs(other, case), before)
-        assert not same(outputs(inverse.inv, case), before)
+        assert not all_equal(outputs(other, case), before)
+        assert not all_equal(outputs(inverse.inv, case), before)
 
 
 @COPIED

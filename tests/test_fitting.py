@@ -25,7 +25,8 @@ from torch.distributions import constraints
 from pyro_snf import AutoSelfNormalizingFlow, Fit, fit, fitting
 from pyro_snf import progress as progress_bar
 from pyro_snf.optim import NaturalGradient
-from tests.test_guides import parameters_of, same
+from tests.registry import all_equal
+from tests.test_guides import parameters_of
 
 # Posterior means and deviations, of 1 or so: Adam's last steps are of 10⁻⁴, and so is their noise.
 TRAINED = 0.03
@@ -360,7 +361,7 @@ def test_optimizer_of_the_user() -> None:
         before = parameters_of(guide)
         result = quiet(gaussian, guide, num_steps=20, optim=optim, tolerance=None)
         assert result.num_steps == 20
-        assert not same(before, parameters_of(guide))
+        assert not all_equal(before, parameters_of(guide))
     assert optim.num_calls == 20
 
 

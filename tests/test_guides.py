@@ -39,7 +39,7 @@ from pyro_snf import (
     self_normalizing_linear,
 )
 from pyro_snf.path_gradient import PathGradientDistribution
-from tests.registry import COPIES, by_pickle, is_close, randomize, standard_normal
+from tests.registry import COPIES, all_equal, by_pickle, is_close, randomize, standard_normal
 from tests.test_pyro import Conjugate
 
 # Float64, the same operations in another order.
@@ -170,10 +170,6 @@ def gradients_of(guide: Any, loss: Any, model: Any, program: Any = None) -> list
     pyro.set_rng_seed(4)
     loss.loss_and_grads(model, guide if program is None else program)
     return [parameter.grad.clone() for parameter in guide.parameters()]
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def draws(guide: Any, seed: int = 5) -> Tensor:
@@ -491,7 +487,7 @@ def test_state_dict_into_a_fresh_guide(when: str, num_layers: int, conjugate: Co
         fresh()
     whole = nn.ModuleDict({"guide": fresh})
     whole.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    assert same(parameters_of(fresh), parameters_of(guide))
+    assert all_equal(parameters_of(fresh), parameters_of(guide))
     assert torch.equal(fresh.log_gradient_length, guide.log_gradient_length)
     assert fresh.num_gradients == guide.num_gradients == 3
     fresh()  # creation draws numbers, too, and keeps what was loaded
@@ -541,7 +537,7 @@ def test_training_resumed_repeats_exactly(conjugate: Conjugate) -> None:
     other.load_state_dict(state)
     other()  # registers the parameters, and draws
     train(other, state_of_adam, range(6, 12))
-    assert same(parameters_of(other), parameters_of(guide))
+    assert all_equal(parameters_of(other), parameters_of(guide))
     assert torch.equal(other.log_gradient_length, guide.log_gradient_length)
 
 
@@ -564,13 +560,13 @@ def test_parameter_store_into_a_fresh_guide(
         fresh.sample_posterior(2)
     if first == "training":
         fit(fresh, conjugate, 1, lr=0.0)
-    assert same(parameters_of(fresh), expected)
+    assert all_equal(parameters_of(fresh), expected)
     assert torch.equal(draws(fresh.eval()), draws(guide.eval()))
     # The store's and the guide's are the same, so that training trains.
     fit(fresh, conjugate, 1)
     stored = {id(value) for _, value in pyro.get_param_store().named_parameters()}
     assert stored == {id(parameter) for parameter in fresh.parameters()}
-    assert not same(parameters_of(fresh), expected)
+    assert not all_equal(parameters_of(fresh), expected)
 
 
 def test_second_guide_of_the_same_name(conjugate: Conjugate) -> None:
@@ -578,9 +574,9 @@ def test_second_guide_of_the_same_name(conjugate: Conjugate) -> None:
     first = trained(conjugate)
     second = created(conjugate)
     before = parameters_of(second)
-    assert same(before, parameters_of(first))
+    assert all_equal(before, parameters_of(first))
     fit(second, conjugate, 2)
-    assert not same(parameters_of(second), before)
+    assert not all_equal(parameters_of(second), before)
     with pytest.raises(RuntimeError, match=r"pyro\.clear_param_store\(\) first"):
         created(Recorder(3))
     pyro.clear_param_store()
@@ -595,7 +591,7 @@ def test_local_parameters(conjugate: Conjugate) -> None:
         other = created(conjugate)
     assert not list(pyro.get_param_store())
     assert not any(map(torch.equal, before, parameters_of(guide)))
-    assert not same(parameters_of(other), parameters_of(guide))
+    assert not all_equal(parameters_of(other), parameters_of(guide))
 
 
 SUBPROCESS = """
@@ -659,13 +655,13 @@ def test_copy_is_equal_and_independent(
     assert repr(other) == repr(guide)
     fit(guide, conjugate, 2)  # Pyro's own guides lose their model to the pickle
     assert guide.model is not None
-    assert not same(parameters_of(guide), before)
-    assert same(parameters_of(other), before)
+    assert not all_equal(parameters_of(guide), before)
+    assert all_equal(parameters_of(other), before)
     pyro.clear_param_store()  # else the copy would take the parameters of its name
     after = parameters_of(guide)
     fit(other, conjugate, 2)
-    assert same(parameters_of(guide), after)
-    assert not same(parameters_of(other), before)
+    assert all_equal(parameters_of(guide), after)
+    assert not all_equal(parameters_of(other), before)
 
 
 def test_copies_before_the_first_call(conjugate: Conjugate) -> None:

@@ -23,8 +23,8 @@ from torch.distributions import constraints, kl_divergence
 from pyro_snf import AutoSelfNormalizingFlow, Learned
 from pyro_snf.natural_step import SignalShare
 from pyro_snf.optim import NaturalGradient
-from tests.registry import is_close
-from tests.test_guides import parameters_of, same
+from tests.registry import all_equal, is_close
+from tests.test_guides import parameters_of
 
 # The loss in nats above its optimum, after the steps of a test: the path gradient's noise vanishes.
 CONVERGED = 1e-3
@@ -207,7 +207,7 @@ def test_units_and_correlations_do_not_matter_when_all_layers_begin_to_train() -
         is_close(*pair, MOVED_BY_SECANTS)
         for pair in zip(trained, parameters_of(other[3]), strict=True)
     )
-    assert not same(trained, parameters_of(model.guide(2).transform.parts[0]))
+    assert not all_equal(trained, parameters_of(model.guide(2).transform.parts[0]))
     assert losses[-10:].mean() < losses[0] - 30
 
 
@@ -297,10 +297,10 @@ def test_phase_of_the_other_layers() -> None:
     svi = infer.SVI(skewed, guide, optim, elbo())
     while not optim.trains_all_layers:
         svi.step()
-        assert same(before, list(guide.transform.parts[0].parameters()))
+        assert all_equal(before, list(guide.transform.parts[0].parameters()))
     assert optim.num_calls <= 40  # at 40 % of the steps, if it was not calm before
     svi.step()
-    assert not same(before, list(guide.transform.parts[0].parameters()))
+    assert not all_equal(before, list(guide.transform.parts[0].parameters()))
 
 
 def test_nothing_else_is_trained_at_the_posterior() -> None:
@@ -446,7 +446,7 @@ def test_recovery_returns_to_the_last_location_and_narrows() -> None:
     assert not torch.equal(last_location, location)
     assert torch.equal(guide.last_layer.bias, last_location)
     assert is_close(guide.last_layer.weight, 0.7 * weight)
-    assert same(others, list(guide.transform.parts[0].parameters()))
+    assert all_equal(others, list(guide.transform.parts[0].parameters()))
     is_bad = False
     svi.step()
     assert all(torch.isfinite(parameter).all() for parameter in guide.parameters())
@@ -531,7 +531,7 @@ def test_resumed_run_repeats_bit_for_bit(
             other, 24, state, random_state, lambda optim: optim.load(str(tmp_path / "optim"))
         )
         assert train(model, other, resumed, 11, num_particles) == expected
-    assert same(parameters_of(other), parameters_of(guide))
+    assert all_equal(parameters_of(other), parameters_of(guide))
 
 
 def test_run_resumed_before_all_layers_are_trained() -> None:
@@ -618,7 +618,7 @@ def test_step_and_zero_grad_leave_no_gradients() -> None:
     assert all(parameter.grad is None for parameter in guide.parameters())
     optim.step()  # of the samples, which zero_grad() leaves where they are
     assert optim.num_dense_steps == 2
-    assert same(parameters_of(guide.transform.parts[0]), first)
+    assert all_equal(parameters_of(guide.transform.parts[0]), first)
 
 
 # --- Which parameters ---------------------------------------------------------------------------
@@ -707,7 +707,7 @@ def test_last_layer_frozen_and_no_number_of_steps() -> None:
     guide.last_layer.requires_grad_(False)
     before = parameters_of(guide)
     train(skewed, guide, NaturalGradient(guide), 50)
-    assert not same(before, parameters_of(guide))
+    assert not all_equal(before, parameters_of(guide))
 
 
 @pytest.mark.parametrize("name", ["bias", "log_scale"])
@@ -733,7 +733,7 @@ def test_other_layers_frozen() -> None:
     guide.transform.parts[0].requires_grad_(False)
     before = parameters_of(guide)[:4]
     train(model, guide, NaturalGradient(guide, 60), 60)
-    assert same(parameters_of(guide)[:4], before)
+    assert all_equal(parameters_of(guide)[:4], before)
     assert loss_of(model, guide) < NEARLY_CONVERGED
 
 
@@ -763,7 +763,7 @@ def test_second_guide_in_a_process(is_local: bool) -> None:
         second = AutoSelfNormalizingFlow(model, 1, **model.start())
         train(model, second, NaturalGradient(second, 60), 60)
         assert model.divergence(second) < NEARLY_CONVERGED
-        assert same(before, parameters_of(first)) == is_local
+        assert all_equal(before, parameters_of(first)) == is_local
         weight, layer = second.last_layer.weight, second.last_layer
         assert is_close(layer.inverse_weight @ weight, torch.eye(2), 1e-6)
 
