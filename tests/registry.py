@@ -821,6 +821,10 @@ def standard_normal(*event_shape: int) -> dist.Distribution:
     return dist.Normal(torch.zeros(event_shape), 1.0).to_event(len(event_shape))
 
 
+def log_det_of(transform: Transform, x: Tensor) -> Tensor:
+    return transform.log_abs_det_jacobian(x, transform(x))
+
+
 def density_loss(transform: Transform, data: Tensor) -> Tensor:
     """``−mean log p(data)`` of the density model ``[T.inv]``, the data going through T."""
     base = dist.Normal(data.new_zeros(transform.forward_shape(data.shape[1:])), 1.0)

@@ -37,7 +37,7 @@ from pyro_snf import (
 from pyro_snf.diagnostics import inverse_error
 from pyro_snf.maps.dense import Dense as DenseMap
 from pyro_snf.transforms.conditional_linear import LowRankUpdate
-from tests.pairs import EXACT, SINGLE, Dense, gradients_of, log_det_of
+from tests.pairs import EXACT, SINGLE, Dense, gradients_of
 from tests.registry import (
     CONDITIONAL_CASES,
     COPIES,
@@ -51,6 +51,7 @@ from tests.registry import (
     entropy_of_guide,
     is_close,
     linear,
+    log_det_of,
     nudge_inverses,
     randomize,
     standard_normal,

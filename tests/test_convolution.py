@@ -28,6 +28,7 @@ from tests.registry import (
     density_by_inverse,
     density_loss,
     layer_options,
+    log_det_of,
     nudge_inverses,
     randomize,
     relative_error,
@@ -118,10 +119,6 @@ class Dense(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.linalg.slogdet(self.matrix(x)).logabsdet.expand(x.shape[:-3])
-
-
-def log_det_of(transform: Transform, x: Tensor) -> Tensor:
-    return transform.log_abs_det_jacobian(x, transform(x))
 
 
 def exact_log_det(layer: SelfNormalizingConv2d, x: Tensor) -> Tensor:

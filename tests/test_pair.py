@@ -47,7 +47,6 @@ from tests.pairs import (
     Perturbed,
     Recorder,
     events,
-    log_det_of,
     pair_of,
     parameters_of_f,
 )
@@ -60,6 +59,7 @@ from tests.registry import (
     free_form,
     is_close,
     linear,
+    log_det_of,
     nudge_inverses,
     relative_error,
     standard_normal,

@@ -28,7 +28,6 @@ from tests.pairs import (
     events,
     gradients_of,
     jacobians,
-    log_det_of,
     pair_of,
     parameters_of_f,
     trace_surrogate,
@@ -41,6 +40,7 @@ from tests.registry import (
     exact_pair,
     free_form,
     is_close,
+    log_det_of,
     relative_error,
 )
 
