@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.distributions import ConditionalTransformModule
 from pyro.nn import DenseNN
@@ -868,6 +869,13 @@ def assert_gradients_equal(
     """The tolerance is that of :func:`is_close`."""
     for name, gradient in expected.items():
         assert relative_error(actual[name], gradient) < tolerance, name
+
+
+def assert_refused(transform: Transform, x: object, message: str) -> None:
+    """By the transform, its inverse and its log-determinant."""
+    for use in (transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)):
+        with pytest.raises(ValueError, match=message):
+            use(x)
 
 
 def train(transform: nn.Module, case: Case, steps: int = 4, seed: int = 0) -> list[float]:
