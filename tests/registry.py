@@ -826,6 +826,11 @@ def log_det_of(transform: Transform, x: Tensor) -> Tensor:
     return transform.log_abs_det_jacobian(x, transform(x))
 
 
+def exact_log_det(layer: SelfNormalizingLinear) -> float:
+    """``log|det W|``, computed in float64."""
+    return torch.linalg.slogdet(layer.weight.detach().double()).logabsdet.item()
+
+
 def density_loss(transform: Transform, data: Tensor) -> Tensor:
     """``−mean log p(data)`` of the density model ``[T.inv]``, the data going through T."""
     base = dist.Normal(data.new_zeros(transform.forward_shape(data.shape[1:])), 1.0)

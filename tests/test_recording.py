@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_snf import AutoSelfNormalizingFlow, SelfNormalizingLinear
 from pyro_snf.diagnostics import gradient_error, inverse_error
 from pyro_snf.recording import Recording, Samples
-from tests.registry import COPIES, is_close, linear
+from tests.registry import COPIES, exact_log_det, is_close, linear
 from tests.test_guides import Recorder, Switch, created
 from tests.test_guides import random as random_guide
 from tests.test_pyro import Conjugate
@@ -373,10 +373,6 @@ def log_det(layer: SelfNormalizingLinear) -> float:
     """In training."""
     x = torch.zeros(layer.input_dim, dtype=layer.theta.dtype)
     return layer.log_abs_det_jacobian(x, x).item()
-
-
-def exact_log_det(layer: SelfNormalizingLinear) -> float:
-    return torch.linalg.slogdet(layer.weight.detach().double()).logabsdet.item()
 
 
 def factors(dim: int, rank: int, size: float = 0.3) -> tuple[Tensor, Tensor]:
