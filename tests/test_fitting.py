@@ -465,11 +465,14 @@ def test_warning_if_the_loss_is_still_falling() -> None:
         assert not one_start(gaussian, ours(), num_steps=100).is_falling
 
 
-@pytest.mark.parametrize(
+EVERY_ERROR = pytest.mark.parametrize(
     "error",
     [torch.linalg.LinAlgError("not positive definite"), ValueError("not in the support")],
     ids=["LinAlgError", "ValueError"],
 )
+
+
+@EVERY_ERROR
 def test_errors_of_the_model_at_some_steps(error: Exception) -> None:
     model = failing(lambda count: 2 <= count < 40 and count % 7 == 0, error)
     guide = ours(model)
@@ -683,11 +686,7 @@ def test_start_that_diverges_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.isfinite(result.losses).all()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.linalg.LinAlgError("not positive definite"), ValueError("not in the support")],
-    ids=["LinAlgError", "ValueError"],
-)
+@EVERY_ERROR
 def test_start_at_which_the_model_raises_an_error_is_not_kept(error: Exception) -> None:
     # At all steps of the second and the fourth start, the first ones included.
     model = failing(lambda count: 5 < count <= 10 or 15 < count <= 20, error)
