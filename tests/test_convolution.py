@@ -27,6 +27,7 @@ from tests.registry import (
     conv,
     density_by_inverse,
     density_loss,
+    is_close,
     layer_options,
     log_det_of,
     nudge_inverses,
@@ -186,7 +187,7 @@ def test_memory_layout_does_not_matter(layout: str, log_det: str) -> None:
             layer.zero_grad()
         for one, other in zip(*outputs, strict=True):
             assert one.shape == other.shape
-            assert torch.allclose(one, other, rtol=EXACT, atol=EXACT)
+            assert is_close(one, other, EXACT)
 
 
 @EVERY_METHOD
@@ -201,7 +202,7 @@ def test_two_image_sizes_through_one_layer(log_det: str) -> None:
                 assert relative_error(layer.theta.grad, expected) < EXACT
             with torch.no_grad():
                 assert torch.allclose(log_det_of(layer, x), exact_log_det(layer, x), rtol=EXACT)
-                assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
+                assert is_close(layer.inv(layer(x).clone()), x, EXACT)
         with torch.no_grad():
             layer.theta.mul_(0.9)
 
@@ -434,7 +435,7 @@ def test_singular_kernel_is_an_error_that_names_the_layer_and_leaves_nothing_beh
         layer.theta.copy_(good)
     if log_det != "learned" or not layer.training:
         assert torch.allclose(log_det_of(layer, x).detach(), exact_log_det(layer, x), rtol=1e-6)
-    assert torch.allclose(layer.inv(layer(x).detach()), x, rtol=EXACT, atol=EXACT)
+    assert is_close(layer.inv(layer(x).detach()), x, EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
