@@ -28,6 +28,7 @@ from pyro.distributions.transforms import (
     conditional_affine_coupling,
 )
 from pyro.nn import DenseNN
+from results import print_header, print_row
 from torch import Tensor, nn
 
 from pyro_snf import ActNorm, conditional_self_normalizing_linear
@@ -125,7 +126,7 @@ def fit(
 
 
 def run_peers(args: argparse.Namespace) -> None:
-    print("| posterior | -log q (nats) | ms/step |\n|---|---|---|")
+    print_header("posterior", "-log q (nats)", "ms/step")
     for name in [
         "dense, rank 0",
         "dense, rank 4",
@@ -146,15 +147,12 @@ def run_peers(args: argparse.Namespace) -> None:
             lambda x, mean=mean, scale=scale: (x.log1p() - mean) / scale,
             num_steps=args.num_steps,
         )
-        print(f"| {name} | {loss:.2f} | {milliseconds:.1f} |", flush=True)
+        print_row(name, f"{loss:.2f}", f"{milliseconds:.1f}")
 
 
 def run_units(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", UserWarning)  # of the contexts' scale
-    print(
-        "| context × | standardize_contexts | θ × | ActNorm | -log q (nats) |\n"
-        "|---|---|---|---|---|"
-    )
+    print_header("context ×", "standardize_contexts", "θ ×", "ActNorm", "-log q (nats)")
     for context_unit, is_standardized, unit, has_norm in [
         *[(factor, True, 1.0, True) for factor in (1.0, 1e3, 1e-3)],
         *[(factor, False, 1.0, True) for factor in (1.0, 10.0, 100.0, 1e3, 0.1, 1e-2, 1e-3)],
@@ -180,10 +178,12 @@ def run_units(args: argparse.Namespace) -> None:
         except torch.linalg.LinAlgError:  # the training has diverged
             loss = math.nan
         yes = {True: "yes", False: "no"}
-        print(
-            f"| {context_unit:g} | {yes[is_standardized]} | {1 / unit:g} | {yes[has_norm]} "
-            f"| {loss:.2f} |",
-            flush=True,
+        print_row(
+            f"{context_unit:g}",
+            yes[is_standardized],
+            f"{1 / unit:g}",
+            yes[has_norm],
+            f"{loss:.2f}",
         )
 
 

@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from results import print_header, print_row, print_table
 from timing import TimedTraining, forward_of, take_turns
 from torch import Tensor, nn
 
@@ -197,16 +198,15 @@ def gradient(args: argparse.Namespace) -> None:
                     error = ((value - exact).norm() / exact.norm()).item()
                     errors[key][condition].append(error)
         title = f"C = {channels}, {size[0]} × {size[1]}"
-        print(f"\n{title}: relative error of the gradient, median of {args.num_kernels} kernels\n")
-        print("| method | iterations | " + " | ".join(map(str, CONDITIONS)) + " |")
-        print("|---|---|" + "---|" * len(CONDITIONS))
+        print(f"\n{title}: relative error of the gradient, median of {args.num_kernels} kernels")
         medians = {
             key: [statistics.median(row[condition]) for condition in CONDITIONS]
             for key, row in sorted(errors.items())
         }
-        for (name, num_iterations), row in medians.items():
-            cells = " | ".join(f"{error:.2g}" for error in row)
-            print(f"| {name} | {num_iterations} | {cells} |", flush=True)
+        print_table(
+            ["method", "iterations", *CONDITIONS],
+            ([*key, *(f"{error:.2g}" for error in row)] for key, row in medians.items()),
+        )
         tables[title] = medians
     plot(tables).savefig(args.picture, dpi=110)
 
@@ -286,8 +286,7 @@ def layer_errors(kernel: Tensor, before: Tensor, size: tuple[int, int]) -> dict[
 
 def layer(args: argparse.Namespace) -> None:
     torch.set_default_dtype(torch.float64)
-    print("| C | image | P | gradient | value, nats | residual | an estimate, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print_header("C", "image", "P", "gradient", "value, nats", "residual", "an estimate, ms")
     for channels, *size in args.images:
         results = defaultdict(list)
         for seed in range(args.num_kernels):
@@ -310,10 +309,11 @@ def layer(args: argparse.Namespace) -> None:
         for has_factors, rows in results.items():
             error, off, residual, seconds = map(statistics.median, zip(*rows, strict=True))
             name = "factors" if has_factors else "periodic"
-            print(
-                f"| {channels} | {size[0]}×{size[1]} | {name} | {error:.3f} | {off:.2f} | "
-                f"{residual:.3f} | {1e3 * seconds:.0f} |",
-                flush=True,
+            print_row(
+                channels,
+                f"{size[0]}×{size[1]}",
+                name,
+                *(f"{error:.3f}", f"{off:.2f}", f"{residual:.3f}", f"{1e3 * seconds:.0f}"),
             )
 
 
@@ -373,8 +373,7 @@ MAX_DENSE = 3200
 
 def step(args: argparse.Namespace) -> None:
     kernel_size = 3
-    print("| C | image | " + " | ".join(args.methods) + " | refined / conv2d |")
-    print("|---|---|" + "---|" * (len(args.methods) + 1))
+    print_header("C", "image", *args.methods, "refined / conv2d")
     for channels, height, width in args.images:
         generator = torch.Generator().manual_seed(0)
         count = 4 * args.batch
@@ -391,10 +390,7 @@ def step(args: argparse.Namespace) -> None:
         times = {method: sum(run.average()[1:3]) for method, run in runs.items()}
         cells = [f"{times[m]:.2f}" if m in times else "–" for m in args.methods]
         ratio = times["refined"] / times["conv2d"]
-        print(
-            f"| {channels} | {height}×{width} | {' | '.join(cells)} | {ratio:.2f} |",
-            flush=True,
-        )
+        print_row(channels, f"{height}×{width}", *cells, f"{ratio:.2f}")
 
 
 def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, Callable]]]:
@@ -460,8 +456,7 @@ def pointwise_methods(channels: int) -> dict[str, Callable[[], tuple[nn.Module, 
 
 
 def pointwise(args: argparse.Namespace) -> None:
-    print("| C | image | method | ms a step | / conv2d |")
-    print("|---|---|---|---|---|")
+    print_header("C", "image", "method", "ms a step", "/ conv2d")
     for channels, height, width in args.images:
         generator = torch.Generator().manual_seed(0)
         data = correlated_images(args.batch, channels, (height, width), generator).unsqueeze(0)
@@ -478,19 +473,18 @@ def pointwise(args: argparse.Namespace) -> None:
         take_turns(list(runs.values()), seconds=args.seconds, turns=args.turns)
         times = {name: sum(run.average()[1:3]) for name, run in runs.items()}
         for name, ms in times.items():
-            print(
-                f"| {channels} | {height}×{width} | {name} | {ms:.2f} | "
-                f"{ms / times['conv2d']:.2f} |",
-                flush=True,
-            )
+            ratio = ms / times["conv2d"]
+            print_row(channels, f"{height}×{width}", name, f"{ms:.2f}", f"{ratio:.2f}")
 
 
 def exact(args: argparse.Namespace) -> None:
     from pyro_snf.maps.convolution_factors import _Dense as DenseFactors
     from pyro_snf.maps.convolution_factors import _Sparse as SparseFactors
 
-    print("| C | image | D | value, s | and gradient, s | SciPy splu, value, s | dense, value, s |")
-    print("|---|---|---|---|---|---|---|")
+    print_header(
+        *("C", "image", "D", "value, s", "and gradient, s"),
+        *("SciPy splu, value, s", "dense, value, s"),
+    )
 
     def seconds(compute: Callable[[], object], turns: int) -> str:
         found = []
@@ -513,10 +507,7 @@ def exact(args: argparse.Namespace) -> None:
         dense = "–"
         if dim <= 4096:
             dense = seconds(lambda k=kernel, s=size: DenseFactors(k, s).log_abs_det, 3)
-        print(
-            f"| {channels} | {height}×{width} | {dim} | {value} | {both} | {sparse} | {dense} |",
-            flush=True,
-        )
+        print_row(channels, f"{height}×{width}", dim, value, both, sparse, dense)
 
 
 def image(text: str) -> tuple[int, int, int]:

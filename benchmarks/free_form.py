@@ -40,6 +40,7 @@ import pyro.distributions as dist
 import torch
 from datasets import load_images
 from files import save_json
+from results import print_header, print_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -399,15 +400,6 @@ def race(methods: Mapping[str, Callable[[], object]], turns: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_header(*cells: str) -> None:
-    print("| " + " | ".join(cells) + " |")
-    print("|---" * len(cells) + "|", flush=True)
-
-
-def print_row(*cells: object) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
 def perturbed(network: nn.Module, size: float, generator: torch.Generator) -> nn.Module:
     """The network, no identity any more: random last layers of its blocks."""
     for block in network.blocks:
@@ -449,7 +441,7 @@ def plain_step(forward: nn.Module, inverse: nn.Module, x: Tensor) -> Tensor:
 
 
 def products(args: argparse.Namespace) -> None:
-    print("Milliseconds of one product, of vectors with a graph that is there, and of a step\n")
+    print("Milliseconds of one product, of vectors with a graph that is there, and of a step")
     print_header(
         *("D", "width", "forward pass", "Jᵀ v", "J v", "J v, its graph too"),
         *("J v, forward mode", "forward mode / J v"),
@@ -499,7 +491,7 @@ def products(args: argparse.Namespace) -> None:
         )
 
     run = trained(digits(), args)
-    print("\nThe gradient's standard deviation over probes and its bias, to its exact norm\n")
+    print("\nThe gradient's standard deviation over probes and its bias, to its exact norm")
     print_header("estimate", "standard deviation", "bias")
     point = _Point(
         run.transform.forward_net, run.transform.inverse_net, run.input_of(next(run.batches))
@@ -543,7 +535,7 @@ KRYLOV_STEPS = (0, 1, 2, 3, 4, 6, 8)
 
 
 def bias(args: argparse.Namespace) -> None:
-    print("Relative error of the mean gradient (its estimate), k = D orthogonal probes\n")
+    print("Relative error of the mean gradient (its estimate), k = D orthogonal probes")
     print_header("pair", *(f"{n} steps" for n in KRYLOV_STEPS))
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -604,7 +596,7 @@ def probes(args: argparse.Namespace) -> None:
     )
     print("Standard deviation over probes, to the norm (to that of the batches); ms of an estimate")
     for krylov_steps in args.krylov_steps:
-        print(f"\n{krylov_steps} Krylov steps\n")
+        print(f"\n{krylov_steps} Krylov steps")
         print_header("probes", *(f"k = {k}" for k in NUM_PROBES))
         times = race(
             {
@@ -648,7 +640,7 @@ def value(args: argparse.Namespace) -> None:
         condition = torch.linalg.cond(linearize(pair.forward_net, few).jacobian()).median()
         print(
             f"\n{name}, {args.setting}: log|det J| = {exact.mean():.1f} ± {exact.std():.1f} over "
-            f"images, cond J = {condition:.1f}. Of a value in training, nats:\n"
+            f"images, cond J = {condition:.1f}. Of a value in training, nats:"
         )
         steps = {str(n): partial(_value_step, run, n) for n in (0, *LANCZOS_STEPS)}
         times = race(steps, args.turns)
@@ -735,7 +727,7 @@ MAX_EXACT = 32
 
 def step_times(args: argparse.Namespace) -> None:
     """Whole steps, Adam's included, of pairs at their defaults."""
-    print(f"Milliseconds a step (to the autoencoder's), batch {args.batch}\n")
+    print(f"Milliseconds a step (to the autoencoder's), batch {args.batch}")
     print_header("D", "autoencoder", *LOG_DETS)
     for dim in args.dims:
         torch.manual_seed(args.seed)

@@ -37,7 +37,7 @@ import zuko.transforms
 from datasets import load_images
 from files import save_json
 from pyro.distributions import constraints
-from results import select, slope
+from results import print_table, select, slope
 from timing import Forward, TimedTraining, forward_of, take_turns
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -422,10 +422,8 @@ def print_tables(rows: list[dict], args: argparse.Namespace) -> None:
     found = {(row["method"], row["batch"], row["dim"]): row for row in rows}
 
     def table(title: str, head: list[str], cells: Callable[[str], list[str]]) -> None:
-        print(f"\n{title}\n\n| " + " | ".join(["method", *head]) + " |")
-        print("|---" * (len(head) + 1) + "|")
-        for name in names:
-            print("| " + " | ".join([name, *cells(name)]) + " |")
+        print(f"\n{title}")
+        print_table(["method", *head], ([name, *cells(name)] for name in names))
 
     for batch in batches:
 

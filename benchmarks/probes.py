@@ -18,6 +18,7 @@ from pathlib import Path
 import pyro.distributions as dist
 import torch
 from datasets import load_images
+from results import print_table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -99,13 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         warm_up.step()
 
-    print(f"| layer | probes | ‖E‖/√D | gradient error | energy in {LARGEST} of {DIM} directions |")
-    print("|---|---|---|---|---|")
+    rows = []
     for number, (layer, followers) in enumerate(zip(layers, trackers, strict=True), start=1):
         for name, tracker in followers.items():
             # The weights of one step later: as the next update would find R.
             error, gradient, share = tracker.measure(layer.theta.detach())
-            print(f"| {number} | {name} | {error:.4f} | {gradient:.2%} | {share:.0%} |")
+            rows.append([number, name, f"{error:.4f}", f"{gradient:.2%}", f"{share:.0%}"])
+    energy = f"energy in {LARGEST} of {DIM} directions"
+    print_table(["layer", "probes", "‖E‖/√D", "gradient error", energy], rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["append", "load", "markdown_table", "number", "print_table", "select", "slope", "spread"]
+__all__ = [
+    "append",
+    "load",
+    "markdown_table",
+    "number",
+    "print_header",
+    "print_row",
+    "print_table",
+    "select",
+    "slope",
+    "spread",
+]
 
 Row = dict[str, Any]
 
@@ -42,15 +53,28 @@ def select(rows: Iterable[Row], **values: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in values.items())]
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
     """Rows of cells as a table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], f"{'|---' * len(header)}|", *lines[1:]])
+    return "\n".join([_line(header), f"{'|---' * len(header)}|", *map(_line, rows)])
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n{markdown_table(header, rows)}")
+def print_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> None:
+    """Print a Markdown table, and an empty line before it."""
+    print(f"\n{markdown_table(header, rows)}", flush=True)
+
+
+def print_header(*cells: object) -> None:
+    """The same of a table whose rows come one by one, by :func:`print_row`."""
+    print_table(cells, [])
+
+
+def print_row(*cells: object) -> None:
+    """Print the next row."""
+    print(_line(cells), flush=True)
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def number(value: float) -> str:

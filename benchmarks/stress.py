@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import pyro.distributions as dist
 import torch
 from long_run import exact_log_abs_det
+from results import print_header, print_row
 from torch import Tensor
 
 from pyro_snf import Refined, SelfNormalizingLinear
@@ -131,11 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    print(
-        "| change | gradient error: R left alone | step 1 | worst | step 20 | value "
-        "| refactorizations |"
+    print_header(
+        *("change", "gradient error: R left alone", "step 1", "worst", "step 20"),
+        *("value", "refactorizations"),
     )
-    print("|---|---|---|---|---|---|---|")
     for name, change in CHANGES.items():
         torch.manual_seed(args.seed)
         run = Run(args.dim, args.learning_rate, args.seed, args.tolerance)
@@ -147,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = run.layer.num_refactorizations  # read now: a state_dict brings its own count
         stale = error_of_r(run.layer)
         errors, values = zip(*[run.step() for _ in range(STEPS)], strict=True)
-        print(
-            f"| {name} | {stale:.2%} | {errors[0]:.2%} | {max(errors):.2%} | {errors[-1]:.2%} "
-            f"| {max(values):.3f} | {run.layer.num_refactorizations - before} |",
-            flush=True,
+        print_row(
+            name,
+            *(f"{error:.2%}" for error in (stale, errors[0], max(errors), errors[-1])),
+            f"{max(values):.3f}",
+            run.layer.num_refactorizations - before,
         )
 
 

@@ -125,10 +125,6 @@ class Recorder(nn.Module):
         return self.network(x, *context)
 
 
-def log_det_of(transform: Transform, x: Tensor) -> Tensor:
-    return transform.log_abs_det_jacobian(x, transform(x))
-
-
 def trace_surrogate(jacobian: Tensor, inverse: Tensor) -> Tensor:
     """A function with the gradient ``tr(M ∂J)``, M being constant, for every event."""
     return (inverse.detach().mT * jacobian).sum((1, 2))
@@ -145,7 +141,3 @@ def gradients_of(
 
 def parameters_of_f(layer: SelfNormalizingPair) -> dict[str, Tensor]:
     return dict(layer.forward_net.named_parameters())
-
-
-def is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)

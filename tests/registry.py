@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.distributions import ConditionalTransformModule
 from pyro.nn import DenseNN
@@ -821,6 +822,15 @@ def standard_normal(*event_shape: int) -> dist.Distribution:
     return dist.Normal(torch.zeros(event_shape), 1.0).to_event(len(event_shape))
 
 
+def log_det_of(transform: Transform, x: Tensor) -> Tensor:
+    return transform.log_abs_det_jacobian(x, transform(x))
+
+
+def exact_log_det(layer: SelfNormalizingLinear) -> float:
+    """``log|det W|``, computed in float64."""
+    return torch.linalg.slogdet(layer.weight.detach().double()).logabsdet.item()
+
+
 def density_loss(transform: Transform, data: Tensor) -> Tensor:
     """``−mean log p(data)`` of the density model ``[T.inv]``, the data going through T."""
     base = dist.Normal(data.new_zeros(transform.forward_shape(data.shape[1:])), 1.0)
@@ -833,6 +843,16 @@ def guide_loss(transform: Transform, noise: Tensor) -> Tensor:
     sample = transform(noise)
     entropy = -dist.TransformedDistribution(base, [transform]).log_prob(sample).mean()
     return 0.5 * (sample - 1).square().sum() / len(noise) - entropy
+
+
+def is_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
+    """The tolerance is one for float64 and condition numbers below 10."""
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether the tensors of two lists are equal to the last bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -851,9 +871,16 @@ def shared_gradients(layer: nn.Module) -> dict[str, Tensor]:
 def assert_gradients_equal(
     actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
 ) -> None:
-    """The tolerance is one for float64 and condition numbers below 10."""
+    """The tolerance is that of :func:`is_close`."""
     for name, gradient in expected.items():
         assert relative_error(actual[name], gradient) < tolerance, name
+
+
+def assert_refused(transform: Transform, x: object, message: str) -> None:
+    """By the transform, its inverse and its log-determinant."""
+    for use in (transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)):
+        with pytest.raises(ValueError, match=message):
+            use(x)
 
 
 def train(transform: nn.Module, case: Case, steps: int = 4, seed: int = 0) -> list[float]:

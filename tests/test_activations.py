@@ -17,6 +17,7 @@ from pyro_snf import (
     rational_quadratic_spline,
     smooth_leaky_relu,
 )
+from tests.registry import is_close
 
 ALPHAS = [1e-6, 0.01, 0.1, 0.3, 0.5, 0.9, 0.999, 1 - 1e-6]
 
@@ -40,11 +41,11 @@ def test_formula_and_log_det(alpha: float) -> None:
     x = GRID.clone().requires_grad_()
     activation = SmoothLeakyReLU(alpha, dtype=torch.float64)
     y = activation(x)
-    assert torch.allclose(y, formula(x, alpha), rtol=EXACT, atol=EXACT)
+    assert is_close(y, formula(x, alpha), EXACT)
     assert (y.diff() > 0).all()
     (slope,) = torch.autograd.grad(y.sum(), x)
     log_det = activation.log_abs_det_jacobian(x, y)
-    assert torch.allclose(log_det, slope.log(), rtol=EXACT, atol=EXACT)
+    assert is_close(log_det, slope.log(), EXACT)
     assert ((log_det <= 0) & (log_det >= math.log(alpha) - EXACT)).all()
     # At a distance it is log α and log 1.
     assert log_det[0].item() == pytest.approx(math.log(alpha), rel=1e-9)
@@ -161,7 +162,7 @@ def test_spline_starts_as_the_identity() -> None:
     assert made.sign == made.inv.sign == 1
     x = 8 * torch.randn(50, 2, 3, 4)
     y = made(x)
-    assert torch.allclose(y, x, rtol=EXACT, atol=EXACT)
+    assert is_close(y, x, EXACT)
     assert made.log_abs_det_jacobian(x, y).abs().max() < EXACT
 
 
@@ -191,7 +192,7 @@ def test_spline_goes_through_its_knots() -> None:
         x = knots[0][:, k].clone().requires_grad_()
         y = made(x)
         (slope,) = torch.autograd.grad(y.sum(), x)
-        assert torch.allclose(y, knots[1][:, k], rtol=SPLINE, atol=SPLINE)
+        assert is_close(y, knots[1][:, k], SPLINE)
         assert torch.allclose(slope, slopes[:, k], rtol=1e-6)
 
 
@@ -209,7 +210,7 @@ def test_spline_is_that_of_pyro_between_the_outer_knots() -> None:
     lower, upper = 8 * widths[:, 0] - 4, 4 - 8 * widths[:, -1]
     inner = ((x > lower + 1e-5) & (x < upper - 1e-5)) | (x.abs() > 4)
     y, expected = ours(x), theirs(x)
-    assert torch.allclose(y[inner], expected[inner], rtol=SPLINE, atol=SPLINE)
+    assert is_close(y[inner], expected[inner], SPLINE)
     log_slopes = theirs.log_abs_det_jacobian(x, expected)
     for index in range(len(x)):
         if inner[index].all():

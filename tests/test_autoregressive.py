@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_snf import LowRankAutoregressive
 from pyro_snf.path_gradient import push_score
 from tests import test_contract as contract
-from tests.registry import Case, randomize
+from tests.registry import Case, is_close, randomize
 
 # Float64, scales within e^±3, a few operations deep: rounding, and three digits to spare.
 EXACT = 1e-9
@@ -34,10 +34,6 @@ def make(
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return layer
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def jacobian_of(layer: Callable[[Tensor], Tensor], x: Tensor, **options: bool) -> Tensor:
@@ -76,10 +72,10 @@ def test_formula(dim: int, hidden_dim: int) -> None:
             if last < i:
                 t = t + 2 * layer.weight_out[i, unit] * hidden[unit] / hidden_dim**0.5
                 r = r + 2 * layer.weight_out[dim + i, unit] * hidden[unit] / hidden_dim**0.5
-        assert close(y[i], torch.exp(sigma * torch.tanh(r / sigma)) * x[i] + t)
+        assert is_close(y[i], torch.exp(sigma * torch.tanh(r / sigma)) * x[i] + t)
     jacobian = jacobian_of(layer, x)
     assert torch.equal(jacobian.triu(1), torch.zeros(dim, dim))
-    assert close(jacobian_of(layer.inv, y.detach()) @ jacobian, torch.eye(dim), EXACT)
+    assert is_close(jacobian_of(layer.inv, y.detach()) @ jacobian, torch.eye(dim), EXACT)
 
 
 @EVERY_SIZE
@@ -201,17 +197,17 @@ def test_score_is_pushed_forward(dim: int, hidden_dim: int) -> None:
         assert not found.requires_grad
         rows = zip(x.view(-1, dim), score.view(-1, dim), strict=True)
         expected = torch.stack([pushed_score(layer, *row) for row in rows])
-        assert close(found.view(-1, dim), expected)
+        assert is_close(found.view(-1, dim), expected)
 
 
 def test_score_is_of_the_present_parameters() -> None:
     layer, x, score = make(4, 3), torch.randn(4), torch.randn(4)
     layer.push_score(x, layer(x), score)
     layer.weight_out.data.mul_(0.5)
-    assert close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
+    assert is_close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
     # At the bound, where the slope of tanh is 0 to rounding, and e^s is 20.
     layer.bias_out.data[4:] = 1e3
-    assert close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
+    assert is_close(layer.push_score(x, layer(x), score), pushed_score(layer, x, score))
 
 
 # --- Caches -------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def test_nothing_stale_after_parameters_change(edit: str, mode: str) -> None:
         y = layer(x)
         assert torch.equal(y, fresh(x.clone()))
         expected = torch.stack([torch.linalg.slogdet(jacobian_of(fresh, row))[1] for row in x])
-        assert close(layer.log_abs_det_jacobian(x, y), expected)
+        assert is_close(layer.log_abs_det_jacobian(x, y), expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -249,11 +245,11 @@ def test_gradient_to_the_input(frozen: bool) -> None:
         return torch.linalg.slogdet(jacobian_of(layer, z, create_graph=True)).logabsdet
 
     (expected,) = torch.autograd.grad(log_det(x), x)
-    assert close(found, expected)
+    assert is_close(found, expected)
     # The log-det after a sample without gradients has one.
     with torch.no_grad():
         y = layer(x)
-    assert close(torch.autograd.grad(layer.log_abs_det_jacobian(x, y), x)[0], expected)
+    assert is_close(torch.autograd.grad(layer.log_abs_det_jacobian(x, y), x)[0], expected)
     if not frozen:
         layer.log_abs_det_jacobian(x.detach(), y).backward()
         assert layer.bias_out.grad.any()
@@ -298,4 +294,4 @@ def test_score_in_half_precision(autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = layer.push_score(x, layer(x), score)
     assert found.dtype == layer.weight_in.dtype
-    assert close(found.double(), expected, HALF)
+    assert is_close(found.double(), expected, HALF)

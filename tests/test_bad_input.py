@@ -35,7 +35,17 @@ from pyro_snf import (
     smooth_leaky_relu,
 )
 from pyro_snf.maps.kernels import PADDING_MODES
-from tests.registry import CASES, LOG_DETS, Case, batch, conv, linear, output_batch, tracked_inverse
+from tests.registry import (
+    CASES,
+    LOG_DETS,
+    Case,
+    assert_refused,
+    batch,
+    conv,
+    linear,
+    output_batch,
+    tracked_inverse,
+)
 
 # --- Options ------------------------------------------------------------------------------------
 
@@ -130,12 +140,6 @@ def test_stack_of_nothing_is_refused() -> None:
 
 
 # --- Inputs -------------------------------------------------------------------------------------
-
-
-def assert_refused(transform: Transform, x: object, message: str) -> None:
-    for use in (transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)):
-        with pytest.raises(ValueError, match=message):
-            use(x)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (3, 1), (3, 5, 2), (), (0, 3), (2, 0, 3)])

@@ -37,18 +37,21 @@ from pyro_snf import (
 from pyro_snf.diagnostics import inverse_error
 from pyro_snf.maps.dense import Dense as DenseMap
 from pyro_snf.transforms.conditional_linear import LowRankUpdate
-from tests.pairs import EXACT, SINGLE, Dense, gradients_of, is_close, log_det_of
+from tests.pairs import EXACT, SINGLE, Dense, gradients_of
 from tests.registry import (
     CONDITIONAL_CASES,
     COPIES,
     LOG_DETS,
     LOSSES,
     ConditionalCase,
+    all_equal,
     assert_gradients_equal,
     conditional_pair,
     density_by_inverse,
     entropy_of_guide,
+    is_close,
     linear,
+    log_det_of,
     nudge_inverses,
     randomize,
     standard_normal,
@@ -576,10 +579,6 @@ def train(module: Module, case: ConditionalCase, steps: range) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])

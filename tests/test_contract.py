@@ -43,11 +43,13 @@ from tests.registry import (
     COPIES,
     LOG_DETS,
     Case,
+    all_equal,
     batch,
     by_pickle,
     conv,
     density_loss,
     guide_loss,
+    is_close,
     linear,
     make_inverse_exact,
     nudge_inverses,
@@ -56,9 +58,7 @@ from tests.registry import (
     train,
 )
 
-# Float64 with condition numbers below 3, a few layers deep: rounding, and three digits to spare.
-EXACT = 1e-9
-# The same in float32.
+# Float32 with condition numbers below 3, a few layers deep: rounding, and three digits to spare.
 SINGLE = 1e-4
 # One pass through an R that four steps of training have moved away from the inverse.
 APPROXIMATE = 0.2
@@ -82,10 +82,6 @@ def over(fits: Callable[[Case], bool]) -> pytest.MarkDecorator:
 ONE_OF_A_KIND = one_of_a_kind(lambda case: True)
 OWN = over(lambda case: not case.foreign)  # the caches are this library's own
 TRAINABLE = over(lambda case: len(list(case.make().parameters())) > 0)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def event_dim(transform: Transform) -> int:
@@ -116,10 +112,6 @@ def outputs(transform: Transform, case: Case) -> list[Tensor]:
     return result
 
 
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def share_parameters(first: nn.Module, second: nn.Module) -> bool:
     return all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -146,9 +138,9 @@ def test_case_is_what_it_claims_to_be(case: Case) -> None:
     if inspect.isclass(maker):
         assert type(first) is maker
     assert all(tensor.dtype == torch.float64 for tensor in first.parameters())
-    assert same(outputs(first, case), outputs(second, case))
+    assert all_equal(outputs(first, case), outputs(second, case))
     if first.state_dict():
-        assert not same(outputs(first, case), outputs(other, case))
+        assert not all_equal(outputs(first, case), outputs(other, case))
 
 
 # --- Values -------------------------------------------------------------------------------------
@@ -161,11 +153,11 @@ def test_round_trips(case: Case) -> None:
         image = transform(x).detach()
         transform.clear_cache()
         assert image.shape == y.shape
-        assert close(transform.inv(image), x)
+        assert is_close(transform.inv(image), x)
         preimage = transform.inv(y).detach()
         transform.inv.clear_cache()
         assert preimage.shape == x.shape
-        assert close(transform(preimage), y)
+        assert is_close(transform(preimage), y)
 
 
 @pytest.mark.parametrize("direction", ["T", "T.inv"])
@@ -178,7 +170,7 @@ def test_log_det_is_that_of_the_jacobian(case: Case, direction: str) -> None:
         jacobian = torch.autograd.functional.jacobian(transform, x)
         size = math.prod(case.shape)
         expected = torch.linalg.slogdet(jacobian.reshape(size, size)).logabsdet
-        assert close(total_log_det(transform, x, transform(x), case), expected)
+        assert is_close(total_log_det(transform, x, transform(x), case), expected)
 
 
 def test_inverse_log_det_is_the_negative(case: Case) -> None:
@@ -210,9 +202,9 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(case: Case) -> None:
         log_det = transform.log_abs_det_jacobian(x, y)
         for index in [(0, 0), (1, 2)]:
             row, image = x[index], y[index]
-            assert close(transform(row), image)
-            assert close(transform.inv(image), row)
-            assert close(transform.log_abs_det_jacobian(row, image), log_det[index])
+            assert is_close(transform(row), image)
+            assert is_close(transform.inv(image), row)
+            assert is_close(transform.log_abs_det_jacobian(row, image), log_det[index])
 
 
 def test_training_value_is_the_log_det_or_exactly_zero(case: Case) -> None:
@@ -227,7 +219,7 @@ def test_training_value_is_the_log_det_or_exactly_zero(case: Case) -> None:
         assert len(layers) == 1, "what else the value consists of would have to be told apart"
         assert torch.equal(in_training, torch.zeros_like(in_training))
     else:
-        assert close(in_training, exact)
+        assert is_close(in_training, exact)
 
 
 def test_constraints(case: Case) -> None:
@@ -252,7 +244,7 @@ def test_in_a_transformed_distribution(case: Case) -> None:
     x = transform.inv(y)
     expected = base.log_prob(x) - total_log_det(transform, x, y, case)
     assert flow.event_shape == y.shape[1:]
-    assert close(flow.log_prob(y), expected)
+    assert is_close(flow.log_prob(y), expected)
     assert flow.expand([6]).log_prob(y).shape == (6,)
     assert flow.rsample((2, 3)).shape == (2, 3, *y.shape[1:])
 
@@ -339,7 +331,7 @@ def by_state_dict(transform: Transform, case: Case) -> Transform:
 def test_state_dict_round_trip(case: Case, trained: bool) -> None:
     transform = prepare(case, trained)
     other = by_state_dict(transform, case)
-    assert same(outputs(other, case), outputs(transform, case))
+    assert all_equal(outputs(other, case), outputs(transform, case))
     # The training value is the same, too: R was saved.
     x = batch(case)
     ours, theirs = (t.log_abs_det_jacobian(x, t(x)) for t in (transform, other))
@@ -382,7 +374,7 @@ def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transf
     assert transform.inv.inv is transform
     before = outputs(transform, case)
     other = make_copy(transform)
-    assert same(outputs(other, case), before)
+    assert all_equal(outputs(other, case), before)
     # Its inverse belongs to it, and a copy of the inverse is the inverse of a copy.
     assert other.inv is not transform.inv
     assert other.inv.inv is other
@@ -392,15 +384,15 @@ def test_copy(case: Case, trained: bool, make_copy: Callable[[Transform], Transf
         pytest.skip("here a copy of Pyro's own transform makes torch's plain inverse")
     assert inverse.inv.inv is inverse
     assert inverse.inv is not transform
-    assert same(outputs(inverse.inv, case), before)
+    assert all_equal(outputs(inverse.inv, case), before)
     # It is independent.
     train(other, case, steps=1, seed=50)
     train(inverse.inv, case, steps=1, seed=50)
     transform.clear_cache()
-    assert same(outputs(transform, case), before)
+    assert all_equal(outputs(transform, case), before)
     if list(transform.parameters()):
-        assert not same(outputs(other, case), before)
-        assert not same(outputs(inverse.inv, case), before)
+        assert not all_equal(outputs(other, case), before)
+        assert not all_equal(outputs(inverse.inv, case), before)
 
 
 @COPIED
@@ -455,19 +447,19 @@ def test_to_another_dtype_and_back(case: Case, trained: bool, through: str) -> N
         log_det.sum().backward()
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in transform.parameters())
         transform.zero_grad()
-    assert close(y, expected[0].float(), SINGLE)
-    assert close(transform.eval().log_abs_det_jacobian(x, y), expected[2].float(), SINGLE)
+    assert is_close(y, expected[0].float(), SINGLE)
+    assert is_close(transform.eval().log_abs_det_jacobian(x, y), expected[2].float(), SINGLE)
     # The log-determinant above was a training step's, and improved a tracked R on the way.
     inverse_tolerance = SINGLE if case.remembers_inverse else APPROXIMATE
     inverse = transform.inv(output_batch(case).float())
-    assert close(inverse, expected[1].float(), inverse_tolerance)
+    assert is_close(inverse, expected[1].float(), inverse_tolerance)
 
     module.double()
     assert all(p.dtype == torch.float64 for p in transform.parameters())
     y, x, log_det = outputs(transform, case)
-    assert close(y, expected[0], SINGLE)
-    assert close(x, expected[1], inverse_tolerance)
-    assert close(log_det, expected[2], SINGLE)
+    assert is_close(y, expected[0], SINGLE)
+    assert is_close(x, expected[1], inverse_tolerance)
+    assert is_close(log_det, expected[2], SINGLE)
     assert all(map(math.isfinite, train(transform.train(), case, steps=2)))
 
 
@@ -487,11 +479,11 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     preimage = transform.inv(y)
     assert image.dtype == preimage.dtype == dtype
     assert in_training.dtype in (dtype, torch.float32)
-    assert close(image.double(), expected, tolerance)
-    assert close(preimage.double(), reference.inv(y.double()), 2 * tolerance)
+    assert is_close(image.double(), expected, tolerance)
+    assert is_close(preimage.double(), reference.inv(y.double()), 2 * tolerance)
     with torch.no_grad():
         value = transform.log_abs_det_jacobian(x, image).double()
-        assert close(value, reference.log_abs_det_jacobian(x.double(), expected), tolerance)
+        assert is_close(value, reference.log_abs_det_jacobian(x.double(), expected), tolerance)
     if in_training.requires_grad:
         (image.float().square().sum() - in_training.float().sum()).backward()
     for name, parameter in transform.named_parameters():
@@ -514,8 +506,8 @@ def test_autocast(case: Case) -> None:
         with torch.no_grad():
             value = transform.log_abs_det_jacobian(x, y)
     for actual, wanted in [(y, expected), (low, expected), (inverse, expected_inverse)]:
-        assert close(actual.float(), wanted, 0.1)
-    assert close(value.float(), exact, 0.1)
+        assert is_close(actual.float(), wanted, 0.1)
+    assert is_close(value.float(), exact, 0.1)
     assert torch.equal(transform.with_cache(0)(x), expected)  # no pair of autocast is given out
     if in_training.requires_grad:
         (y.float().square().sum() - in_training.float().sum() + inverse.float().sum()).backward()
@@ -635,7 +627,7 @@ def test_sample_scores_as_its_clone_does(case: Case) -> None:
         base = dist.Normal(torch.zeros_like(inputs[0]), 1.0)
         flow = dist.TransformedDistribution(base, [part])
         y = flow.rsample((5,))
-        assert close(flow.log_prob(y), flow.log_prob(y.clone()), SAMPLED)
+        assert is_close(flow.log_prob(y), flow.log_prob(y.clone()), SAMPLED)
 
 
 @TRAINABLE
@@ -645,13 +637,13 @@ def test_same_data_tensor_is_scored_step_after_step(case: Case) -> None:
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.01) for each in (transform, reference)]
     for _ in range(4):
         losses = [density_loss(transform, data), density_loss(reference, data.clone())]
-        assert close(*losses)
+        assert is_close(*losses)
         for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():  # nor does a pair from between two steps stay
-            assert close(density_loss(transform, data), density_loss(transform, data.clone()))
+            assert is_close(density_loss(transform, data), density_loss(transform, data.clone()))
 
 
 @TRAINABLE
@@ -668,7 +660,7 @@ def test_two_backward_passes_before_a_step(case: Case) -> None:
             part.reset_parameters()  # and the same steps
     density_loss(transform, data).backward()
     for parameter, gradient in zip(parameters, once, strict=True):
-        assert close(parameter.grad, 2 * gradient)
+        assert is_close(parameter.grad, 2 * gradient)
 
 
 @OWN
@@ -686,7 +678,7 @@ def test_training_after_inference_mode(case: Case) -> None:
                     part.refactorize()
     with torch.no_grad():
         assert not transform(x).is_inference()
-        assert close(transform(x), expected[0])
+        assert is_close(transform(x), expected[0])
     assert all(map(math.isfinite, train(transform, case, steps=2)))
 
 
@@ -714,10 +706,10 @@ def test_on_the_device(case: Case, device: torch.device) -> None:
     x = batch(case).to(device)
     y = transform(x)
     assert y.device.type == device.type
-    assert close(y.cpu(), expected[0])
-    assert close(transform.inv(output_batch(case).to(device)).cpu(), expected[1])
+    assert is_close(y.cpu(), expected[0])
+    assert is_close(transform.inv(output_batch(case).to(device)).cpu(), expected[1])
     with torch.no_grad():
-        assert close(transform.log_abs_det_jacobian(x, y).cpu(), expected[2])
+        assert is_close(transform.log_abs_det_jacobian(x, y).cpu(), expected[2])
     if list(transform.parameters()):
         density_loss(transform, x).backward()
         gradients = [parameter.grad for parameter in transform.parameters()]
@@ -744,11 +736,11 @@ def test_built_on_the_device(
 @pytest.mark.parametrize("log_det", LOG_DETS)
 def test_helper_makes_the_inverse_exact(log_det: str) -> None:
     layer, eye = linear(6, log_det=log_det), torch.eye(6)
-    assert close(layer.inverse_weight @ layer.weight, eye)
+    assert is_close(layer.inverse_weight @ layer.weight, eye)
     nudge_inverses(layer, 0.1)
-    assert close(layer.inverse_weight @ layer.weight, eye) == (log_det == "exact")
+    assert is_close(layer.inverse_weight @ layer.weight, eye) == (log_det == "exact")
     make_inverse_exact(layer)
-    assert close(layer.inverse_weight @ layer.weight, eye)
+    assert is_close(layer.inverse_weight @ layer.weight, eye)
 
 
 def test_helper_makes_a_learned_kernel_exact_with_a_periodic_boundary() -> None:
@@ -760,8 +752,8 @@ def test_helper_makes_a_learned_kernel_exact_with_a_periodic_boundary() -> None:
         return inverse @ forward
 
     eye = torch.eye(30)
-    assert close(product(), eye)
+    assert is_close(product(), eye)
     nudge_inverses(layer, 0.1)
-    assert not close(product(), eye)
+    assert not is_close(product(), eye)
     make_inverse_exact(layer)
-    assert close(product(), eye)
+    assert is_close(product(), eye)

@@ -27,7 +27,9 @@ from tests.registry import (
     conv,
     density_by_inverse,
     density_loss,
+    is_close,
     layer_options,
+    log_det_of,
     nudge_inverses,
     randomize,
     relative_error,
@@ -120,10 +122,6 @@ class Dense(Transform):
         return torch.linalg.slogdet(self.matrix(x)).logabsdet.expand(x.shape[:-3])
 
 
-def log_det_of(transform: Transform, x: Tensor) -> Tensor:
-    return transform.log_abs_det_jacobian(x, transform(x))
-
-
 def exact_log_det(layer: SelfNormalizingConv2d, x: Tensor) -> Tensor:
     with torch.no_grad():
         return log_det_of(Dense(copy.deepcopy(layer).double()), x.double())
@@ -189,7 +187,7 @@ def test_memory_layout_does_not_matter(layout: str, log_det: str) -> None:
             layer.zero_grad()
         for one, other in zip(*outputs, strict=True):
             assert one.shape == other.shape
-            assert torch.allclose(one, other, rtol=EXACT, atol=EXACT)
+            assert is_close(one, other, EXACT)
 
 
 @EVERY_METHOD
@@ -204,7 +202,7 @@ def test_two_image_sizes_through_one_layer(log_det: str) -> None:
                 assert relative_error(layer.theta.grad, expected) < EXACT
             with torch.no_grad():
                 assert torch.allclose(log_det_of(layer, x), exact_log_det(layer, x), rtol=EXACT)
-                assert torch.allclose(layer.inv(layer(x).clone()), x, rtol=EXACT, atol=EXACT)
+                assert is_close(layer.inv(layer(x).clone()), x, EXACT)
         with torch.no_grad():
             layer.theta.mul_(0.9)
 
@@ -437,7 +435,7 @@ def test_singular_kernel_is_an_error_that_names_the_layer_and_leaves_nothing_beh
         layer.theta.copy_(good)
     if log_det != "learned" or not layer.training:
         assert torch.allclose(log_det_of(layer, x).detach(), exact_log_det(layer, x), rtol=1e-6)
-    assert torch.allclose(layer.inv(layer(x).detach()), x, rtol=EXACT, atol=EXACT)
+    assert is_close(layer.inv(layer(x).detach()), x, EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

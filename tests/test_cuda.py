@@ -50,10 +50,7 @@ from tests.registry import (
 )
 from tests.test_simulated_cuda import is_simulated
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

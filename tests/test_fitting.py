@@ -25,7 +25,8 @@ from torch.distributions import constraints
 from pyro_snf import AutoSelfNormalizingFlow, Fit, fit, fitting
 from pyro_snf import progress as progress_bar
 from pyro_snf.optim import NaturalGradient
-from tests.test_guides import parameters_of, same
+from tests.registry import all_equal
+from tests.test_guides import parameters_of
 
 # Posterior means and deviations, of 1 or so: Adam's last steps are of 10⁻⁴, and so is their noise.
 TRAINED = 0.03
@@ -360,7 +361,7 @@ def test_optimizer_of_the_user() -> None:
         before = parameters_of(guide)
         result = quiet(gaussian, guide, num_steps=20, optim=optim, tolerance=None)
         assert result.num_steps == 20
-        assert not same(before, parameters_of(guide))
+        assert not all_equal(before, parameters_of(guide))
     assert optim.num_calls == 20
 
 
@@ -464,11 +465,14 @@ def test_warning_if_the_loss_is_still_falling() -> None:
         assert not one_start(gaussian, ours(), num_steps=100).is_falling
 
 
-@pytest.mark.parametrize(
+EVERY_ERROR = pytest.mark.parametrize(
     "error",
     [torch.linalg.LinAlgError("not positive definite"), ValueError("not in the support")],
     ids=["LinAlgError", "ValueError"],
 )
+
+
+@EVERY_ERROR
 def test_errors_of_the_model_at_some_steps(error: Exception) -> None:
     model = failing(lambda count: 2 <= count < 40 and count % 7 == 0, error)
     guide = ours(model)
@@ -682,11 +686,7 @@ def test_start_that_diverges_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.isfinite(result.losses).all()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.linalg.LinAlgError("not positive definite"), ValueError("not in the support")],
-    ids=["LinAlgError", "ValueError"],
-)
+@EVERY_ERROR
 def test_start_at_which_the_model_raises_an_error_is_not_kept(error: Exception) -> None:
     # At all steps of the second and the fourth start, the first ones included.
     model = failing(lambda count: 5 < count <= 10 or 15 < count <= 20, error)

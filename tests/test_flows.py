@@ -17,7 +17,7 @@ from torch.distributions import Transform
 from pyro_snf import GECO, Learned, RationalQuadraticSpline, Refined, flows
 from pyro_snf.images import LogitTransform, bits_per_dim, dequantize
 from pyro_snf.transforms.self_normalizing import SelfNormalizingTransform
-from tests.registry import COPIES, LOG_DETS, Case, randomize, standard_normal, train
+from tests.registry import COPIES, LOG_DETS, Case, is_close, randomize, standard_normal, train
 
 # Float64 with well conditioned layers, a dozen of them: rounding, and three digits to spare.
 EXACT = 1e-9
@@ -68,10 +68,6 @@ def layers(flow: nn.Module) -> list[Any]:
     return [module for module in flow.modules() if isinstance(module, SelfNormalizingTransform)]
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
 @EVERY_METHOD
 def test_shapes_round_trips_densities_and_gradients(named: str, log_det: str) -> None:
     flow, shape, base = make(named, log_det=log_det), FLOWS[named][1], standard_normal(size(named))
@@ -95,13 +91,13 @@ def test_shapes_round_trips_densities_and_gradients(named: str, log_det: str) ->
         log_det_value = flow.log_abs_det_jacobian(x, y)
         assert log_det_value.shape == batch_shape
         expected = base.log_prob(y) + log_det_value
-        assert close(density.log_prob(x.clone()), expected)
-        assert close(flow.inv(y.detach().clone()), x)
+        assert is_close(density.log_prob(x.clone()), expected)
+        assert is_close(flow.inv(y.detach().clone()), x)
     x = data(named)
     jacobian = torch.autograd.functional.jacobian(flow, x).reshape(size(named), size(named))
     expected = torch.linalg.slogdet(jacobian).logabsdet
-    assert close(flow.log_abs_det_jacobian(x, flow(x)), expected)
-    assert close(flow.inv.log_abs_det_jacobian(flow(x), x), -expected)
+    assert is_close(flow.log_abs_det_jacobian(x, flow(x)), expected)
+    assert is_close(flow.inv.log_abs_det_jacobian(flow(x), x), -expected)
 
 
 def test_start(named: str) -> None:
@@ -111,13 +107,13 @@ def test_start(named: str) -> None:
         y = flow(x)
         log_det = flow.log_abs_det_jacobian(x, y)
     if "glow" in named:
-        assert close(y.norm(dim=-1), x.flatten(1).norm(dim=-1))
-        assert close(log_det, torch.zeros(5))
+        assert is_close(y.norm(dim=-1), x.flatten(1).norm(dim=-1))
+        assert is_close(log_det, torch.zeros(5))
         return
     for part in flow.parts:
         if not isinstance(part, SelfNormalizingTransform):
             x = part(x)
-    assert close(y, x)
+    assert is_close(y, x)
 
 
 @EVERY_METHOD
@@ -145,7 +141,7 @@ def test_training_finds_correlations_and_shows_the_likelihood(named: str, log_de
     assert trained > independent
     if log_det != "learned":
         # In nats of dozens of numbers.
-        assert close(in_training, trained, EXACT if log_det == "exact" else 0.05)
+        assert is_close(in_training, trained, EXACT if log_det == "exact" else 0.05)
 
 
 def test_stacks_are_those_of_the_paper() -> None:
@@ -185,17 +181,17 @@ def test_glow_starts_with_rotations(
 
     def matrix_of(kernel: torch.Tensor) -> torch.Tensor:
         center = kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2]
-        assert close(kernel.norm(), center.norm())
+        assert is_close(kernel.norm(), center.norm())
         return center
 
     flow = build(0)
     mixings = layers(flow)
-    assert not close(mixings[0].weight, mixings[1].weight)
+    assert not is_close(mixings[0].weight, mixings[1].weight)
     for mixing in mixings:
         matrix = matrix_of(mixing.weight.detach())
-        assert close(matrix @ matrix.mT, torch.eye(4))
-        assert not close(matrix.abs(), torch.eye(4), 0.1)
-        assert close(matrix_of(mixing.inverse_weight((4, 4))), matrix.mT)
+        assert is_close(matrix @ matrix.mT, torch.eye(4))
+        assert not is_close(matrix.abs(), torch.eye(4), 0.1)
+        assert is_close(matrix_of(mixing.inverse_weight((4, 4))), matrix.mT)
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(flow(x), build(0)(x))
     assert not torch.equal(flow(x), build(1)(x))
@@ -278,7 +274,7 @@ def test_device_and_dtype(named: str, device: torch.device, dtype: torch.dtype) 
     x = data(named, 4).to(device, dtype)
     # Latents are sums of some dozens of numbers.
     tolerance = EXACT if dtype == torch.float64 else 1e-3
-    assert close(flow.inv(flow(x).detach().clone()), x, tolerance)
+    assert is_close(flow.inv(flow(x).detach().clone()), x, tolerance)
 
 
 @pytest.mark.parametrize("make_copy", [None, *COPIES])
@@ -344,7 +340,7 @@ def test_wrong_input(named: str) -> None:
     latents = [(size(named) + 1,), (2, *shape), ()]
     x = data(named, 3)
     for cached in (flow, flow.with_cache(0)):
-        assert close(cached(x), flow(x))
+        assert is_close(cached(x), flow(x))
         cases = [(cached, one, r"expected .*; got \(") for one in wrong]
         message = "expected a non-empty tensor of shape"
         cases += [(cached.inv, one, message) for one in latents if one[-1:] != (size(named),)]

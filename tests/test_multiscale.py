@@ -36,7 +36,7 @@ from pyro_snf import (
 from pyro_snf.images import LogitTransform, dequantize, logit_transform, quantize
 from pyro_snf.path_gradient import PathGradientDistribution
 from pyro_snf.transforms.image_coupling import CouplingNet
-from tests.registry import CASES, batch, randomize
+from tests.registry import CASES, batch, is_close, randomize
 
 # Float64: rounding, and three digits to spare.
 EXACT = 1e-9
@@ -93,11 +93,11 @@ def test_value_log_det_and_round_trip(batch_shape: tuple[int, ...]) -> None:
         x.view(-1, *SHAPE), y.view(-1, 32), log_det.flatten(), strict=True
     ):
         expected = levelwise(copy.deepcopy(flow), image)
-        assert torch.allclose(latent, expected[0], rtol=EXACT, atol=EXACT)
-        assert torch.allclose(value, expected[1], rtol=EXACT, atol=EXACT)
-    assert torch.allclose(flow.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+        assert is_close(latent, expected[0], EXACT)
+        assert is_close(value, expected[1], EXACT)
+    assert is_close(flow.inv(y.clone()), x, EXACT)
     last = x.view(-1, *SHAPE).contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(flow(last), y.view(-1, 32), rtol=EXACT, atol=EXACT)
+    assert is_close(flow(last), y.view(-1, 32), EXACT)
 
 
 def test_second_half_of_the_channels_is_split_off() -> None:
@@ -164,7 +164,7 @@ def test_inside_a_stack(batch_shape: tuple[int, ...]) -> None:
     expected = 32 * math.log(2) + flow.parts[2].log_abs_det_jacobian(h, z)
     expected = expected + linear.log_abs_det_jacobian(z, y)
     assert torch.allclose(log_det, expected, rtol=EXACT)
-    assert torch.allclose(flow.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+    assert is_close(flow.inv(y.clone()), x, EXACT)
     density = dist.TransformedDistribution(standard_normal(), [flow.inv])
     assert density.event_shape == SHAPE
     assert torch.allclose(density.log_prob(x), standard_normal().log_prob(y) + log_det, rtol=EXACT)
@@ -175,7 +175,7 @@ def test_multi_scale_inside_a_multi_scale() -> None:
     flow = MultiScale([inner, Squeeze2d()], SHAPE)
     x = torch.randn(3, *SHAPE)
     y = flow(x)
-    assert torch.allclose(flow.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+    assert is_close(flow.inv(y.clone()), x, EXACT)
     expected = inner.log_abs_det_jacobian(x, inner(x))
     assert torch.allclose(flow.log_abs_det_jacobian(x, y), expected, rtol=EXACT)
 
@@ -188,7 +188,7 @@ def test_path_gradient() -> None:
         x = x.detach().clone().requires_grad_()
         kind(standard_normal(), [flow.inv]).log_prob(x).sum().backward()
         scores.append(x.grad)
-    assert torch.allclose(*scores, rtol=EXACT, atol=EXACT)
+    assert is_close(*scores, EXACT)
 
 
 def test_torch_and_pyro_transforms_as_levels() -> None:
@@ -200,7 +200,7 @@ def test_torch_and_pyro_transforms_as_levels() -> None:
     flow = MultiScale(levels, SHAPE)
     x = torch.randn(5, *SHAPE)
     y = flow(x)
-    assert torch.allclose(flow.inv(y.clone()), x, rtol=EXACT, atol=EXACT)
+    assert is_close(flow.inv(y.clone()), x, EXACT)
     expected = 32 * math.log(2) + 16 * math.log(3)
     assert torch.allclose(flow.log_abs_det_jacobian(x, y), torch.tensor(expected), atol=1e-6)
     assert len(list(flow.parameters())) == len(list(levels[2].parameters())) > 0

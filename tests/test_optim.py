@@ -23,7 +23,8 @@ from torch.distributions import constraints, kl_divergence
 from pyro_snf import AutoSelfNormalizingFlow, Exact, Learned
 from pyro_snf.natural_step import SignalShare
 from pyro_snf.optim import NaturalGradient
-from tests.test_guides import close, parameters_of, same
+from tests.registry import all_equal, is_close
+from tests.test_guides import parameters_of
 
 # The loss in nats above its optimum, after the steps of a test: the path gradient's noise vanishes.
 CONVERGED = 1e-3
@@ -170,7 +171,7 @@ def test_units_and_correlations_do_not_matter(dim: int, num_layers: int) -> None
         optim = NaturalGradient(guide, 60)
         losses.append(torch.tensor(train(model, guide, optim, 60)))
     assert optim.trains_all_layers
-    assert close(*losses, MOVED)
+    assert is_close(*losses, MOVED)
     assert losses[0][-10:].mean() < losses[0][0] - dim  # and something was learned
 
 
@@ -195,18 +196,18 @@ def test_units_and_correlations_do_not_matter_when_all_layers_begin_to_train() -
         runs.append((num_before, torch.tensor(losses), rotated, guide.transform.parts[0]))
     (num_before, losses, rotated, before), other = runs
     assert num_before == other[0] < 30
-    assert close(losses, other[1], MOVED_BY_SECANTS)
+    assert is_close(losses, other[1], MOVED_BY_SECANTS)
     # The first W is 0.1 B.
-    assert close(rotated, other[2], MOVED_BY_SECANTS)
+    assert is_close(rotated, other[2], MOVED_BY_SECANTS)
     assert rotated.triu(1).abs().max() < MOVED_BY_SECANTS
     assert (rotated.diagonal() > 0).all()
     # These have been trained, and alike. (They do not start at 0 everywhere.)
     trained = parameters_of(before)
     assert all(
-        close(*pair, MOVED_BY_SECANTS)
+        is_close(*pair, MOVED_BY_SECANTS)
         for pair in zip(trained, parameters_of(other[3]), strict=True)
     )
-    assert not same(trained, parameters_of(model.guide(2).transform.parts[0]))
+    assert not all_equal(trained, parameters_of(model.guide(2).transform.parts[0]))
     assert losses[-10:].mean() < losses[0] - 30
 
 
@@ -296,10 +297,10 @@ def test_phase_of_the_other_layers() -> None:
     svi = infer.SVI(skewed, guide, optim, elbo())
     while not optim.trains_all_layers:
         svi.step()
-        assert same(before, list(guide.transform.parts[0].parameters()))
+        assert all_equal(before, list(guide.transform.parts[0].parameters()))
     assert optim.num_calls <= 40  # at 40 % of the steps, if it was not calm before
     svi.step()
-    assert not same(before, list(guide.transform.parts[0].parameters()))
+    assert not all_equal(before, list(guide.transform.parts[0].parameters()))
 
 
 def test_nothing_else_is_trained_at_the_posterior() -> None:
@@ -336,7 +337,7 @@ def test_phase_begins_with_one_rotation(num_steps: int | None) -> None:
     assert optim.trains_all_layers
     ((first, before, after),) = rotations
     assert torch.equal(first, start)
-    assert close(after @ after.mT, before @ before.mT)
+    assert is_close(after @ after.mT, before @ before.mT)
     assert layer.num_refactorizations == 1
 
 
@@ -444,8 +445,8 @@ def test_recovery_returns_to_the_last_location_and_narrows() -> None:
     svi.step()
     assert not torch.equal(last_location, location)
     assert torch.equal(guide.last_layer.bias, last_location)
-    assert close(guide.last_layer.weight, 0.7 * weight)
-    assert same(others, list(guide.transform.parts[0].parameters()))
+    assert is_close(guide.last_layer.weight, 0.7 * weight)
+    assert all_equal(others, list(guide.transform.parts[0].parameters()))
     is_bad = False
     svi.step()
     assert all(torch.isfinite(parameter).all() for parameter in guide.parameters())
@@ -458,7 +459,7 @@ def test_recovery_before_the_first_step_narrows() -> None:
     location, weight = guide.last_layer.bias.clone(), guide.last_layer.weight.clone()
     NaturalGradient(guide).recover()
     assert torch.equal(guide.last_layer.bias, location)
-    assert close(guide.last_layer.weight, 0.7 * weight)
+    assert is_close(guide.last_layer.weight, 0.7 * weight)
 
 
 def test_recovery_forgets_the_gradients_of_the_particles_before_the_error() -> None:
@@ -530,7 +531,7 @@ def test_resumed_run_repeats_bit_for_bit(
             other, 24, state, random_state, lambda optim: optim.load(str(tmp_path / "optim"))
         )
         assert train(model, other, resumed, 11, num_particles) == expected
-    assert same(parameters_of(other), parameters_of(guide))
+    assert all_equal(parameters_of(other), parameters_of(guide))
 
 
 def test_run_resumed_before_all_layers_are_trained() -> None:
@@ -590,7 +591,7 @@ def test_plain_loop_is_svi() -> None:
             train(model, guide, optim, 60)
         assert optim.trains_all_layers
         runs.append(parameters_of(guide))
-    assert all(map(close, *runs))  # the two losses differ by rounding
+    assert all(map(is_close, *runs))  # the two losses differ by rounding
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
@@ -617,7 +618,7 @@ def test_step_and_zero_grad_leave_no_gradients() -> None:
     assert all(parameter.grad is None for parameter in guide.parameters())
     optim.step()  # of the samples, which zero_grad() leaves where they are
     assert optim.num_dense_steps == 2
-    assert same(parameters_of(guide.transform.parts[0]), first)
+    assert all_equal(parameters_of(guide.transform.parts[0]), first)
 
 
 # --- Which parameters ---------------------------------------------------------------------------
@@ -706,7 +707,7 @@ def test_last_layer_frozen_and_no_number_of_steps() -> None:
     guide.last_layer.requires_grad_(False)
     before = parameters_of(guide)
     train(skewed, guide, NaturalGradient(guide), 50)
-    assert not same(before, parameters_of(guide))
+    assert not all_equal(before, parameters_of(guide))
 
 
 @pytest.mark.parametrize("name", ["bias", "log_scale"])
@@ -732,7 +733,7 @@ def test_other_layers_frozen() -> None:
     guide.transform.parts[0].requires_grad_(False)
     before = parameters_of(guide)[:4]
     train(model, guide, NaturalGradient(guide, 60), 60)
-    assert same(parameters_of(guide)[:4], before)
+    assert all_equal(parameters_of(guide)[:4], before)
     assert loss_of(model, guide) < NEARLY_CONVERGED
 
 
@@ -762,9 +763,9 @@ def test_second_guide_in_a_process(is_local: bool) -> None:
         second = AutoSelfNormalizingFlow(model, 1, **model.start())
         train(model, second, NaturalGradient(second, 60), 60)
         assert model.divergence(second) < NEARLY_CONVERGED
-        assert same(before, parameters_of(first)) == is_local
+        assert all_equal(before, parameters_of(first)) == is_local
         weight, layer = second.last_layer.weight, second.last_layer
-        assert close(layer.inverse_weight @ weight, torch.eye(2), 1e-6)
+        assert is_close(layer.inverse_weight @ weight, torch.eye(2), 1e-6)
 
 
 def test_second_optimizer_goes_on() -> None:

@@ -47,19 +47,20 @@ from tests.pairs import (
     Perturbed,
     Recorder,
     events,
-    is_close,
-    log_det_of,
     pair_of,
     parameters_of_f,
 )
 from tests.registry import (
     LOG_DETS,
     assert_gradients_equal,
+    assert_refused,
     density_by_inverse,
     density_loss,
     exact_pair,
     free_form,
+    is_close,
     linear,
+    log_det_of,
     nudge_inverses,
     relative_error,
     standard_normal,
@@ -828,12 +829,6 @@ def test_g_alone_can_be_trained_and_parameters_may_be_shared() -> None:
 
 
 # --- Networks that do not fit -------------------------------------------------------------------
-
-
-def assert_refused(layer: SelfNormalizingPair, x: object, message: str) -> None:
-    for use in (layer, layer.inv, lambda x: layer.log_abs_det_jacobian(x, x)):
-        with pytest.raises(ValueError, match=message):
-            use(x)
 
 
 RANDOM = "to be deterministic; got "

@@ -27,9 +27,7 @@ from tests.pairs import (
     Perturbed,
     events,
     gradients_of,
-    is_close,
     jacobians,
-    log_det_of,
     pair_of,
     parameters_of_f,
     trace_surrogate,
@@ -41,6 +39,8 @@ from tests.registry import (
     assert_gradients_equal,
     exact_pair,
     free_form,
+    is_close,
+    log_det_of,
     relative_error,
 )
 

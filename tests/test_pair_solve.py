@@ -21,11 +21,10 @@ from tests.pairs import (
     Recorder,
     events,
     gradients_of,
-    is_close,
     pair_of,
     parameters_of_f,
 )
-from tests.registry import assert_gradients_equal, conditional_pair, exact_pair, free_form
+from tests.registry import assert_gradients_equal, conditional_pair, exact_pair, free_form, is_close
 
 # Of ``‖y − f(x)‖ / (‖y‖ + √D)`` in float64: the default of the layer.
 TOLERANCE = torch.finfo(torch.float64).eps ** 0.75

@@ -32,7 +32,7 @@ from pyro_snf import (
     SmoothLeakyReLU,
 )
 from pyro_snf.path_gradient import EqualWeightsCheck, PathGradientDistribution, push_score
-from tests.registry import linear, randomize
+from tests.registry import is_close, linear, randomize
 from tests.test_pyro import Conjugate
 
 # Float64, condition numbers below 3, a few layers deep: rounding, and three digits to spare.
@@ -56,10 +56,6 @@ def path(*transforms: Transform) -> PathGradientDistribution:
 
 def ordinary(*transforms: Transform) -> dist.TransformedDistribution:
     return dist.TransformedDistribution(base(), list(transforms))
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
-    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def dense(seed: int = 0, **options: object) -> SelfNormalizingLinear:
@@ -151,16 +147,16 @@ def test_value_and_score(stack: str, mode: str) -> None:
         x = sample.detach().requires_grad_()
         expected = ordinary(*transforms).log_prob(x)
         (score,) = torch.autograd.grad(expected.sum(), x)
-        assert close(found, expected, tolerance)
+        assert is_close(found, expected, tolerance)
         if sample.requires_grad:  # with parameters, there is a graph
             (gradient,) = torch.autograd.grad(found.sum(), sample)
-            assert close(gradient, score, 10 * tolerance)
+            assert is_close(gradient, score, 10 * tolerance)
         for transform in transforms:
             transform.clear_cache()
         found = path(*transforms).log_prob(x)
         (gradient,) = torch.autograd.grad(found.sum(), x)
-        assert close(found, expected, tolerance)
-        assert close(gradient, score, 10 * tolerance)
+        assert is_close(found, expected, tolerance)
+        assert is_close(gradient, score, 10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +174,8 @@ def test_batch_of_the_distribution_and_of_the_value(
         value = kind(dist.Normal(location, 1.0).to_event(1), [layer]).log_prob(x)
         factors = torch.linspace(-1, 2, value.numel()).round().reshape(value.shape)
         results.append((value, *torch.autograd.grad((factors * value).sum(), x)))
-    assert close(results[0][0], results[1][0])
-    assert close(results[0][1], results[1][1])
+    assert is_close(results[0][0], results[1][0])
+    assert is_close(results[0][1], results[1][1])
 
 
 SMALL_STACKS = ["linear", "linear, autoregressive, linear", "SmoothLeakyReLU", "T.inv of linear"]
@@ -197,7 +193,7 @@ def test_score_by_plain_autodiff(stack: str) -> None:
     expected = torch.linalg.solve(jacobian.detach().mT, by_z)
     x = forward(z.detach()).detach().requires_grad_()
     (found,) = torch.autograd.grad(path(*transforms).log_prob(x), x)
-    assert close(found, expected)
+    assert is_close(found, expected)
 
 
 def test_base_without_a_score() -> None:
@@ -253,7 +249,7 @@ def test_expectation_is_that_of_the_total_gradient() -> None:
         if len(differences) <= 5:
             x = flow(noise).detach()
             flow.clear_cache()
-            assert close(differences[-1], gradient(ordinary(flow).log_prob(x)), 10 * EXACT)
+            assert is_close(differences[-1], gradient(ordinary(flow).log_prob(x)), 10 * EXACT)
     difference = torch.stack(differences)
     deviation = difference.std(0) / math.sqrt(len(difference))
     assert (difference.mean(0).abs() <= STANDARD_ERRORS * deviation + EXACT).all()
@@ -323,7 +319,7 @@ def test_density_at_an_input_or_a_constant() -> None:
         value = kind(flow).log_prob(x.detach().clone())
         results.append(torch.autograd.grad(value.sum(), list(flow.parameters())))
     for found, expected in zip(*results, strict=True):
-        assert close(found, expected)
+        assert is_close(found, expected)
     with torch.no_grad():
         x = path(flow).rsample((4,))
         assert torch.equal(path(flow).log_prob(x), ordinary(flow).log_prob(x))
@@ -417,7 +413,7 @@ def test_losses_in_one_backward_pass_and_in_several(conjugate: Conjugate) -> Non
     one.backward(retain_graph=True)
     once = layer.theta.grad.clone()
     (3 * one).backward()
-    assert close(layer.theta.grad, 4 * once)
+    assert is_close(layer.theta.grad, 4 * once)
 
 
 def test_expanded_independent_and_masked() -> None:
@@ -429,7 +425,7 @@ def test_expanded_independent_and_masked() -> None:
     assert (x.shape, value.shape) == ((4, DIM), (4,))
     (expected,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
     (found,) = torch.autograd.grad(flow.to_event(1).log_prob(x), x, retain_graph=True)
-    assert close(found, expected)
+    assert is_close(found, expected)
     assert torch.equal(flow.mask(False).log_prob(x), torch.zeros(4))
     with pytest.raises(RuntimeError, match="gradient='total'"):
         (torch.arange(4.0) * value).sum().backward()
@@ -442,7 +438,8 @@ def test_copy(make_copy: Callable[[Distribution], Distribution]) -> None:
     flow.log_prob(x).sum().backward()
     other = make_copy(flow)
     value = x.detach().requires_grad_()
-    assert close(other.log_prob(value), flow.log_prob(value), 1e-5)  # R is updated between the two
+    # R is updated between the two.
+    assert is_close(other.log_prob(value), flow.log_prob(value), 1e-5)
     other.log_prob(other.rsample((2,))).sum().backward()
 
 
@@ -473,7 +470,7 @@ def test_jit_takes_the_total_gradient(conjugate: Conjugate) -> None:
             elbo.loss_and_grads(conjugate, guide)
         gradients.append([parameter.grad for parameter in layer.parameters()])
     for found, expected in zip(*gradients, strict=True):
-        assert close(found, expected)
+        assert is_close(found, expected)
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])

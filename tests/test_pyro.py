@@ -23,7 +23,7 @@ from pyro.infer import (
     Trace_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoNormalizingFlow
+from pyro.infer.autoguide import AutoContinuous, AutoNormalizingFlow
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule
 from pyro.optim import Adam, ClippedAdam
@@ -424,6 +424,17 @@ def test_potential_of_a_state_before_and_after_it_needs_a_gradient(conjugate: Co
     assert len(set(values)) == 1
 
 
+def error_of_neutra(conjugate: Conjugate, guide: AutoContinuous, **options: int) -> float:
+    """Of the mean of NUTS' samples, in deviations of the posterior."""
+    neutra = NeuTraReparam(guide)
+    sampler = NUTS(neutra.reparam(conjugate), max_tree_depth=4)
+    mcmc = MCMC(sampler, disable_progbar=True, **options)
+    mcmc.run()
+    samples = neutra.transform_sample(mcmc.get_samples()["z_shared_latent"])["z"]
+    deviations = conjugate.covariance.diagonal().sqrt()
+    return ((samples.mean(0) - conjugate.mean).abs() / deviations).max().item()
+
+
 def test_neutra_finds_the_posterior(conjugate: Conjugate) -> None:
     # A guide that is off: the warped posterior is then no standard normal, and the sampler has
     # to use the transform's gradient to undo it.
@@ -432,14 +443,8 @@ def test_neutra_finds_the_posterior(conjugate: Conjugate) -> None:
     guide.requires_grad_(False)
     with torch.no_grad():
         guide.transform.theta.copy_(0.5 * torch.randn(4, 4))
-    neutra = NeuTraReparam(guide)
-    sampler = NUTS(neutra.reparam(conjugate), max_tree_depth=4)
-    mcmc = MCMC(sampler, num_samples=150, warmup_steps=50, disable_progbar=True)
-    mcmc.run()
-    samples = neutra.transform_sample(mcmc.get_samples()["z_shared_latent"])["z"]
     # 150 samples: 0.08 deviations of the mean, which three times is a quarter.
-    deviations = conjugate.covariance.diagonal().sqrt()
-    assert ((samples.mean(0) - conjugate.mean).abs() / deviations).max() < 0.4
+    assert error_of_neutra(conjugate, guide, num_samples=150, warmup_steps=50) < 0.4
 
 
 # --- The factory, and the inverse of Pyro's transforms ------------------------------------------

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyro_snf import AutoSelfNormalizingFlow, SelfNormalizingLinear
 from pyro_snf.diagnostics import gradient_error, inverse_error
 from pyro_snf.recording import Recording, Samples
-from tests.registry import COPIES, linear
-from tests.test_guides import Recorder, Switch, close, created
+from tests.registry import COPIES, exact_log_det, is_close, linear
+from tests.test_guides import Recorder, Switch, created
 from tests.test_guides import random as random_guide
 from tests.test_pyro import Conjugate
 
@@ -106,7 +106,7 @@ def assert_equal(actual: Gradients, expected: Gradients, tolerance: float = EXAC
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient is not None, name
-        assert close(actual[name], gradient, tolerance), name
+        assert is_close(actual[name], gradient, tolerance), name
 
 
 def make(model: Any, num_layers: int = 2, **options: Any) -> Any:
@@ -135,8 +135,8 @@ def test_rows_sum_to_the_gradient_of_the_weight(
     assert samples.have_scores == (gradient == "path")
     # The total gradient contains that of −log|det W|, which is −W⁻ᵀ.
     offset = 0.0 if samples.have_scores else torch.eye(guide.latent_dim)
-    assert close(samples.gradients.mT @ samples.inputs / count - offset, matrix)
-    assert close(samples.gradients.mean(0), vector)
+    assert is_close(samples.gradients.mT @ samples.inputs / count - offset, matrix)
+    assert is_close(samples.gradients.mean(0), vector)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -146,12 +146,12 @@ def test_row_is_the_gradient_of_its_sample(gradient: str) -> None:
     _, _, samples = recorded(guide, model)
     layer = guide.transform.eval().parts[-1]
     x = layer(samples.inputs).detach().requires_grad_()
-    assert close(model.values[-1].reshape(x.shape), x)  # samples that the model has seen
+    assert is_close(model.values[-1].reshape(x.shape), x)  # samples that the model has seen
     loss = -model.log_joint(x)
     if gradient == "path":
         loss = loss + guide.get_posterior().log_prob(x)
     (by_x,) = torch.autograd.grad(loss.sum(), x)
-    assert close(samples.gradients, by_x @ layer.weight)
+    assert is_close(samples.gradients, by_x @ layer.weight)
 
 
 def in_order(samples: Samples) -> Tensor:
@@ -167,7 +167,7 @@ def test_rows_are_in_units_of_the_weights(objective: str, gradient: str) -> None
     _, _, expected = recorded(guide, model, loss)
     scaled, program = (poutine.scale(each, 1e-3) for each in (model, guide))
     _, _, found = recorded(guide, scaled, loss, program)
-    assert close(in_order(found), in_order(expected))
+    assert is_close(in_order(found), in_order(expected))
 
     class Scaled:
         def loss_and_grads(self, model: Any, guide: Any) -> float:
@@ -176,7 +176,7 @@ def test_rows_are_in_units_of_the_weights(objective: str, gradient: str) -> None
             return value.item()
 
     _, _, found = recorded(guide, model, Scaled())
-    assert close(in_order(found), in_order(expected))
+    assert is_close(in_order(found), in_order(expected))
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -188,8 +188,8 @@ def test_model_alone_scaled_is_another_posterior(gradient: str) -> None:
     matrix, vector = relative_gradients(guide, backward(guide, scaled)[1])
     _, _, samples = recorded(guide, scaled)
     offset = 0.0 if samples.have_scores else torch.eye(guide.latent_dim)
-    assert close(samples.gradients.mT @ samples.inputs / 5 - offset, matrix)
-    assert close(samples.gradients.mean(0), vector)
+    assert is_close(samples.gradients.mT @ samples.inputs / 5 - offset, matrix)
+    assert is_close(samples.gradients.mean(0), vector)
 
 
 def test_enumerated_site() -> None:
@@ -198,8 +198,8 @@ def test_enumerated_site() -> None:
     loss = infer.TraceEnum_ELBO(5, max_plate_nesting=0, vectorize_particles=True)
     matrix, vector = relative_gradients(guide, backward(guide, model, loss)[1])
     _, _, samples = recorded(guide, model, loss)
-    assert close(samples.gradients.mT @ samples.inputs / 5, matrix)
-    assert close(samples.gradients.mean(0), vector)
+    assert is_close(samples.gradients.mT @ samples.inputs / 5, matrix)
+    assert is_close(samples.gradients.mean(0), vector)
 
 
 def test_rows_vanish_at_the_posterior() -> None:
@@ -219,7 +219,7 @@ def test_calls_add_up_until_they_are_taken() -> None:
         backward(guide, model)
     assert len(recording) == 15
     inputs = recording.take().inputs
-    assert close(inputs[:5], inputs[5:10])  # from the same seed
+    assert is_close(inputs[:5], inputs[5:10])  # from the same seed
     assert len(recording) == 0
 
 
@@ -266,7 +266,7 @@ def test_long_gradients_are_shortened_before_the_layer_only() -> None:
     recording = Recording(longest)
     guide.record(recording)
     _, found = backward(guide, model)
-    assert close(recording.take().gradients, samples.gradients)
+    assert is_close(recording.take().gradients, samples.gradients)
     # The oracle: the layers before, with these gradients of the samples at their output.
     cut = samples.gradients * (longest / lengths).clamp(max=1.0) / 5
     before = guide.transform.parts[0]
@@ -375,10 +375,6 @@ def log_det(layer: SelfNormalizingLinear) -> float:
     return layer.log_abs_det_jacobian(x, x).item()
 
 
-def exact_log_det(layer: SelfNormalizingLinear) -> float:
-    return torch.linalg.slogdet(layer.weight.detach().double()).logabsdet.item()
-
-
 def factors(dim: int, rank: int, size: float = 0.3) -> tuple[Tensor, Tensor]:
     """Pᵀ and Qᵀ with ``‖PQᵀ‖₂ ≤ size``."""
     left, right = torch.randn(rank, dim), torch.randn(rank, dim)
@@ -406,7 +402,7 @@ def test_multiply_input_is_its_formula(rank: int, log_det_name: str) -> None:
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     left, right = factors(5, rank)
     layer.multiply_input(left, right)
-    assert close(layer.weight, weight @ (torch.eye(5) + left.mT @ right))
+    assert is_close(layer.weight, weight @ (torch.eye(5) + left.mT @ right))
     assert torch.equal(layer.bias, bias)
 
 
@@ -415,7 +411,7 @@ def test_shift_input_is_its_formula() -> None:
     x = torch.randn(3, 5)
     expected = layer(x + shift)
     layer.shift_input(shift)
-    assert close(layer(x), expected)
+    assert is_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("log_det_name", LOG_DETS)
@@ -427,8 +423,8 @@ def test_balance_keeps_the_weight_and_gives_rows_of_length_1(log_det_name: str) 
     layer.balance(1e6)  # nothing is out of these bounds
     assert torch.equal(layer.log_scale, log_scale)
     layer.balance(2.0)
-    assert close(layer.weight, weight)
-    assert close(layer.log_scale.exp(), weight.norm(dim=-1))
+    assert is_close(layer.weight, weight)
+    assert is_close(layer.log_scale.exp(), weight.norm(dim=-1))
 
 
 @pytest.mark.parametrize("log_det_name", LOG_DETS)
@@ -444,19 +440,19 @@ def test_rotate_input_is_its_formula(dim: int, log_det_name: str) -> None:
     layer.rotate_input(start)
     rotated = layer.weight.detach()
     # W Q, for an orthogonal Q: the Gaussian of x is the same.
-    assert close(rotated @ rotated.mT, weight @ weight.mT)
+    assert is_close(rotated @ rotated.mT, weight @ weight.mT)
     triangle = torch.linalg.solve(start, rotated)
-    assert close(triangle.tril(), triangle)
+    assert is_close(triangle.tril(), triangle)
     assert (triangle.diagonal() > 0).all()
     assert torch.equal(layer.bias, bias)
     assert torch.equal(layer.log_scale, log_scale)
     assert log_det(layer) == pytest.approx(value, abs=EXACT)
     assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
-    assert close(layer.inverse_weight @ rotated, torch.eye(dim))
+    assert is_close(layer.inverse_weight @ rotated, torch.eye(dim))
     if log_det_name == "refined":
         assert layer.num_refactorizations == before + 1
     layer.rotate_input(start)  # it is triangular already
-    assert close(layer.weight, rotated)
+    assert is_close(layer.weight, rotated)
     change(layer, 0)
     assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=EXACT)
 
@@ -465,7 +461,7 @@ def test_rotate_input_by_a_matrix_of_its_own_is_the_identity_there() -> None:
     layer = linear(6)
     weight = layer.weight.detach().clone()
     layer.rotate_input(weight)
-    assert close(layer.weight, weight)
+    assert is_close(layer.weight, weight)
 
 
 def test_rotate_input_in_single_precision() -> None:
@@ -477,7 +473,7 @@ def test_rotate_input_in_single_precision() -> None:
     layer.rotate_input(start)
     rotated = layer.weight.detach()
     assert rotated.dtype == torch.float32
-    assert close(rotated @ rotated.mT, weight @ weight.mT, 1e-5)
+    assert is_close(rotated @ rotated.mT, weight @ weight.mT, 1e-5)
     assert log_det(layer) == pytest.approx(exact_log_det(layer), abs=1e-5)
     assert inverse_error(layer) < 1e-5
 
@@ -506,7 +502,7 @@ def test_tracked_inverse_follows_many_changes(dim: int, used: bool) -> None:
         if used:
             log_det(layer)
     weight = torch.eye(dim) + layer.theta.detach() / math.sqrt(dim)
-    assert close(estimator.inverse_t.mT @ weight, torch.eye(dim))
+    assert is_close(estimator.inverse_t.mT @ weight, torch.eye(dim))
     expected = -torch.linalg.slogdet(weight).logabsdet
     assert estimator.log_abs_det_inverse.item() == pytest.approx(expected.item(), abs=EXACT)
     assert estimator.num_refactorizations == 1  # that of the registry

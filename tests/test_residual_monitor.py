@@ -225,7 +225,6 @@ def test_interval_after_an_error(size: float) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_check_on_a_gpu_is_read_at_the_next_step() -> None:
     monitor, theta = ResidualMonitor(), torch.zeros(3, 3, device="cuda")
     eye = torch.eye(3, device="cuda")
