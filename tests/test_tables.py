@@ -525,6 +525,16 @@ def test_fit_is_repeated_by_its_seed() -> None:
     assert (first.losses == second.losses).all()
 
 
+def test_fit_of_a_conditional_flow_from_images_to_vectors() -> None:
+    data, context = rows(200, 4).unflatten(1, (1, 2, 2)), rows(200, 3, 1)
+    parts = [flows.fully_connected((1, 2, 2)), conditional_self_normalizing_linear(4, 3)]
+    flow = ConditionalCompose(parts)
+    result = fit_density(flow, data, context=context, num_epochs=1, progress=False)
+    density = result.density.condition(context[:5])
+    assert density.log_prob(data[:5]).shape == (5,)
+    assert density.event_shape == (1, 2, 2)
+
+
 def test_fit_with_a_context() -> None:
     context = rows(1000, 1)
     data = 5 * context + rows(1000, 1, 1)
