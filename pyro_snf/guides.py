@@ -382,9 +382,12 @@ class AutoSelfNormalizingFlow(AutoContinuous):
         """The distribution of x; ``gradient`` says which gradient its log-density has."""
         transform = self.get_transform(*args, **kwargs)
         base = self.get_base_dist()
-        if self.gradient == "total":
+        is_path = self.gradient == "path"
+        if not is_path and self._recording.get() is None:
             return dist.TransformedDistribution(base, [transform])
-        return PathGradientDistribution(base, [transform], weights_check=self._weights_check)
+        return PathGradientDistribution(
+            base, [transform], weights_check=self._weights_check, is_path=is_path
+        )
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """A sample of x, in a model's or a guide's context."""

@@ -42,6 +42,8 @@ _CALM_MEAN = 0.7
 _CALM_MEAN_SIGNAL = 0.3
 # A Gaussian whose y are so long has a divergence of 2e-6 nats a dimension: it is the posterior.
 _NEGLIGIBLE_LENGTH = 3e-3
+# Relative, of the scores of a standard normal h from −h: rounding, and a pair's tolerance.
+_MAX_DEVIATION = 1e-2
 # The other layers are trained from here on at the latest, as a share of all steps.
 _LATEST_START = 0.4
 
@@ -83,7 +85,9 @@ class NaturalGradient(PyroOptim):
     not depend on the units, the scales and the correlations of the posterior. The tracked inverse
     of W follows exactly. What precedes the layer is trained by Adam, in the coordinates of h, which
     the dense layer keeps near a standard normal; it starts when the dense layer has nothing left to
-    gain. Parameters of the model are trained by Adam too.
+    gain. The guide's ``gradient`` is that of what precedes: the dense layer always follows the path
+    derivative, for which an activation without an inverse takes D backward passes. Parameters of
+    the model are trained by Adam too.
 
     It is an optimizer for Pyro's ``SVI``:
 
@@ -229,12 +233,11 @@ class NaturalGradient(PyroOptim):
             return len(self._recording) == 0 or _are_finite(*read(self._recording.norms()))
         layer, decay = self.guide.last_layer, self.decay
         norms = self._recording.norms()
-        h, y, have_scores = self._recording.take()
-        # E[u hᵀ] = I at the optimum, where there are no scores; of a Gaussian, u − h is what
-        # u is with scores.
-        offset = 0.0 if have_scores or self._is_gaussian else 1.0
-        if not have_scores and self._is_gaussian:
-            y = y - h
+        h, y, scores = self._recording.take()
+        if self.num_dense_steps == 0 and not self.trains_all_layers:
+            # What precedes the layer may not start as the identity: then h is not normal.
+            (deviation,) = read((scores + h).norm() / h.norm())
+            self.trains_all_layers = bool(deviation > _MAX_DEVIATION)
         found = moments(h, y)
         count, dim = found.h.shape
         secants, one, other = None, found, self._last
@@ -256,21 +259,20 @@ class NaturalGradient(PyroOptim):
         if self._start is None and not self.trains_all_layers:
             self._start = layer.weight.clone()
         if other is not None:
-            self._compare(comparison, dim, offset)
+            self._compare(comparison, dim)
         if self._last is not None:
             self._update_trust(turn, dim)
         longest_y, median_y, mean_length, trace = lengths.tolist()
         # What the share is for a Gaussian posterior, where the only noise is that of few samples.
         gaussian_share = count / (count + dim + 1)
         share = self._matrix_share.value
-        trace = min(max(trace - offset, -1.0), 1.0)
+        trace = min(max(trace, -1.0), 1.0)
         growth = -_TRACE_RATE * decay * self._trace_share.value * trace
         if secants is not None:
             left, right = secants.step(decay * min(1.0, share / gaussian_share), product)
         else:
             rate = _RELATIVE_RATE * decay * share
             left, right = relative_step(found.h, found.y, rate)
-            growth -= math.log1p(-rate * offset)  # so that M = I leaves W as it is
         # d in the coordinates of the new h, whose scales fit the posterior better.
         mean = found.mean + right.mT @ (left @ found.mean)
         longest = self._trust * math.sqrt(dim)
@@ -294,7 +296,7 @@ class NaturalGradient(PyroOptim):
         self._num_calm = self._num_calm + 1 if is_calm else 0
         return True
 
-    def _compare(self, comparison: Tensor, dim: int, offset: float) -> None:
+    def _compare(self, comparison: Tensor, dim: int) -> None:
         """Estimate the signal from two independent estimates, and the power from the whole.
 
         :param Tensor comparison: from :func:`_comparison`.
@@ -302,7 +304,6 @@ class NaturalGradient(PyroOptim):
         *traces, inner, square, mean_inner, mean_square = comparison.tolist()
         signal = inner - dim * traces[0] * traces[1]
         self._matrix_share.update(signal, square - dim * traces[2] ** 2)
-        traces = [trace - offset for trace in traces]
         self._trace_share.update(traces[0] * traces[1], traces[2] ** 2)
         self._mean_share.update(mean_inner, mean_square)
 

@@ -62,7 +62,8 @@ def push_score(transform: Transform, x: Tensor, y: Tensor, score: Tensor) -> Ten
 
     A transform may have a method of this name, which is then called. An elementwise one is
     differentiated by its log-det alone. For any other, ``T.inv(y)`` and its log-det are
-    differentiated by autograd.
+    differentiated by autograd; without an inverse, as Pyro's ``Planar``, its Jacobian is computed,
+    in D backward passes, and O(D³).
 
     :param Transform transform: T, bijective.
     :param Tensor x: of any batch shape.
@@ -88,11 +89,29 @@ def push_score(transform: Transform, x: Tensor, y: Tensor, score: Tensor) -> Ten
                 score = score if by_y is None else score - by_y * slope
             return score / slope
         y = y.detach().requires_grad_()
-        x = transform.inv(y)
+        try:
+            x_of_y = transform.inv(y)
+        except (KeyError, NotImplementedError):  # Pyro's and torch's, for one that does not exist
+            return _solve_for_score(transform, x, score)
         # log q(y) = log q(x(y)) − log|det J(x(y))|, where the gradient of log q(x) is the score.
-        total = (score * x).sum() - transform.log_abs_det_jacobian(x, y).sum()
+        total = (score * x_of_y).sum() - transform.log_abs_det_jacobian(x_of_y, y).sum()
         (gradient,) = torch.autograd.grad(total, y)
         return gradient
+
+
+def _solve_for_score(transform: Transform, x: Tensor, score: Tensor) -> Tensor:
+    """``J⁻ᵀ (score − ∇ log|det J|)``, by the Jacobian."""
+    x = x.detach().requires_grad_()
+    y = transform(x)
+    (by_x,) = torch.autograd.grad(
+        transform.log_abs_det_jacobian(x, y).sum(), x, retain_graph=True, materialize_grads=True
+    )
+    dim = y.shape[-1]
+    units = torch.eye(dim, dtype=y.dtype, device=y.device)
+    units = units.view(dim, *[1] * (y.dim() - 1), dim).expand(dim, *y.shape)
+    (rows,) = torch.autograd.grad(y, x, units, is_grads_batched=True)  # (D, *batch, D)
+    transposed = rows.movedim(0, -1)
+    return torch.linalg.solve(transposed, (score - by_x).unsqueeze(-1)).squeeze(-1).detach()
 
 
 def _sign(transform: Transform) -> Any:
@@ -170,11 +189,14 @@ class PathGradientDistribution(dist.TransformedDistribution):
     :param transforms: one or more, bijective.
     :param EqualWeightsCheck weights_check: shared by distributions whose samples may occur in one
         backward pass; one of its own if None.
+    :param bool is_path: False for the ordinary gradient. A last layer whose samples are recorded
+        (:mod:`pyro_snf.recording`) follows the path derivative all the same.
     """
 
     # Private names of torch here are those by which its own distributions are subclassed.
 
     _weights_check: EqualWeightsCheck
+    _is_path: bool
 
     def __init__(
         self,
@@ -183,13 +205,15 @@ class PathGradientDistribution(dist.TransformedDistribution):
         validate_args: bool | None = None,
         *,
         weights_check: EqualWeightsCheck | None = None,
+        is_path: bool = True,
     ) -> None:
         super().__init__(base_distribution, transforms, validate_args=validate_args)
+        self._is_path = is_path
         self._weights_check = weights_check or EqualWeightsCheck()
 
     def expand(self, batch_shape: Iterable[int], _instance: Any = None) -> PathGradientDistribution:
         new = self._get_checked_instance(PathGradientDistribution, _instance)
-        new._weights_check = self._weights_check
+        new._weights_check, new._is_path = self._weights_check, self._is_path
         return super().expand(batch_shape, _instance=new)
 
     def rsample(self, sample_shape: torch.Size | Sequence[int] = _NO_SHAPE) -> Tensor:
@@ -212,17 +236,22 @@ class PathGradientDistribution(dist.TransformedDistribution):
         for part in reversed(parts):
             values.append(part.inv(values[-1]))  # cached, if it is a sample
         values.reverse()
+        call = _recorded_call(parts[-1], values[-2], value)
+        if call is None and not self._is_path:
+            return super().log_prob(value)
         # The number of event dimensions before each part.
         event_dim = len(self.event_shape)
         event_dim += sum(part.domain.event_dim - part.codomain.event_dim for part in parts)
         total, score = _score(self.base_dist, values[0])
         total = sum_rightmost(total, event_dim - len(self.base_dist.event_shape))
         for part, (x, y) in zip(parts, pairwise(values), strict=True):
-            log_det = part.log_abs_det_jacobian(x, y).detach()
+            log_det = part.log_abs_det_jacobian(x, y)
+            log_det = log_det.detach() if self._is_path else log_det
             total = total - sum_rightmost(log_det, event_dim - part.domain.event_dim)
             event_dim += part.codomain.event_dim - part.domain.event_dim
-            if y is value and (call := _recorded_call(part, x, y)) is not None:
-                return call.log_prob(total, value, score, check.check if check else _accept)
+            if y is value and call is not None:
+                weights = check.check if check and self._is_path else _accept
+                return call.log_prob(total, value, score, weights, is_path=self._is_path)
             score = push_score(part, x, y, score)
         return _WithScore.apply(value, total, score, check)
 

@@ -4,8 +4,9 @@ A sample ``x = W h + b`` has the gradient ``g`` of the loss. While a :class:`Rec
 the layer's parameters get no gradient, which would be a sum over the samples. Instead, the rows
 ``h`` and ``Wᵀ g`` are kept, from which :class:`~pyro_snf.optim.NaturalGradient` makes its step.
 
-Where the log-density of the guide is differentiated along the path, its part of ``Wᵀ g`` is
-``Wᵀ ∇_x log q(x) = ∇_h log q(h)``, the score of the layer's input: no system is solved.
+``g`` is the path derivative. The part of the guide's log-density in ``Wᵀ g`` is
+``Wᵀ ∇_x log q(x) = ∇_h log q(h)``, the score of the layer's input: no system is solved. What comes
+before the layer may be trained by the ordinary gradient.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ class Samples(NamedTuple):
     inputs: Tensor
     """h, shape ``(N, D)``."""
     gradients: Tensor
-    """``Wᵀ g``, shape ``(N, D)``: ``∇_h log q(h) − Wᵀ ∇_x log p(x)``, or the latter term alone."""
-    have_scores: bool
-    """Whether the gradients contain ``∇_h log q(h)``: whether they are path derivatives."""
+    """``Wᵀ g``, shape ``(N, D)``: ``∇_h log q(h) − Wᵀ ∇_x log p(x)``."""
+    scores: Tensor
+    """``∇_h log q(h)``, shape ``(N, D)``: −h where h is standard normal."""
 
 
 class Recording:
     """The samples that have passed through a layer since they were last taken.
 
-    :param float max_length: the largest length of a gradient that is passed on to what comes before
-        the layer, in units of √D, the typical length of the score of a standard normal.
+    :param float max_length: the largest length of a path derivative that is passed on to what comes
+        before the layer, in units of √D, the typical length of the score of a standard normal. (An
+        ordinary gradient does not vanish at the optimum. Without its longest samples it would lead
+        elsewhere: to ever wider guides.)
     """
 
     def __init__(self, max_length: float) -> None:
@@ -63,9 +66,7 @@ class Recording:
     def take(self) -> Samples:
         """All samples, in one; the recording is empty then."""
         recorded, self._samples = self._samples, []
-        inputs = torch.cat([one.inputs for one in recorded])
-        gradients = torch.cat([one.gradients for one in recorded])
-        return Samples(inputs, gradients, all(one.have_scores for one in recorded))
+        return Samples(*map(torch.cat, zip(*recorded, strict=True)))
 
     def clear(self) -> None:
         self._samples = []
@@ -114,7 +115,7 @@ class RecordedCall:
         self.recording = recording
         self.pull = pull
         self.inputs = inputs.detach()
-        self.score: Tensor | None = None
+        self.score, self.is_path = torch.empty(0), True
         self.weights: Tensor | None = None
 
     @property
@@ -130,19 +131,23 @@ class RecordedCall:
         """
         return _Output.apply(x, y, parameter, self)
 
-    def log_det(self, value: Tensor, y: Tensor) -> Tensor:
-        """``log|det J|`` of every event, whose cotangents are the weights with the other sign."""
-        return _Weighted.apply(value, y, self, lambda cotangent: -cotangent)
-
     def log_prob(
-        self, value: Tensor, y: Tensor, score: Tensor, check: Callable[[Tensor], Tensor]
+        self,
+        value: Tensor,
+        y: Tensor,
+        score: Tensor,
+        check: Callable[[Tensor], Tensor],
+        *,
+        is_path: bool,
     ) -> Tensor:
-        """``log q(y)`` with the path derivative.
+        """``log q(y)``.
 
+        :param Tensor value: of it; a constant for the path derivative, else with a graph.
         :param Tensor score: ``∇ log q(x)``, of x's shape.
         :param check: of the weights in the backward pass, which it returns.
+        :param bool is_path: whether the gradient in x is the path derivative, too.
         """
-        self.score = score.detach().reshape(self.inputs.shape)
+        self.score, self.is_path = score.detach().reshape(self.inputs.shape), is_path
         return _Weighted.apply(value, y, self, check)
 
     @torch.no_grad()
@@ -151,13 +156,14 @@ class RecordedCall:
         pulled = self.pull(gradient.reshape(self.inputs.shape))
         if self.weights is not None:
             weights = self.weights.expand(gradient.shape[:-1]).reshape(-1, 1).to(pulled.dtype)
-            if self.score is not None:
-                pulled = torch.addcmul(pulled, weights, self.score.to(pulled.dtype))
-            relative = pulled / weights
-            self.recording.add(Samples(self.inputs, relative, self.score is not None))
-            length = relative.norm(dim=-1, keepdim=True)
-            longest = self.recording.max_length * math.sqrt(pulled.shape[-1])
-            pulled = torch.where(length > longest, pulled * (longest / length), pulled)
+            score = self.score.to(pulled.dtype)
+            path = torch.addcmul(pulled, weights, score)
+            relative = path / weights
+            self.recording.add(Samples(self.inputs, relative, score))
+            if self.is_path:
+                length = relative.norm(dim=-1, keepdim=True)
+                longest = self.recording.max_length * math.sqrt(pulled.shape[-1])
+                pulled = torch.where(length > longest, path * (longest / length), path)
         return pulled.view(gradient.shape)
 
 
@@ -189,6 +195,6 @@ class _Weighted(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.call.weights = ctx.weights(cotangent)
-        return None, None, None, None
+        return cotangent, None, None, None

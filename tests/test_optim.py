@@ -10,17 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import infer
+from pyro.distributions import transforms
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
-from pyro_snf import AutoSelfNormalizingFlow, Exact, Learned
+from pyro_snf import (
+    AutoSelfNormalizingFlow,
+    Exact,
+    Learned,
+    low_rank_autoregressive,
+    self_normalizing_pair,
+)
 from pyro_snf.natural_step import SignalShare
 from pyro_snf.optim import NaturalGradient
 from tests.registry import all_equal, is_close
@@ -232,8 +240,7 @@ def test_gaussian_posterior_by_deeper_guides(num_layers: int, gradient: str) -> 
 
 
 def test_total_gradient_stays_at_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where E[u hᵀ] = I, the step −η (M − I) has no expectation; 2,000 particles leave a noise of a
-    # hundredth in tr M/D, and cut rows as much.
+    # The dense layer follows the path derivative, which has no noise there.
     def model() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(50), 0.1).to_event(1))
 
@@ -245,7 +252,7 @@ def test_total_gradient_stays_at_the_optimum(monkeypatch: pytest.MonkeyPatch) ->
     optim.trains_all_layers = True
     train(model, guide, optim, 1, 2000)
     after = torch.linalg.slogdet(guide.last_layer.weight).logabsdet.item()
-    assert abs(after - before) / 50 < 0.03
+    assert abs(after - before) / 50 < 1e-6
 
 
 @pytest.mark.parametrize(("num_particles", "num_steps"), [(1, 300), (3, 120), (64, 30)])
@@ -802,6 +809,32 @@ def test_losses_can_be_evaluated_in_between() -> None:
             guide.eval().sample_posterior(3)
             guide.train()
     assert model.divergence(guide) < NEARLY_CONVERGED
+
+
+@pytest.mark.parametrize(
+    ("activation", "bound"),
+    [
+        (low_rank_autoregressive, 0.6),
+        (transforms.affine_coupling, 0.4),
+        (self_normalizing_pair, 0.3),
+        (transforms.planar, 0.9),  # no inverse
+        (transforms.spline_coupling, 3.0),  # starts at random, far from the identity
+    ],
+)
+@pytest.mark.filterwarnings("ignore:forward_net is not invertible")  # a fold of one step
+def test_total_gradients_do_not_run_away(
+    activation: Callable[[int], dist.Transform], bound: float
+) -> None:
+    # −ELBO of a Gaussian is 0.6. Heavy-tailed gradients that are cut widen the guide: to 1e4 nats.
+    def banana() -> None:
+        first = pyro.sample("first", dist.Normal(0.0, 1.0))
+        pyro.sample("second", dist.Normal(first.square(), 0.5))
+
+    pyro.set_rng_seed(0)
+    guide = AutoSelfNormalizingFlow(banana, activation=activation, gradient="total")
+    losses = train(banana, guide, NaturalGradient(guide, 500), 500)
+    assert np.mean(losses[-100:]) < bound
+    assert max(losses) < 100
 
 
 # --- Errors -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_snf import AutoSelfNormalizingFlow, SelfNormalizingLinear
 from pyro_snf.diagnostics import gradient_error, inverse_error
 from pyro_snf.recording import Recording, Samples
-from tests.registry import COPIES, exact_log_det, is_close, linear
+from tests.registry import COPIES, exact_log_det, is_close, linear, standard_normal
 from tests.test_guides import Recorder, Switch, created
 from tests.test_guides import random as random_guide
 from tests.test_pyro import Conjugate
@@ -80,6 +80,14 @@ def recorded(guide: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[float, 
     return value, gradients, samples
 
 
+def path_derivative(guide: Any, *args: Any) -> Gradients:
+    """Those of a guide's path derivative, whichever gradient the guide has."""
+    kept, guide.gradient = guide.gradient, "path"
+    _, gradients = backward(guide, *args)
+    guide.gradient = kept
+    return gradients
+
+
 def relative_gradients(guide: Any, gradients: Gradients) -> tuple[Tensor, Tensor]:
     """``Wᵀ ∂L/∂W`` and ``Wᵀ ∂L/∂b``, from those of Θ and b."""
     layer, name = guide.last_layer, last_name(guide)
@@ -127,16 +135,26 @@ def test_rows_sum_to_the_gradient_of_the_weight(
     model, loss = MODELS[model_name](), OBJECTIVES[objective]
     guide = make(model, num_layers, gradient=gradient)
     backward(guide, model, loss)  # the first one looks for plates, and draws numbers
-    _, expected = backward(guide, model, loss)
-    matrix, vector = relative_gradients(guide, expected)
+    matrix, vector = relative_gradients(guide, path_derivative(guide, model, loss))
     _, _, samples = recorded(guide, model, loss)
     count = len(samples.inputs)
     assert count == loss.num_particles
-    assert samples.have_scores == (gradient == "path")
-    # The total gradient contains that of −log|det W|, which is −W⁻ᵀ.
-    offset = 0.0 if samples.have_scores else torch.eye(guide.latent_dim)
-    assert is_close(samples.gradients.mT @ samples.inputs / count - offset, matrix)
+    assert is_close(samples.gradients.mT @ samples.inputs / count, matrix)
     assert is_close(samples.gradients.mean(0), vector)
+
+
+def test_scores_are_those_of_the_input() -> None:
+    guide = make(Recorder(), 1)
+    _, _, samples = recorded(guide, Recorder())
+    assert is_close(samples.scores, -samples.inputs)  # standard normal
+    guide = make(Recorder(), 2)
+    _, _, samples = recorded(guide, Recorder())
+    before = dist.TransformedDistribution(
+        standard_normal(guide.latent_dim), [guide.transform.parts[0]]
+    )
+    h = samples.inputs.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(before.log_prob(h).sum(), h)
+    assert is_close(samples.scores, expected)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -147,9 +165,7 @@ def test_row_is_the_gradient_of_its_sample(gradient: str) -> None:
     layer = guide.transform.eval().parts[-1]
     x = layer(samples.inputs).detach().requires_grad_()
     assert is_close(model.values[-1].reshape(x.shape), x)  # samples that the model has seen
-    loss = -model.log_joint(x)
-    if gradient == "path":
-        loss = loss + guide.get_posterior().log_prob(x)
+    loss = guide.get_posterior().log_prob(x) - model.log_joint(x)
     (by_x,) = torch.autograd.grad(loss.sum(), x)
     assert is_close(samples.gradients, by_x @ layer.weight)
 
@@ -185,10 +201,9 @@ def test_model_alone_scaled_is_another_posterior(gradient: str) -> None:
     model = Recorder()
     guide = make(model, 1, gradient=gradient)
     scaled = poutine.scale(model, 3.0)
-    matrix, vector = relative_gradients(guide, backward(guide, scaled)[1])
+    matrix, vector = relative_gradients(guide, path_derivative(guide, scaled))
     _, _, samples = recorded(guide, scaled)
-    offset = 0.0 if samples.have_scores else torch.eye(guide.latent_dim)
-    assert is_close(samples.gradients.mT @ samples.inputs / 5 - offset, matrix)
+    assert is_close(samples.gradients.mT @ samples.inputs / 5, matrix)
     assert is_close(samples.gradients.mean(0), vector)
 
 
