@@ -42,9 +42,10 @@ class Recording:
     """The samples that have passed through a layer since they were last taken.
 
     :param float max_length: the largest length of a path derivative that is passed on to what comes
-        before the layer, in units of √D, the typical length of the score of a standard normal. (An
-        ordinary gradient does not vanish at the optimum. Without its longest samples it would lead
-        elsewhere: to ever wider guides.)
+        before the layer, in units of √D, the typical length of the score of a standard normal. The
+        ordinary gradient is the path derivative minus the score: the former alone is shortened, for
+        it vanishes at the optimum. If all of it were, its expectation there would not be 0, and
+        guides were seen to widen without end.
     """
 
     def __init__(self, max_length: float) -> None:
@@ -145,7 +146,8 @@ class RecordedCall:
         :param Tensor value: of it; a constant for the path derivative, else with a graph.
         :param Tensor score: ``∇ log q(x)``, of x's shape.
         :param check: of the weights in the backward pass, which it returns.
-        :param bool is_path: whether the gradient in x is the path derivative, too.
+        :param bool is_path: whether the gradient in x is the path derivative, too. Else it is the
+            ordinary one.
         """
         self.score, self.is_path = score.detach().reshape(self.inputs.shape), is_path
         return _Weighted.apply(value, y, self, check)
@@ -160,10 +162,13 @@ class RecordedCall:
             path = torch.addcmul(pulled, weights, score)
             relative = path / weights
             self.recording.add(Samples(self.inputs, relative, score))
-            if self.is_path:
-                length = relative.norm(dim=-1, keepdim=True)
-                longest = self.recording.max_length * math.sqrt(pulled.shape[-1])
-                pulled = torch.where(length > longest, path * (longest / length), path)
+            unit = pulled.new_full((len(pulled), 1), math.sqrt(pulled.shape[-1]))
+            if not self.is_path:  # a rough density, such as that of random splines, has long scores
+                unit = unit.maximum(score.norm(dim=-1, keepdim=True))
+            longest, length = self.recording.max_length * unit, relative.norm(dim=-1, keepdim=True)
+            pulled = torch.where(length > longest, path * (longest / length), path)
+            if not self.is_path:
+                pulled = torch.addcmul(pulled, weights, score, value=-1)
         return pulled.view(gradient.shape)
 
 
