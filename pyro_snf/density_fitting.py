@@ -79,6 +79,10 @@ _FAILURES = (torch.linalg.LinAlgError, ValueError)
 # Rows at which the flow is evaluated for warnings, before training and after it.
 _NUM_TRIED = 256
 
+# Of the data, the numbers that are looked at, at random; and the share of distinct ones up to which
+# they are taken for rounded: scaled pixels have 256.
+_NUM_COMPARED, _SHARE_OF_DISTINCT = 10_000, 0.05
+
 # The largest scale of what is about unit scale, and one over the smallest.
 _MAX_SCALE = 10.0
 
@@ -194,8 +198,8 @@ def fit_density(
     :raises ValueError: for options outside these ranges, and for data that are not finite.
     :raises RuntimeError: in several processes, and where gradients are not recorded.
     :warns UserWarning: if the loss was not finite again and again, or that of the validation data
-        never was; for data that are whole numbers; and where training begins with latents that
-        are far from unit scale.
+        never was; for data of whole numbers, or of few distinct ones; and where training begins
+        with latents that are far from unit scale.
     """
     check_one_process("fit_density")
     num_epochs = as_count("num_epochs", num_epochs)
@@ -282,18 +286,27 @@ def _checked(name: str, data: Any, context: Any) -> _Rows:
 
 
 def _check_numbers(flow: Any, data: Tensor) -> None:
-    """Raise if the parameters of a transform are of another dtype, and warn of whole numbers, to
-    which modules with a log_prob of their own may add noise."""
+    """Raise if the parameters of a transform are of another dtype, and warn of numbers that repeat,
+    to which modules with a log_prob of their own may add noise."""
     dtype = next(flow.parameters()).dtype
     if dtype != data.dtype:
         raise ValueError(
             f"expected data of {dtype}, as the flow's parameters are; got {data.dtype}: use "
             f"data.to({dtype}), or make the flow with dtype={data.dtype}"
         )
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(data.numel(), (_NUM_COMPARED,), generator=generator)
+    count = min(data.numel(), _NUM_COMPARED)
+    num_distinct = len(data.flatten()[index.to(data.device)].unique())
+    found = None
     if torch.equal(data, data.round()):
+        found = "all of the data are whole numbers"
+    elif num_distinct <= _SHARE_OF_DISTINCT * count:
+        found = f"the data have few distinct values, {num_distinct} among {count} numbers"
+    if found is not None:
         warnings.warn(
-            "all of the data are whole numbers, at which a density has no bound: add noise of the "
-            "size of the rounding, data + torch.rand_like(data), or pyro_snf.images.dequantize",
+            f"{found}, at which a density has no bound: add noise of the size of the rounding, "
+            "data + step * torch.rand_like(data), or pyro_snf.images.dequantize",
             stacklevel=3,
         )
 

@@ -162,7 +162,8 @@ def fit(
         every ten seconds, on the standard error stream.
     :raises ValueError: for options outside these ranges, and for an autoguide that has been called
         with a plate of another size, around sites that it samples.
-    :raises RuntimeError: in several processes.
+    :raises RuntimeError: in several processes, where gradients are not recorded, and where there is
+        nothing to train.
     :warns UserWarning: if the loss was still falling, and if it was not finite in 100 steps in a
         row.
     """
@@ -185,6 +186,8 @@ def fit(
     expect(expected, flow is not None or num_starts == 1, num_starts)
     if seed is not None:
         pyro.set_rng_seed(seed)
+    if not torch.is_grad_enabled():
+        raise RuntimeError("expected gradients to be recorded; they are not, as under no_grad")
     if isinstance(guide, nn.Module):
         guide.train()
     elbo = _make_elbo(model, guide, args, kwargs, num_particles)
@@ -287,6 +290,8 @@ class _Run:
                 loss = self.backward()
             sites = capture.trace.nodes.values()
             params = list(dict.fromkeys(_unconstrained(site["value"]) for site in sites))
+            if not any(one.requires_grad for one in params):
+                raise RuntimeError("expected parameters to train; none requires a gradient")
             self.optim(params)
             zero_grads(params)
             return torch_item(loss)

@@ -365,6 +365,16 @@ def test_optimizer_of_the_user() -> None:
     assert optim.num_calls == 20
 
 
+def test_nothing_to_train_is_an_error() -> None:
+    guide = ours()
+    with pytest.raises(RuntimeError, match="expected gradients to be recorded"), torch.no_grad():
+        one_start(gaussian, guide, num_steps=3)
+    guide()
+    guide.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="expected parameters to train"):
+        one_start(gaussian, guide, num_steps=3)
+
+
 # --- How it stops -------------------------------------------------------------------------------
 
 

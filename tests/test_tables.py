@@ -388,6 +388,29 @@ def test_copula_of_many_rows_in_a_periodic_order() -> None:
     assert copula.mean[0].item() == pytest.approx(period / 2, abs=0.3)
 
 
+def test_initialization_ends_with_the_last_part_that_needs_it() -> None:
+    class Counting(ActNorm):
+        calls = 0
+
+        def _call(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super()._call(x)
+
+    x = rows(300, 2)
+    first, middle, last = (
+        Counting(2, event_dim=1),
+        ActNorm(2, event_dim=1),
+        Counting(2, event_dim=1),
+    )
+    last.initialized.fill_(True)
+    flow = Compose([first, Compose([middle]), last])
+    flow.initialize(x)
+    assert (first.calls, last.calls) == (1, 0)
+    assert middle.initialized
+    flow.initialize(x)
+    assert (first.calls, last.calls) == (1, 0)
+
+
 @pytest.mark.filterwarnings("ignore:training begins with latents far")
 def test_fit_of_a_trained_flow_goes_on_from_it() -> None:
     context, other = rows(300, 2, 1), 5 + 3 * rows(300, 2, 2)
@@ -413,6 +436,8 @@ def test_fit_warns_of_whole_numbers() -> None:
     flow = ActNorm(2, event_dim=1)
     with pytest.warns(UserWarning, match="whole numbers.*dequantize"):
         fit_density(flow, data, num_epochs=1, progress=False)
+    with pytest.warns(UserWarning, match=r"few distinct values, \d+ among 10000.*dequantize"):
+        fit_density(flow, data / 16, num_epochs=1, progress=False)
     fit_density(flow, data + torch.rand_like(data), num_epochs=1, progress=False)
     fit_density(Normal(), data, num_epochs=1, progress=False)  # which might dequantize
 

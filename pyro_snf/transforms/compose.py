@@ -156,8 +156,17 @@ class ConditionalCompose(ConditionalTransformModule):
 @torch.no_grad()
 def initialize_parts(parts: Sequence[Transform], x: Tensor) -> None:
     """See :meth:`Compose.initialize`."""
-    for part in parts:
-        is_done = isinstance(part, FirstBatchTransform) and not part.is_new()
-        if hasattr(part, "initialize") and not is_done:
+    needed = [index for index, part in enumerate(parts) if _needs_data(part)]
+    for index, part in enumerate(parts[: max(needed, default=-1) + 1]):
+        if index in needed:
             part.initialize(x)
-        x = part(x)
+        if index < needed[-1]:
+            x = part(x)
+
+
+def _needs_data(part: Transform) -> bool:
+    if isinstance(part, Compose):
+        return any(map(_needs_data, part.parts))
+    if isinstance(part, FirstBatchTransform):
+        return part.is_new()
+    return hasattr(part, "initialize")
