@@ -159,7 +159,7 @@ def initialize_parts(parts: Sequence[Transform], x: Tensor) -> None:
     needed = [index for index, part in enumerate(parts) if _needs_data(part)]
     for index, part in enumerate(parts[: max(needed, default=-1) + 1]):
         if index in needed:
-            part.initialize(x)
+            part.initialize(x)  # type: ignore[attr-defined]  # _needs_data
         if index < needed[-1]:
             x = part(x)
 
