@@ -199,7 +199,10 @@ def pair_report(transform: Transform, x: Tensor) -> PairReport:
         raise ValueError("expected a pair with its context, transform.condition(context)")
     layer = getattr(transform, "transform", transform)  # T.inv holds T
     if not isinstance(layer, SelfNormalizingPair):
-        raise ValueError(f"expected a SelfNormalizingPair or its inverse; got {shown(transform)}")
+        raise ValueError(
+            f"expected a SelfNormalizingPair or its inverse; got {shown(transform)}: of a stack, "
+            "pass the pair, such as flow.parts[-1], and x as the parts before give it"
+        )
     expect("x, a dense tensor of numbers", has_values(x), x)
     rows, context = layer.rows_of(x)
     rows, context = rows.detach().double(), tuple(one.detach().double() for one in context)

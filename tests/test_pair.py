@@ -869,6 +869,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "flat outputs": (lambda: nn.Flatten(0), SHAPE + r"\(\d+,\)"),
     "two outputs": (lambda: Activated(lambda x: (x, x)), SHAPE + "tuple"),
     "no output": (lambda: Activated(lambda x: None), SHAPE + "NoneType"),
+    "other inputs": (lambda: nn.Linear(4, 3), r"to take batches of events of shape \(3,\); got: "),
+    "a context": (
+        lambda: nn.Bilinear(3, 2, 3),
+        r"to take batches of events of shape \(3,\); got: ",
+    ),
 }
 
 

@@ -103,10 +103,16 @@ def _check_outputs(name: str, call: Any, x: Tensor, context: list[Tensor]) -> No
     devices = [x.device] if x.is_cuda else []
     count = len(x)
     twice = [torch.cat([one, one]) for one in context]
-    with torch.random.fork_rng(devices):
-        first, again, beside_others = (
-            call(torch.cat([x, other]), *twice)[:count] for other in (1 - 2 * x, 1 - 2 * x, 2 + x)
-        )
+    try:
+        with torch.random.fork_rng(devices):
+            first, again, beside_others = (
+                call(torch.cat([x, other]), *twice)[:count]
+                for other in (1 - 2 * x, 1 - 2 * x, 2 + x)
+            )
+    except (RuntimeError, TypeError) as error:  # of another width, or without a place for contexts
+        shapes = " and contexts ".join(str(tuple(one.shape[1:])) for one in (x, *context))
+        expected = f"expected {name} to take batches of events of shape {shapes}"
+        raise ValueError(f"{expected}; got: {error}") from error
     if not _is_same(first, again):
         raise ValueError(
             f"expected {name} to be deterministic; got another output for the same event: does it "
