@@ -216,6 +216,25 @@ def test_base_with_parameters_is_trained_by_the_path() -> None:
     assert (scale.grad + 1).abs().max() < STANDARD_ERRORS * math.sqrt(2 / noise)
 
 
+@pytest.mark.parametrize("error", [KeyError, NotImplementedError])
+def test_push_score_without_an_inverse(error: type[Exception]) -> None:
+    class OneWay(LowRankAutoregressive):
+        push_score = None
+
+        def _inverse(self, y: Tensor) -> Tensor:
+            raise error
+
+    transform = LowRankAutoregressive(3, hidden_dim=4)
+    randomize(transform)
+    one_way = OneWay(3, hidden_dim=4)
+    one_way.load_state_dict(transform.state_dict())
+    for shape in BATCH_SHAPES:
+        x = torch.randn(*shape, 3)
+        y = transform(x).detach()
+        expected = push_score(transform, x, y, -x)
+        assert is_close(push_score(one_way, x, y, -x), expected)
+
+
 def test_push_score_leaves_its_inputs_alone() -> None:
     for transform in (dense(), autoregressive(), SmoothLeakyReLU(), SmoothLeakyReLU().inv):
         x, score = torch.randn(2, DIM), torch.randn(2, DIM)
