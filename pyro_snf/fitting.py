@@ -67,6 +67,9 @@ _START_RADIUS = 2.0
 # The loss is still falling where it does so by ten times the tolerance and three standard errors.
 _FALL, _FALL_ERRORS = 10.0, 3.0
 
+# It has risen where it ends so many nats, and standard errors, above the best tenth of the steps.
+_RISE, _RISE_ERRORS, _FEWEST_FOR_RISE = 1.0, 5.0, 200
+
 
 @dataclass
 class Fit:
@@ -164,8 +167,8 @@ def fit(
         with a plate of another size, around sites that it samples.
     :raises RuntimeError: in several processes, where gradients are not recorded, and where there is
         nothing to train.
-    :warns UserWarning: if the loss was still falling, and if it was not finite in 100 steps in a
-        row.
+    :warns UserWarning: if the loss was still falling, if it ended far above what it had been, and
+        if it was not finite in 100 steps in a row.
     """
     check_one_process("fit")
     num_steps = as_count("num_steps", num_steps)
@@ -232,6 +235,12 @@ def fit(
     elif result.is_falling and result.reason == "num_steps":
         warnings.warn(
             f"the loss was still falling after {num_steps} steps: take more", stacklevel=2
+        )
+    if (rise := _rise(losses)) > 0:
+        warnings.warn(
+            f"the loss ended {rise:.3g} nats above what it had been before: the guide has become "
+            "worse; take Adam at a lower rate, optim=ClippedAdam({'lr': 1e-3}), or another guide",
+            stacklevel=2,
         )
     return result
 
@@ -420,3 +429,20 @@ def _is_falling(losses: NDArray[np.float64], tolerance: float) -> bool:
         return True
     fall, error = _fall(losses, len(losses) // 10)
     return fall > max(_FALL * tolerance, _FALL_ERRORS * error)
+
+
+def _rise(losses: NDArray[np.float64]) -> float:
+    """How far the loss ends above the best tenth of the steps, by medians; 0 for what is noise."""
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < _FEWEST_FOR_RISE:
+        return 0.0
+    tenths = np.array_split(losses, 10)
+    medians = [float(np.median(one)) for one in tenths]
+    best = min(tenths, key=np.median)
+    # Of a median of normal losses, from their median absolute deviation.
+    errors = [
+        1.25 * 1.48 * np.median(np.abs(one - np.median(one))) / math.sqrt(len(one))
+        for one in (best, tenths[-1])
+    ]
+    rise = medians[-1] - min(medians)
+    return rise if rise > max(_RISE, _RISE_ERRORS * math.hypot(*errors)) else 0.0

@@ -477,6 +477,16 @@ def test_plot_of_a_divergence() -> None:
     assert isinstance(one_start(model, ours(model), num_steps=200).plot(), Figure)
 
 
+@pytest.mark.parametrize(("rise", "is_told"), [(0.0, False), (0.5, False), (3.0, True)])
+def test_warning_if_the_loss_has_risen(rise: float, is_told: bool) -> None:
+    noise = np.random.default_rng(0).standard_t(2, 1000)
+    losses = np.where(np.arange(1000) < 600, 5.0, 5.0 + rise) + noise
+    losses[[10, 900]] = math.nan, math.inf
+    assert (fitting._rise(losses) > 0) == is_told
+    assert fitting._rise(losses[::-1]) == 0
+    assert fitting._rise(losses[::10]) == 0  # too few to tell
+
+
 def test_warning_if_the_loss_is_still_falling() -> None:
     guide = AutoNormal(gaussian, init_scale=1e-3, **start({"z": torch.tensor(50.0)}))
     with pytest.warns(UserWarning, match="still falling after 40 steps: take more"):
