@@ -167,16 +167,16 @@ def fit_density(
 
     AdamW, with gradients that are clipped. The training data initialize the layers that a first
     batch would, unless they have been (:meth:`Compose.initialize <pyro_snf.Compose.initialize>`).
-    After every epoch, the
-    averages of the parameters over the latest tenth of the steps are validated; those of the lowest
-    loss are kept, or those from before training, if none are better. The learning rate falls to 0
-    in the second half of the budget, which is ``num_epochs`` and ``max_seconds``, whichever is used
-    up first. Until then, when the validation loss has not fallen for a while, training goes back to
-    the best parameters. If the loss of training data has fallen since then, they are being learned
-    by heart, and training goes on with a larger decay of the weights of ``nn.Linear`` layers; if
-    not, at a lower rate; and where that has been tried, with falling rates, so that it stops before
-    the budget is used up. Where a loss is not finite, training goes back to the averages; where
-    that happens again soon, at half the rate. Ctrl-C stops it, and what there is is kept.
+    After every epoch, the averages of the parameters over the latest tenth of the steps are
+    validated; those of the lowest loss are kept, or those from before training, if none are better.
+    The learning rate falls to 0 in the second half of the budget, which is ``num_epochs`` and
+    ``max_seconds``, whichever is used up first. Until then, when the validation loss has not fallen
+    for a while, training goes back to the best parameters. If the loss of training data has fallen
+    since then, they are being learned by heart, and training goes on with a larger decay of the
+    weights of ``nn.Linear`` layers; if not, at a lower rate; and where that has been tried, with
+    falling rates, so that it stops before the budget is used up. Where a loss is not finite,
+    training goes back to the averages; where that happens again soon, at half the rate. Ctrl-C
+    stops it, and what there is is kept.
 
     :param flow: from data to latents: a transform that is a module, or a conditional one; or any
         module with a method ``log_prob(data)``, or ``log_prob(data, context)``. It is trained in
