@@ -231,7 +231,7 @@ class NaturalGradient(PyroOptim):
         """
         if len(self._recording) < _MIN_SAMPLES:
             return len(self._recording) == 0 or _are_finite(*read(self._recording.norms()))
-        layer, decay = self.guide.last_layer, self.decay
+        layer = self.guide.last_layer
         norms = self._recording.norms()
         h, y, scores = self._recording.take()
         if self.num_dense_steps == 0 and not self.trains_all_layers:
@@ -262,39 +262,58 @@ class NaturalGradient(PyroOptim):
             self._compare(comparison, dim)
         if self._last is not None:
             self._update_trust(turn, dim)
-        longest_y, median_y, mean_length, trace = lengths.tolist()
         # What the share is for a Gaussian posterior, where the only noise is that of few samples.
         gaussian_share = count / (count + dim + 1)
-        share = self._matrix_share.value
-        trace = min(max(trace, -1.0), 1.0)
-        growth = -_TRACE_RATE * decay * self._trace_share.value * trace
+        matrix_share = self._matrix_share.value / gaussian_share
+        longest, median, mean, trace = lengths.tolist()
         if secants is not None:
-            left, right = secants.step(decay * min(1.0, share / gaussian_share), product)
+            step = secants.step(self.decay * min(1.0, matrix_share), product)
         else:
-            rate = _RELATIVE_RATE * decay * share
-            left, right = relative_step(found.h, found.y, rate)
-        # d in the coordinates of the new h, whose scales fit the posterior better.
-        mean = found.mean + right.mT @ (left @ found.mean)
-        longest = self._trust * math.sqrt(dim)
-        mean_rate = _MEAN_RATE * decay * max(self._mean_share.value, _LEAST_MEAN_RATE)
-        mean *= -mean_rate * (longest / mean.norm().clamp(min=_TINY)).clamp(max=1.0)
-        self._last, self._last_bias = found, layer.bias.clone()
-        layer.multiply_input(left.to(h.dtype), right.to(h.dtype))
-        layer.log_scale.add_(growth)
-        layer.shift_input(mean.to(h.dtype))
-        self.num_dense_steps += 1
+            rate = _RELATIVE_RATE * self.decay * self._matrix_share.value
+            step = relative_step(found.h, found.y, rate)
+        self._change_layer(found, *step, trace)
         if looks_at_rows:
             layer.balance(_MAX_ROW_LENGTH, imbalance.item())
         root = math.sqrt(dim)
-        self.is_at_posterior = max(longest_y, mean_length) / root < _NEGLIGIBLE_LENGTH
+        self._judge(longest / root, median / root, mean / root, matrix_share)
+        return True
+
+    def _change_layer(self, found: Moments, left: Tensor, right: Tensor, trace: float) -> None:
+        """Change the dense layer: ``W ← W (I + P Qᵀ)``, its scale by the trace of M, and b by d.
+
+        :param Tensor left: ``Pᵀ``, shape ``(n, D)``, like ``right``, which is ``Qᵀ``.
+        :param float trace: ``tr M / D``.
+        """
+        layer, decay = self.guide.last_layer, self.decay
+        growth = -_TRACE_RATE * decay * self._trace_share.value * min(max(trace, -1.0), 1.0)
+        # d in the coordinates of the new h, whose scales fit the posterior better.
+        mean = found.mean + right.mT @ (left @ found.mean)
+        longest = self._trust * math.sqrt(len(mean))
+        mean_rate = _MEAN_RATE * decay * max(self._mean_share.value, _LEAST_MEAN_RATE)
+        mean *= -mean_rate * (longest / mean.norm().clamp(min=_TINY)).clamp(max=1.0)
+        self._last, self._last_bias = found, layer.bias.clone()
+        dtype = layer.theta.dtype
+        layer.multiply_input(left.to(dtype), right.to(dtype))
+        layer.log_scale.add_(growth)
+        layer.shift_input(mean.to(dtype))
+        self.num_dense_steps += 1
+
+    def _judge(self, longest: float, median: float, mean: float, matrix_share: float) -> None:
+        """Note whether the guide is the posterior, and whether nothing but noise has been found.
+
+        :param float longest: the length of the longest y, in units of √D, like the next two.
+        :param float median: the median length of y.
+        :param float mean: the length of d.
+        :param float matrix_share: the signal in M, in units of that for a Gaussian posterior.
+        """
+        self.is_at_posterior = max(longest, mean) < _NEGLIGIBLE_LENGTH
         is_calm = (
-            median_y / root < _CALM_LENGTH
-            and share < _CALM_MATRIX_SIGNAL * gaussian_share
-            and mean_length / root < _CALM_MEAN
+            median < _CALM_LENGTH
+            and matrix_share < _CALM_MATRIX_SIGNAL
+            and mean < _CALM_MEAN
             and self._mean_share.value < _CALM_MEAN_SIGNAL
         )
         self._num_calm = self._num_calm + 1 if is_calm else 0
-        return True
 
     def _compare(self, comparison: Tensor, dim: int) -> None:
         """Estimate the signal from two independent estimates, and the power from the whole.
