@@ -451,6 +451,8 @@ def test_fit_warns_of_latents_far_from_unit_scale(factor: float) -> None:
     fit_density(Compose([ActNorm(2, event_dim=1), flow]), data, **options)
     base = dist.Normal(torch.zeros(2), factor).to_event(1)
     fit_density(flows.fully_connected(2), data, base=base, **options)
+    images = factor * rows(20, 16).view(20, 1, 4, 4)  # the first batch initializes its layers
+    fit_density(flows.glow((1, 4, 4), num_steps=1, hidden_channels=2), images, **options)
 
 
 def test_fit_warns_of_latents_far_from_unit_scale_given_a_context() -> None:
