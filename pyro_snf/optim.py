@@ -86,8 +86,8 @@ class NaturalGradient(PyroOptim):
     of W follows exactly. What precedes the layer is trained by Adam, in the coordinates of h, which
     the dense layer keeps near a standard normal; it starts when the dense layer has nothing left to
     gain. The guide's ``gradient`` is that of what precedes: the dense layer always follows the path
-    derivative, for which an activation without an inverse takes D backward passes. Parameters of
-    the model are trained by Adam too.
+    derivative, for which an activation without an inverse takes some more backward passes.
+    Parameters of the model are trained by Adam too.
 
     It is an optimizer for Pyro's ``SVI``:
 
