@@ -12,7 +12,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import infer, poutine
-from pyro.distributions import transforms as pyro_transforms
 from pyro.distributions.transforms import (
     Permute,
     Spline,
@@ -237,7 +236,7 @@ def test_push_score_without_an_inverse(error: type[Exception]) -> None:
 
 
 def test_push_score_of_an_autoregressive_transform() -> None:
-    transform = pyro_transforms.affine_autoregressive(20)  # whose inverse takes 20 passes
+    transform = affine_autoregressive(20)  # whose inverse takes 20 passes
     x = torch.randn(5, 20)
     found = push_score(transform, x, transform(x), -x)
     y = transform(x).detach().requires_grad_()
