@@ -42,8 +42,6 @@ _CALM_MEAN = 0.7
 _CALM_MEAN_SIGNAL = 0.3
 # A Gaussian whose y are so long has a divergence of 2e-6 nats a dimension: it is the posterior.
 _NEGLIGIBLE_LENGTH = 3e-3
-# Relative, of the scores of a standard normal h from −h: rounding, and a pair's tolerance.
-_MAX_DEVIATION = 1e-2
 # The other layers are trained from here on at the latest, as a share of all steps.
 _LATEST_START = 0.4
 
@@ -234,10 +232,10 @@ class NaturalGradient(PyroOptim):
         layer = self.guide.last_layer
         norms = self._recording.norms()
         h, y, scores = self._recording.take()
-        if self.num_dense_steps == 0 and not self.trains_all_layers:
-            # What precedes the layer may not start as the identity: then h is not normal.
-            (deviation,) = read((scores + h).norm() / h.norm())
-            self.trains_all_layers = bool(deviation > _MAX_DEVIATION)
+        if self._is_gaussian:
+            # The score of a normal h is −h. That of what does not start as the identity, as random
+            # splines do not, is left out: secants are for a normal h.
+            y = y - (scores + h)
         found = moments(h, y)
         count, dim = found.h.shape
         secants, one, other = None, found, self._last
