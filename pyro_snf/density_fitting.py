@@ -220,11 +220,12 @@ def fit_density(
         raise RuntimeError("expected gradients to be recorded; they are not, as under no_grad")
     if not any(one.requires_grad for one in flow.parameters()):
         raise ValueError("expected a flow with parameters to train; none requires a gradient")
-    if isinstance(flow, Transform | ConditionalTransform):
+    is_transform = isinstance(flow, Transform | ConditionalTransform)
+    if is_transform:
         _check_numbers(flow, rows.data)
     _initialize(flow, training)
     run = _Run(flow, log_prob, learning_rate, batch_size, len(training.data))
-    if isinstance(flow, Transform | ConditionalTransform) and base is None:
+    if is_transform and base is None:
         _check_scale(run.averaged, training.at(slice(_NUM_TRIED)))
     start = _clock()
     reason = "num_epochs"
@@ -410,8 +411,8 @@ def _density_of(
 
     transform = flow
     if rows.context is not None:  # of a copy, for conditioning may look at the contexts' scale
-        transform = copy.deepcopy(flow).eval().condition(rows.context)
-    latent = transform.forward_shape(rows.data.shape)[1:]
+        transform = copy.deepcopy(flow).eval().condition(rows.context[:1])
+    latent = transform.forward_shape(rows.data[:1].shape)[1:]
     zero = rows.data.new_zeros(latent)
     chosen = base or dist.Normal(zero, torch.ones_like(zero)).to_event(len(latent))
     fits = chosen.batch_shape + chosen.event_shape == latent

@@ -436,13 +436,12 @@ def _rise(losses: NDArray[np.float64]) -> float:
     losses = losses[np.isfinite(losses)]
     if len(losses) < _FEWEST_FOR_RISE:
         return 0.0
-    tenths = np.array_split(losses, 10)
-    medians = [float(np.median(one)) for one in tenths]
-    best = min(tenths, key=np.median)
+    *before, last = np.array_split(losses, 10)
+    best = min(before, key=np.median)
     # Of a median of normal losses, from their median absolute deviation.
     errors = [
         1.25 * 1.48 * np.median(np.abs(one - np.median(one))) / math.sqrt(len(one))
-        for one in (best, tenths[-1])
+        for one in (best, last)
     ]
-    rise = medians[-1] - min(medians)
+    rise = float(np.median(last) - np.median(best))
     return rise if rise > max(_RISE, _RISE_ERRORS * math.hypot(*errors)) else 0.0

@@ -110,13 +110,16 @@ class RecordedCall:
     :param Tensor inputs: x, shape ``(B, D)``.
     """
 
+    # From log_prob, whose backward pass comes before that of the output, and sets the weights.
+    score: Tensor
+    is_path: bool
+
     def __init__(
         self, recording: Recording, pull: Callable[[Tensor], Tensor], inputs: Tensor
     ) -> None:
         self.recording = recording
         self.pull = pull
         self.inputs = inputs.detach()
-        self.score, self.is_path = torch.empty(0), True
         self.weights: Tensor | None = None
 
     @property
@@ -162,9 +165,9 @@ class RecordedCall:
             path = torch.addcmul(pulled, weights, score)
             relative = path / weights
             self.recording.add(Samples(self.inputs, relative, score))
-            unit = pulled.new_full((len(pulled), 1), math.sqrt(pulled.shape[-1]))
+            unit: float | Tensor = math.sqrt(pulled.shape[-1])
             if not self.is_path:  # a rough density, such as that of random splines, has long scores
-                unit = unit.maximum(score.norm(dim=-1, keepdim=True))
+                unit = score.norm(dim=-1, keepdim=True).clamp_min(unit)
             longest, length = self.recording.max_length * unit, relative.norm(dim=-1, keepdim=True)
             pulled = torch.where(length > longest, path * (longest / length), path)
             if not self.is_path:

@@ -855,7 +855,7 @@ def test_total_gradients_of_a_long_tail() -> None:
     pyro.set_rng_seed(0)
     guide = AutoSelfNormalizingFlow(model, gradient="total")
     losses = train(model, guide, NaturalGradient(guide, 500), 500)
-    assert np.mean(losses[-100:]) < 2  # 22, or 1e22, where it runs away
+    assert np.mean(losses[-100:]) < 2  # 22 at the end, and 1e13 before, where nothing is cut
 
 
 # --- Errors -------------------------------------------------------------------------------------
